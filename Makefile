@@ -1,0 +1,109 @@
+# `make train` and `make test` need Python >= 3.11, git and make, nothing else:
+# the environment is made on first use and again only when pyproject.toml changes.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+LATEST := .venv-latest
+PYTHON := $(VENV)/bin/python
+WORKERS ?= 2
+TRAIN_ARGS ?=
+BENCH_ARGS ?=
+LATEST_TESTS ?= tests/test_optax_laws.py tests/golden
+
+CANDIDATES := python3 python3.13 python3.12 python3.11
+# 3.12 before newer ones; on PATH before the version managers' folders.
+LATEST_CANDIDATES := python3.12 $(wildcard \
+    $(HOME)/.pyenv/versions/3.12*/bin/python3.12 \
+    $(HOME)/.local/share/uv/python/cpython-3.12*/bin/python3.12 \
+    $(HOME)/*conda3/bin/python3.12 $(HOME)/*conda3/envs/*/bin/python3.12 \
+    /opt/*conda*/bin/python3.12 /opt/*conda*/envs/*/bin/python3.12) \
+    python3 python3.13 python3.14 $(wildcard \
+    $(HOME)/.pyenv/versions/3.1[3-9]*/bin/python3 \
+    $(HOME)/.local/share/uv/python/cpython-3.1[3-9]*/bin/python3)
+
+PIP := -m pip --disable-pip-version-check
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help train test lint types format test-slow test-latest find-latest docs \
+    bench clean FORCE
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
+	    awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+train: $(VENV)/.examples  ## train a small LLaMA on real text with GaLore
+	$(PYTHON) -m examples.llama.train $(TRAIN_ARGS)
+
+test: lint types  ## linter, type checker and the tests that are not slow
+	$(PYTHON) $(PYTEST)
+
+lint: $(VENV)/.dev  ## formatter (check only) and linter
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+types: $(VENV)/.dev  ## type checker
+	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
+
+format: $(VENV)/.dev  ## format and mend what the linter can mend
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test-slow: $(VENV)/.dev  ## the tests marked slow
+	$(PYTHON) $(PYTEST) -m slow
+
+test-latest: $(LATEST)/.dev  ## laws and golden runs on Python >= 3.12, newest jax
+	$(LATEST)/bin/python $(PYTEST) $(LATEST_TESTS)
+
+find-latest:  # prints the interpreter that test-latest would use; fails without one
+	@.ci/find_python 3.12 $(LATEST_CANDIDATES)
+
+docs: $(VENV)/.dev  ## build the documentation into site/
+	$(PYTHON) -m mkdocs build --strict
+
+bench: $(VENV)/.dev  ## time and size one optimizer step beside Optax's
+	$(PYTHON) -m benchmarks.optimizer_step $(BENCH_ARGS)
+
+clean:  ## remove the environments and everything built
+	rm -rf $(VENV) $(LATEST) site dist .pytest_cache .ruff_cache .hypothesis
+
+# A stamp outlives its interpreter when that is uninstalled: then start again.
+alive = $(if $(wildcard $(1)/bin/python),,FORCE)
+FORCE:
+
+$(VENV)/.made: $(call alive,$(VENV))
+	@python=$$(.ci/find_python 3.11 $(CANDIDATES)) || { \
+	    echo "No Python >= 3.11 with its venv module among: $(CANDIDATES)." \
+	         "Install one (Debian: apt install python3-venv) and run make again."; \
+	    exit 1; }; \
+	echo "Making $(VENV) with $$python ($$($$python -V))"; \
+	"$$python" -m venv $(VENV)
+	$(PYTHON) $(PIP) install --quiet --upgrade "pip>=25.1"  # older: no --group
+	@touch $@
+
+$(VENV)/.examples: pyproject.toml $(VENV)/.made
+	@echo "Installing into $(VENV): minutes the first time"
+	$(PYTHON) $(PIP) install --quiet --editable ".[examples]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.made
+	@echo "Installing into $(VENV): minutes the first time"
+	$(PYTHON) $(PIP) install --quiet \
+	    --editable ".[examples,planner,testing]" --group dev
+	@touch $@ $(VENV)/.examples
+
+$(LATEST)/.made: $(call alive,$(LATEST))
+	@python=$$($(MAKE) --silent find-latest) || { \
+	    echo "No Python >= 3.12 on PATH or under a version manager."; exit 1; }; \
+	echo "Making $(LATEST) with $$python ($$($$python -V))"; \
+	"$$python" -m venv $(LATEST)
+	$(LATEST)/bin/python $(PIP) install --quiet --upgrade "pip>=25.1"
+	@touch $@
+
+$(LATEST)/.dev: pyproject.toml $(LATEST)/.made
+	@echo "Installing into $(LATEST): minutes the first time"
+	$(LATEST)/bin/python $(PIP) install --quiet --upgrade \
+	    --editable ".[examples,planner,testing]" --group dev
+	@touch $@
