@@ -1,0 +1,27 @@
+"""Set-up that must happen before JAX, or the package, is imported."""
+
+import os
+import sys
+
+assert "jax" not in sys.modules, "JAX was imported before its flags were set"
+
+# Eight devices on the CPU: what is sharded is tested without an accelerator.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+
+import hypothesis
+import jaxtyping
+
+# Every annotated function of the package checks its arguments' shapes and dtypes
+# while the tests run; users do not pay for it.
+jaxtyping.install_import_hook("lowrank_optax", "beartype.beartype")
+
+# A compilation may take a second: no deadline. The same examples on every run of
+# continuous integration, new ones at the desk.
+hypothesis.settings.register_profile("desk", deadline=None, max_examples=20)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, max_examples=20, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
