@@ -1,0 +1,178 @@
+"""Imports point downward, and each layer imports only what it may."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import lowrank_optax
+
+PACKAGE = "lowrank_optax"
+ROOT = pathlib.Path(__file__).parents[1]
+
+# From the ground up. What stands in one row may not import its neighbours in that
+# row, unless a pair in NEIGHBOURS says so; a new part is entered here.
+LAYERS = (
+    ("_checks",),
+    ("_matrices", "_moments"),
+    ("linalg", "quantization"),
+    ("projectors", "transport", "recovery"),
+    ("transforms", "_subspace"),
+    ("methods",),
+    ("sharding", "memory", "layerwise", "distributed", "activations", "testing"),
+    ("__init__",),
+)
+NEIGHBOURS: set[tuple[str, str]] = set()
+LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
+
+# Third-party modules that only some parts may import; absent means everywhere.
+ALLOWED = {
+    "flax": set(),
+    "orbax": set(),
+    "optax": set(LEVEL) - {"linalg", "quantization"},
+    "scipy": {"activations/planner"},
+    "chex": {"testing"},
+    "hypothesis": {"testing"},
+    "beartype": set(),
+}
+
+
+def sources(folder):
+    """Every Python file below `folder`, as (path relative to it, syntax tree)."""
+    base = ROOT / folder
+    for path in sorted(base.rglob("*.py")):
+        yield path.relative_to(base), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree):
+    """Every imported dotted name with its line, wherever in the file it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def unit_of(path):
+    """`projectors/_svd.py` belongs to the unit `projectors`."""
+    return path.parts[0] if len(path.parts) > 1 else path.stem
+
+
+def complaints(path, tree):
+    """What this file imports and may not."""
+    unit = unit_of(path)
+    if unit not in LEVEL:
+        yield f"{path}: `{unit}` has no place in LAYERS; say where it stands"
+        return
+    for line, name in imports(tree):
+        top, *rest = name.split(".")
+        if top == PACKAGE:
+            target = rest[0] if rest else "__init__"
+            if target == unit or (unit, target) in NEIGHBOURS:
+                continue
+            if target not in LEVEL:
+                yield f"{path}:{line}: {name} goes through the package's front door"
+            elif LEVEL[target] >= LEVEL[unit]:
+                yield f"{path}:{line}: {unit} imports {target}, which is not below it"
+        elif top in ALLOWED:
+            stem = str(path.with_suffix("")).replace("\\", "/")
+            if not {unit, stem} & ALLOWED[top]:
+                yield f"{path}:{line}: {unit} may not import {top}"
+
+
+def test_imports_point_downward():
+    found = [c for path, tree in sources(PACKAGE) for c in complaints(path, tree)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "complaint"),
+    [
+        ("_checks.py", "from lowrank_optax import _moments", "not below"),
+        ("projectors/x.py", "import lowrank_optax._subspace", "not below"),
+        ("projectors/x.py", "from lowrank_optax.transport import y", "not below"),
+        ("methods/x.py", "from lowrank_optax import svd", "front door"),
+        ("methods/x.py", "def f():\n    import flax.nnx", "may not import flax"),
+        ("linalg/x.py", "from optax import tree", "may not import optax"),
+        ("activations/cost.py", "import scipy.optimize", "may not import scipy"),
+        ("novel.py", "", "no place in LAYERS"),
+    ],
+)
+def test_the_walk_sees_a_breach(path, line, complaint):
+    found = list(complaints(pathlib.PurePath(path), ast.parse(line)))
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("activations/planner.py", "import scipy.optimize"),
+        ("projectors/x.py", "from lowrank_optax.projectors._protocol import P"),
+        ("methods/x.py", "from lowrank_optax import _subspace\nimport optax"),
+    ],
+)
+def test_the_walk_lets_pass(path, line):
+    assert not list(complaints(pathlib.PurePath(path), ast.parse(line)))
+
+
+def private_uses(tree):
+    """Names of the package that are not public, used or imported by a tree."""
+    aliases = {PACKAGE}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {a.asname for a in node.names if a.name == PACKAGE and a.asname}
+    for line, name in imports(tree):
+        parts = name.split(".")
+        if parts[0] == PACKAGE and any(p.startswith("_") for p in parts):
+            yield line, name
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in aliases
+            and (node.attr.startswith("_") or not hasattr(lowrank_optax, node.attr))
+        ):
+            yield node.lineno, node.attr
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_only_public_names_outside_the_package(folder):
+    found = [
+        f"{folder}/{path}:{line}: {name}"
+        for path, tree in sources(folder)
+        for line, name in private_uses(tree)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_private_uses_are_seen():
+    tree = ast.parse(
+        "import lowrank_optax as lro\n"
+        "from lowrank_optax import _checks\n"
+        "lro._subspace\nlro.no_such_name\n"
+    )
+    assert [name for _, name in private_uses(tree)] == [
+        "lowrank_optax._checks",
+        "_subspace",
+        "no_such_name",
+    ]
+
+
+def test_importing_the_package_loads_no_optional_dependency():
+    code = f"import sys, {PACKAGE}; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    # JAX itself loads scipy; the packages below only the extras bring.
+    assert not loaded & {"flax", "orbax", "chex", "hypothesis", "beartype", "tyro"}
