@@ -61,7 +61,7 @@ find-latest:  # prints the interpreter that test-latest would use; fails without
 	@.ci/find_python 3.12 $(LATEST_CANDIDATES)
 
 docs: $(VENV)/.dev  ## build the documentation into site/
-	$(PYTHON) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 bench: $(VENV)/.dev  ## time and size one optimizer step beside Optax's
 	$(PYTHON) -m benchmarks.optimizer_step $(BENCH_ARGS)

@@ -1,0 +1,200 @@
+"""Whatever the texts say is run: names, examples, links, commands, the notebook."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import re
+import types
+
+import nbclient
+import nbformat
+import pytest
+
+import lowrank_optax as lro
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def label(value):
+    return str(value.relative_to(ROOT)) if isinstance(value, pathlib.Path) else None
+
+
+def public(module):
+    """The public names of a module, without the submodules importing it binds."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def own(module):
+    """The public names that a module defines itself."""
+    return {
+        name
+        for name in public(module)
+        if getattr(getattr(module, name), "__module__", None) == module.__name__
+    }
+
+
+# --- names -------------------------------------------------------------------------
+
+
+def documented():
+    """The dotted names that the API pages document."""
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+
+
+def expected():
+    testing = importlib.import_module("lowrank_optax.testing")
+    return {f"lowrank_optax.{name}" for name in public(lro)} | {
+        f"lowrank_optax.testing.{name}" for name in own(testing)
+    }
+
+
+def test_every_public_name_stands_on_one_api_page():
+    found = documented()
+    assert len(found) == len(set(found)), "a name is documented twice"
+    missing = expected() - set(found)
+    assert not missing, f"undocumented; add `::: NAME` under docs/api: {missing}"
+    stale = set(found) - expected()
+    assert not stale, f"documented but not public: {stale}"
+
+
+def test_public_names_are_ours():
+    """`import jax` at the top of `__init__` would make `lro.jax` part of the API."""
+    foreign = {
+        name
+        for name in public(lro)
+        if not getattr(getattr(lro, name), "__module__", "lowrank_optax").startswith(
+            "lowrank_optax"
+        )
+    }
+    assert not foreign
+
+
+def test_every_public_object_has_a_docstring():
+    bare = [
+        name
+        for name in sorted(public(lro))
+        if callable(getattr(lro, name)) and not inspect.getdoc(getattr(lro, name))
+    ]
+    assert not bare
+
+
+def test_every_method_has_a_card():
+    methods = (ROOT / "lowrank_optax" / "methods").glob("[!_]*.py")
+    cards = {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")}
+    missing = {path.stem for path in methods} - cards
+    assert not missing, f"no docs/methods/NAME.md for {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_pages_speak_of_what_exists(page):
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(r"\blro\.([a-zA-Z_]\w*)", text))
+    assert names <= set(dir(lro)), names - set(dir(lro))
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.MULTILINE))
+    commands = set(re.findall(r"^(?:.*`)?make ([a-z-]+)", text, flags=re.MULTILINE))
+    assert commands <= targets, commands - targets
+
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    dead = [link for link in links if not (page.parent / link).exists()]
+    assert not dead
+
+
+# --- examples ----------------------------------------------------------------------
+
+
+def run_doctest(source, namespace, name, filename, line):
+    test = doctest.DocTestParser().get_doctest(source, namespace, name, filename, line)
+    log = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    result = runner.run(test, out=log.append, clear_globs=False)
+    assert result.failed == 0, "".join(log)
+    return result.attempted
+
+
+def docstrings():
+    """Every docstring of the package that holds an example.
+
+    Found in the syntax tree: `doctest` itself passes over decorated functions, and
+    with the shape checks of the tests all functions are.
+    """
+    for path in sorted((ROOT / "lowrank_optax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                if ">>>" in text:
+                    name = getattr(node, "name", path.stem)
+                    line = node.body[0].lineno - 1
+                    yield pytest.param(path, name, line, text, id=f"{path.stem}.{name}")
+
+
+@pytest.mark.parametrize(("path", "name", "line", "text"), docstrings())
+def test_docstring_example(path, name, line, text):
+    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(dotted.removesuffix(".__init__"))
+    assert run_doctest(text, dict(vars(module)), name, str(path), line)
+
+
+def blocks(text):
+    """The Python blocks of a Markdown text, with the line each starts in."""
+    for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield text[: match.start()].count("\n") + 1, match.group(1)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_page_examples(page):
+    """All blocks of one page share a namespace, as a reader would type them."""
+    namespace = {"__name__": "__main__"}
+    for line, source in blocks(page.read_text(encoding="utf-8")):
+        if ">>>" in source:
+            assert run_doctest(source, namespace, page.name, str(page), line)
+        else:
+            code = compile("\n" * line + source, str(page), "exec")
+            exec(code, namespace)  # the page's own examples
+
+
+def test_readme_holds_examples():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(list(blocks(text))) >= 3
+
+
+# --- notebooks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
+def test_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}
+    )
+    client.execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
+def test_notebook_is_committed_with_its_outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {
+        key for cell in code for out in cell.outputs for key in out.get("data", ())
+    }
+    assert "image/png" in kinds
+
+
+def test_there_is_a_notebook():
+    assert NOTEBOOKS
