@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # row, unless a pair in NEIGHBOURS says so; a new part is entered here.
 LAYERS = (
     ("_checks",),
-    ("_matrices", "_moments"),
+    ("_matrices",),
+    ("_moments",),
+    ("_selection",),
     ("linalg", "quantization"),
     ("projectors", "transport", "recovery"),
     ("transforms", "_subspace"),
