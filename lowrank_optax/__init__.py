@@ -1,0 +1,58 @@
+"""Memory-efficient training for JAX: low-rank optimizers as Optax transformations."""
+
+# The bracket.
+from lowrank_optax._chain import backproject as backproject
+from lowrank_optax._chain import chain as chain
+from lowrank_optax._chain import project as project
+
+# Helpers.
+from lowrank_optax._hyperparams import static_args as static_args
+from lowrank_optax._matrices import Matrix as Matrix
+from lowrank_optax._matrices import MatrixDimensionNumbers as MatrixDimensionNumbers
+from lowrank_optax._report import SelectionReport as SelectionReport
+from lowrank_optax._report import selection_report as selection_report
+from lowrank_optax._subspace import SubspaceState as SubspaceState
+from lowrank_optax._subspace import SubspaceView as SubspaceView
+from lowrank_optax._subspace import subspace as subspace
+
+# Transport of moments.
+from lowrank_optax.linalg.rotation import Rotation as Rotation
+from lowrank_optax.memory import StateBytes as StateBytes
+from lowrank_optax.memory import state_bytes as state_bytes
+
+# Methods.
+from lowrank_optax.methods.galore import galore as galore
+from lowrank_optax.methods.galore import scale_by_galore as scale_by_galore
+from lowrank_optax.methods.galore_adafactor import galore_adafactor as galore_adafactor
+
+# Projectors.
+from lowrank_optax.projectors import At as At
+from lowrank_optax.projectors import OrthonormalProjector as OrthonormalProjector
+from lowrank_optax.projectors import Projector as Projector
+from lowrank_optax.projectors import gaussian as gaussian
+from lowrank_optax.projectors import given as given
+from lowrank_optax.projectors import power as power
+from lowrank_optax.projectors import svd as svd
+
+# Recovery.
+from lowrank_optax.recovery import LeafView as LeafView
+from lowrank_optax.recovery import Recovered as Recovered
+from lowrank_optax.recovery import Recovery as Recovery
+
+# Plain transformations.
+from lowrank_optax.transforms import cast_moments as cast_moments
+from lowrank_optax.transforms import clip_by_matrix_rms as clip_by_matrix_rms
+from lowrank_optax.transforms import decay_after as decay_after
+from lowrank_optax.transforms import decay_before as decay_before
+from lowrank_optax.transforms import (
+    scale_by_bias_correction as scale_by_bias_correction,
+)
+from lowrank_optax.transforms import (
+    scale_by_matrix_factored_rms as scale_by_matrix_factored_rms,
+)
+from lowrank_optax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
+from lowrank_optax.transforms import scale_by_raw_adam as scale_by_raw_adam
+from lowrank_optax.transport import Transport as Transport
+from lowrank_optax.transport import align_signs as align_signs
+from lowrank_optax.transport import keep_moments as keep_moments
+from lowrank_optax.transport import rotate_moments as rotate_moments

@@ -1,0 +1,177 @@
+"""The pipeline spelling of a bracket: project -> transformations -> backproject."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import _checks
+from lowrank_optax._selection import Selection
+from lowrank_optax._subspace import subspace
+from lowrank_optax.projectors import Projector
+from lowrank_optax.recovery import Recovery
+from lowrank_optax.transport import Transport
+
+_ORDER = "project -> transformations -> [recovery] -> backproject"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class project(_checks.Part):
+    """Opens a bracket: which leaves are projected, on what, from which side.
+
+    A part for ``lro.chain``, not a transformation.
+
+    By default a leaf is projected if it has two axes, or three with ``layer_axis``,
+    unless its last key is ``scale`` or ``bias``, its path contains ``norm``,
+    ``embed`` or ``lm_head``, its rank would exceed min(m, n), or the low-rank state
+    would not be smaller. ``lro.selection_report`` shows each decision and reason.
+
+    Args:
+      projector: forms the bases.
+      transport: what a change of basis does to moments; None aligns signs.
+      side: which side of the stored matrix the basis lies on. "short" (GaLore's
+        rule; a square takes its input axis), "long" (smaller state), "left" (stored
+        rows), "right" (stored columns), "both" (``P^T G Q``), "auto" (the unsharded
+        axis if exactly one is sharded, as said by ``param_shardings`` or by the
+        types of arrays on an Explicit mesh; else the short one).
+      select: a regular expression searched in the leaf's path, or a callable
+        ``(path, leaf) -> bool``, in place of the default rule.
+      min_size: leaves with fewer elements stay full.
+      weight_dimension_numbers: a tree of ``lro.MatrixDimensionNumbers`` (None for
+        leaves to keep full; a prefix will do), or a callable of the parameters that
+        returns it. Axes not named are batch axes.
+      layer_axis: an axis of all leaves with three axes that counts layers.
+      clip_rank: run leaves whose rank exceeds min(m, n) at r = min(m, n).
+      param_shardings: tree of shardings or partition specs for ``side="auto"``.
+      full: another transformation for the leaves that are not projected.
+      dtype: dtype of the inner transformation, projected and full leaves alike.
+      stagger: spread the refreshes of different matrices (and layers) over the gap.
+      seed: seed of the bracket's random numbers.
+
+    Raises:
+      TypeError: if ``projector`` is not a projector.
+      ValueError: if ``side`` is unknown.
+
+    Examples:
+      >>> import lowrank_optax as lro
+      >>> lro.project(lro.power(rank=8), side="long").side
+      'long'
+    """
+
+    projector: Projector
+    _: dataclasses.KW_ONLY
+    transport: Transport | None = None
+    side: str = "short"
+    select: Any = None
+    min_size: int = 0
+    weight_dimension_numbers: Any = None
+    layer_axis: int | None = None
+    clip_rank: bool = False
+    param_shardings: Any = None
+    full: optax.GradientTransformation | None = None
+    dtype: Any = jnp.float32
+    stagger: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.projector, Projector):
+            raise TypeError(
+                "lro.project expected a projector such as lro.power(rank=128), got "
+                f"{type(self.projector).__name__}."
+            )
+        self.selection()
+
+    def selection(self) -> Selection:
+        """Returns the options that decide which leaves are projected."""
+        fields = (field.name for field in dataclasses.fields(Selection))
+        return Selection(**{name: getattr(self, name) for name in fields})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class backproject(_checks.Part):
+    """Closes a bracket: lifts the direction, ``U = scale * P N``.
+
+    Args:
+      scale: factor on the lifted direction (0.25 in the GaLore paper); full leaves
+        are not scaled. May be traced.
+
+    Examples:
+      >>> import lowrank_optax as lro
+      >>> lro.backproject(scale=0.25).scale
+      0.25
+    """
+
+    scale: Any = 1.0
+
+
+def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
+    """Builds a bracket from its stages, in the order the gradient meets them.
+
+    ``lro.chain(lro.project(projector), *transformations, [recovery],
+    lro.backproject(scale))``. What stands between sees the gradient in the
+    subspace, so its state is small. The result is an ordinary transformation, to be
+    used in ``optax.chain`` and everywhere else.
+
+    Args:
+      *stages: one ``lro.project``, any number of Optax transformations, at most one
+        recovery, one ``lro.backproject``.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``.
+
+    Raises:
+      ValueError: if the stages come in another order.
+      TypeError: if something is neither a part nor a transformation.
+
+    Examples:
+      >>> import optax
+      >>> import lowrank_optax as lro
+      >>> tx = optax.chain(
+      ...     optax.clip_by_global_norm(1.0),
+      ...     lro.chain(
+      ...         lro.project(lro.svd(rank=128, update_proj_gap=200)),
+      ...         optax.scale_by_adam(),
+      ...         lro.backproject(scale=0.25),
+      ...     ),
+      ...     optax.scale_by_learning_rate(1e-3),
+      ... )
+    """
+    got = " -> ".join(_name(stage) for stage in stages) or "nothing"
+    if len(stages) < 2 or not isinstance(stages[0], project):
+        hint = ""
+        if stages and isinstance(stages[0], Projector):
+            hint = f" Wrap the projector: lro.project(lro.{_name(stages[0])}(...))."
+        raise ValueError(f"lro.chain expected {_ORDER}, got {got}.{hint}")
+    first, *middle, last = stages
+    if not isinstance(last, backproject):
+        raise ValueError(f"lro.chain expected {_ORDER}, got {got}.")
+    recovery = middle.pop() if middle and isinstance(middle[-1], Recovery) else None
+    for stage in middle:
+        if isinstance(stage, _checks.Part):
+            raise ValueError(
+                f"{_name(stage)} is out of place: lro.chain expected {_ORDER}, "
+                f"got {got}."
+            )
+        if not isinstance(stage, optax.GradientTransformation | optax.MultiSteps):
+            raise TypeError(
+                "lro.chain expected an optax.GradientTransformation between project "
+                f"and backproject, got {_name(stage)}; the whole chain: {got}."
+            )
+    inner = middle[0] if len(middle) == 1 else optax.chain(*middle)
+    return subspace(
+        first.projector,
+        inner,
+        transport=first.transport,
+        recovery=recovery,
+        scale=last.scale,
+        full=first.full,
+        selection=first.selection(),
+        dtype=first.dtype,
+        stagger=first.stagger,
+        seed=first.seed,
+    )
+
+
+def _name(stage: Any) -> str:
+    return type(stage).__name__

@@ -1,0 +1,73 @@
+"""Argument checks: what was expected, what came, how to mend it."""
+
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+_STATIC_HINT = (
+    "It fixes array shapes or the program itself, so it must be a plain Python "
+    "value. With optax.inject_hyperparams, pass static_args=lro.static_args(fn)."
+)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Returns ``value`` if it is a Python int of at least 1.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what the caller passed.
+
+    Returns:
+      ``value``, unchanged.
+
+    Raises:
+      TypeError: if it is not an int (bools, floats and arrays included).
+      ValueError: if it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"`{name}` must be a positive int, got {value!r} of type "
+            f"{type(value).__name__}. {_STATIC_HINT}"
+        )
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    return int(value)
+
+
+def rank(value: Any) -> Any:
+    """Checks a rank: an int >= 1, a fraction in (0, 1], or a callable of the path."""
+    if isinstance(value, float):
+        if not 0.0 < value <= 1.0:
+            raise ValueError(
+                "`rank` given as a float is a fraction of min(m, n) and must lie in "
+                f"(0, 1], got {value}. Pass an int for an absolute rank."
+            )
+        return value
+    if callable(value):
+        return value
+    return positive_int("rank", value)
+
+
+def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
+    """Returns ``value`` if it is one of ``allowed``, else raises ValueError."""
+    if value not in allowed:
+        options = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"`{name}` must be one of {options}; got {value!r}.")
+    return value
+
+
+class Part:
+    """A piece of a bracket: neither a transformation nor a tuple of functions.
+
+    ``optax.chain`` unpacks what it is given; unpacking a part is the mistake that
+    this class turns into a message.
+    """
+
+    def __iter__(self):
+        """Raises TypeError: a part has no init and update of its own."""
+        raise TypeError(
+            f"{type(self).__name__} is a part of a low-rank bracket, not a gradient "
+            "transformation, so it cannot stand in optax.chain by itself. Expected: "
+            "lro.chain(lro.project(projector), *transformations, "
+            "lro.backproject(scale)), which is one."
+        )

@@ -1,0 +1,138 @@
+"""How a leaf is seen as a stack of matrices, and its metadata box kept."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class MatrixDimensionNumbers(NamedTuple):
+    """Which axes of a leaf form the matrix; axes not named are batch axes.
+
+    The fields are Optax's own (``optax.contrib.MuonDimensionNumbers``), and any
+    object with these two attributes is accepted in its place.
+
+    Attributes:
+      reduction_axis: the axis (or axes) a layer sums over, its input.
+      output_axis: the axis (or axes) a layer produces, its output.
+    """
+
+    reduction_axis: int | tuple[int, ...] = 0
+    output_axis: int | tuple[int, ...] = 1
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """One leaf seen as a stack of matrices ``[*batch, m, n]``, basis on the left.
+
+    Attributes:
+      path: the leaf's path, keys joined by "/".
+      shape: the leaf's shape as stored.
+      batch: axes that only count matrices (layers, experts, heads).
+      rows: stored axes that form the matrix' rows.
+      columns: stored axes that form its columns.
+      side: "left" (basis on the rows), "right" (on the columns) or "both".
+      rank: number of basis vectors r.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    side: str
+    rank: int
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the view swaps stored rows and columns (basis on the columns)."""
+        return self.side == "right"
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        return tuple(self.shape[axis] for axis in self.batch)
+
+    @property
+    def m(self) -> int:
+        """Size of the projected axis in the view."""
+        return self._size(self.columns if self.transposed else self.rows)
+
+    @property
+    def n(self) -> int:
+        """Size of the other axis in the view."""
+        return self._size(self.rows if self.transposed else self.columns)
+
+    @property
+    def basis_axes(self) -> tuple[tuple[int, ...], ...]:
+        """For each axis of a basis ``[*batch, m, r]`` the stored axes behind it."""
+        projected = self.columns if self.transposed else self.rows
+        return (*((axis,) for axis in self.batch), projected, ())
+
+    @property
+    def low_axes(self) -> tuple[tuple[int, ...], ...]:
+        """For each axis of ``[*batch, r, n]`` the stored axes behind it."""
+        kept = self.rows if self.transposed else self.columns
+        kept = () if self.side == "both" else kept
+        return (*((axis,) for axis in self.batch), (), kept)
+
+    def _size(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.shape[axis] for axis in axes)
+
+    def view(self, leaf: jax.Array) -> jax.Array:
+        """Returns the leaf as ``[*batch, m, n]``."""
+        order = (*self.batch, *self.rows, *self.columns)
+        matrix = leaf if order == tuple(range(leaf.ndim)) else leaf.transpose(order)
+        shape = (*self.batch_shape, self._size(self.rows), self._size(self.columns))
+        matrix = matrix.reshape(shape)
+        return jnp.swapaxes(matrix, -1, -2) if self.transposed else matrix
+
+    def undo(self, matrix: jax.Array) -> jax.Array:
+        """Inverse of ``view``: ``[*batch, m, n]`` back to the stored shape."""
+        matrix = jnp.swapaxes(matrix, -1, -2) if self.transposed else matrix
+        order = (*self.batch, *self.rows, *self.columns)
+        leaf = matrix.reshape(tuple(self.shape[axis] for axis in order))
+        if order == tuple(range(leaf.ndim)):
+            return leaf
+        return leaf.transpose(tuple(np.argsort(order)))
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """Joins a key path by "/", without the value attribute of Flax variables."""
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    while len(names) > 1 and names[-1] in ("value", "raw_value"):
+        names.pop()
+    return "/".join(names)
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether the leaf is Flax' metadata box around an array (Partitioned, ...)."""
+    return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
+
+
+def unbox(leaf: Any) -> Any:
+    """Returns the array inside a Flax box, or the leaf itself."""
+    return leaf.unbox() if is_box(leaf) else leaf
+
+
+def refill(leaf: Any, value: Any) -> Any:
+    """Puts ``value`` into the same box, if ``leaf`` is one."""
+    return leaf.replace_boxed(value) if is_box(leaf) else value
+
+
+def rebox(leaf: Any, value: Any, axes: tuple[tuple[int, ...], ...]) -> Any:
+    """Puts ``value`` into a box like ``leaf``'s, each axis under its own name.
+
+    An axis that no single stored axis stands behind (the rank) stays unnamed.
+    """
+    if not is_box(leaf):
+        return value
+    names = getattr(leaf, "names", None)
+    if names is None:
+        return leaf.replace_boxed(value)
+    renamed = tuple(names[group[0]] if len(group) == 1 else None for group in axes)
+    return dataclasses.replace(leaf, value=value, names=renamed)

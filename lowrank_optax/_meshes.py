@@ -1,0 +1,31 @@
+"""Explicit meshes: the step runs with automatic axes, its results keep their types."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def _explicit_mesh(tree: Any) -> Any:
+    """Returns the mesh with explicit axes that the tree's arrays live on, if any."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            mesh = jax.typeof(leaf).sharding.mesh
+            if mesh.explicit_axes:
+                return mesh
+    return None
+
+
+def under_auto_axes(step: Callable, updates, state, params, extra_args) -> Any:
+    """Calls ``step(updates, state, params, extra_args)`` on any kind of mesh.
+
+    On an Explicit mesh every result of a step has the type of something that went
+    in: the update that of the gradient, the new state that of the old. So the
+    step itself can leave all sharding to the compiler, as on an Auto mesh.
+    """
+    mesh = _explicit_mesh((updates, state, params))
+    if mesh is None:
+        return step(updates, state, params, extra_args)
+    out = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+    auto: Callable = jax.sharding.auto_axes(step, out_sharding=out)
+    return auto(updates, state, params, extra_args)

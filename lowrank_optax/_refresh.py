@@ -1,0 +1,174 @@
+"""When a matrix gets a new basis, and what happens to its moments then.
+
+A refresh of a leaf is one ``lax.cond`` on a scalar, so a step without one pays
+nothing; the matrices of a stack run through ``lax.map``, where each has a scalar
+predicate of its own (a predicate batched by ``vmap`` would run both branches).
+"""
+
+import dataclasses
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lowrank_optax._matrices import Matrix
+from lowrank_optax.projectors import At, Projector
+from lowrank_optax.transport import Transport
+
+PRNG = "threefry2x32"
+
+
+class Clock(NamedTuple):
+    """The bracket's time.
+
+    Attributes:
+      count: steps of the inner optimizer taken so far.
+      open: False in the middle of a gradient accumulation, when the sum under way
+        fixes the basis.
+      key_data: the bracket's key.
+    """
+
+    count: Array
+    open: Array
+    key_data: Array
+
+
+class LeafBasis(NamedTuple):
+    """What a refresh may change of one leaf, each with leading batch axes."""
+
+    stored: Any
+    pending: Array
+    moments: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresher:
+    """The refresh of one leaf: static facts in, a pure function out.
+
+    Attributes:
+      matrix: the leaf's view.
+      projector: forms the basis of one matrix.
+      transport: carries signs and moments over.
+      phase: steps by which this leaf's matrices refresh early, one per matrix.
+    """
+
+    matrix: Matrix
+    projector: Projector
+    transport: Transport
+    phase: tuple[int, ...]
+
+    @property
+    def reads_moments(self) -> bool:
+        """Whether moments take part in the refresh."""
+        return self.transport.moves or self.projector.reads_moments
+
+    def init(self) -> LeafBasis:
+        """Returns the stored bases ``[*batch, ...]`` and the pending flags."""
+        batch = self.matrix.batch_shape
+        one = self.projector.init(self.matrix)
+        stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
+        return LeafBasis(stored, jnp.ones(batch, jnp.bool_))
+
+    def refresh(self, clock: Clock, gradient: Array, leaf: LeafBasis) -> LeafBasis:
+        """Renews the matrices that are due and healthy; the rest stay as they are."""
+        if not self.projector.stores_basis:
+            return leaf
+        at = self._at(clock)
+        gap = self.projector.update_proj_gap
+        due = clock.open & (
+            ((clock.count + self._shift()) % gap == 0) | _flat(self, leaf.pending)
+        )
+        if not self.matrix.batch:
+            one = jax.tree.map(lambda x: x[0], (at, due))
+            return jax.lax.cond(
+                one[1],
+                lambda: self._attempt(clock, one[0], gradient, leaf),
+                lambda: leaf,
+            )
+
+        def each(args):
+            at, due, gradient, leaf = args
+            return jax.lax.cond(
+                due, lambda: self._attempt(clock, at, gradient, leaf), lambda: leaf
+            )
+
+        def stack():
+            flat = jax.tree.map(lambda x: _flat(self, x), (gradient, leaf))
+            out = jax.lax.map(each, (at, due, *flat))
+            return jax.tree.map(lambda x, like: x.reshape(like.shape), out, leaf)
+
+        return jax.lax.cond(jnp.any(due), stack, lambda: leaf)
+
+    def basis(self, clock: Clock, stored: Any) -> Any:
+        """Returns what the projector uses this step, with leading batch axes."""
+
+        def form(at, stored):
+            return self.projector.basis(self.matrix, stored, at)
+
+        at = self._at(clock)
+        if not self.matrix.batch:
+            return form(jax.tree.map(lambda x: x[0], at), stored)
+        flat = jax.tree.map(lambda x: _flat(self, x), stored)
+        out = jax.vmap(form)(at, flat)
+        batch = self.matrix.batch_shape
+        return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
+
+    def _attempt(self, clock: Clock, at: At, gradient: Array, leaf: LeafBasis):
+        peak = jnp.max(jnp.abs(gradient))
+        healthy = jnp.isfinite(peak) & (peak > 0)
+        keep = leaf._replace(pending=jnp.ones_like(leaf.pending))
+        at = at._replace(cold=leaf.pending, moments=leaf.moments)
+        return jax.lax.cond(
+            healthy, lambda: self._renew(clock, at, gradient, leaf, keep), lambda: keep
+        )
+
+    def _renew(self, clock: Clock, at: At, gradient: Array, leaf: LeafBasis, keep):
+        new = self.projector.refresh(self.matrix, gradient, leaf.stored, at)
+        if self.transport.aligns:
+            new = self.projector.align(leaf.stored, new)
+        moments = leaf.moments
+        if self.transport.moves:
+            rotation = self.projector.rotation(leaf.stored, new)
+            moments = self.transport.move(moments, rotation, clock.count)
+        good = jnp.all(
+            jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)])
+        )
+        renewed = LeafBasis(new, jnp.zeros_like(leaf.pending), moments)
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), renewed, keep)
+
+    def _shift(self) -> Array:
+        gap = self.projector.update_proj_gap
+        return jnp.asarray([-phase % gap for phase in self.phase], jnp.int32)
+
+    def _at(self, clock: Clock) -> At:
+        """Returns place and time of every matrix of the leaf, stacked flat."""
+        epoch = (clock.count + self._shift()) // self.projector.update_proj_gap
+        layer = jnp.arange(len(self.phase), dtype=jnp.int32)
+        key = jax.random.wrap_key_data(clock.key_data, impl=PRNG)
+        key = jax.random.fold_in(key, zlib.crc32(self.matrix.path.encode()))
+
+        def fold(layer, epoch):
+            return jax.random.fold_in(jax.random.fold_in(key, layer), epoch)
+
+        cold = jnp.zeros(len(self.phase), jnp.bool_)
+        return At(jax.vmap(fold)(layer, epoch), epoch, layer, cold)
+
+
+def phases(matrices: list[Matrix], gap: int, stagger: bool) -> list[tuple[int, ...]]:
+    """Spreads the refreshes of all matrices evenly over the gap, or not at all."""
+    counts = [math.prod(matrix.batch_shape) for matrix in matrices]
+    total, starts = sum(counts), np.cumsum([0, *counts])
+    return [
+        tuple((start + i) * gap // total if stagger else 0 for i in range(count))
+        for start, count in zip(starts, counts, strict=False)
+    ]
+
+
+def _flat(refresher: Refresher, x: Array) -> Array:
+    """Merges the batch axes into one (an unstacked leaf gets one of size 1)."""
+    batch = len(refresher.matrix.batch)
+    return x.reshape((len(refresher.phase), *x.shape[batch:]))

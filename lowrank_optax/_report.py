@@ -1,0 +1,100 @@
+"""The selection report: what is projected, what stays full, and why."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax._selection import LeafPlan, recording
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionReport:
+    """One row per leaf and bracket, printable.
+
+    Attributes:
+      rows: the leaves' plans, in the parameters' order.
+    """
+
+    rows: tuple[LeafPlan, ...]
+
+    @property
+    def projected(self) -> tuple[str, ...]:
+        """Paths of the projected leaves."""
+        return tuple(row.path for row in self.rows if row.matrix)
+
+    @property
+    def full(self) -> tuple[str, ...]:
+        """Paths of the leaves that stay full."""
+        return tuple(row.path for row in self.rows if not row.matrix)
+
+    def __str__(self) -> str:
+        """Returns the table."""
+        header = ("leaf", "shape", "decision", "state bytes", "full bytes", "why")
+        table = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(cells, widths, strict=True)
+            )
+            for cells in table
+        ]
+        used = sum(_bytes(row) for row in self.rows)
+        full = sum(row.full_bytes for row in self.rows)
+        lines.append(
+            f"{len(self.projected)} projected, {len(self.full)} full; "
+            f"{used:,} bytes of state, {full:,} if all were full"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def selection_report(tx: optax.GradientTransformation, params: Any) -> SelectionReport:
+    """Reports for every leaf whether ``tx`` projects it, and why (not).
+
+    Looks into any nesting (``optax.chain``, ``masked``, ``partition``,
+    ``inject_hyperparams``); leaves hidden from every bracket are not listed.
+
+    Args:
+      tx: a transformation with at least one bracket inside.
+      params: parameters, or ShapeDtypeStructs of them; nothing is allocated.
+
+    Returns:
+      The report; print it.
+
+    Raises:
+      ValueError: if there is no bracket in ``tx``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> params = {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}
+      >>> report = lro.selection_report(lro.galore(1e-3, rank=4), params)
+      >>> report.projected, report.full
+      (('kernel',), ('bias',))
+    """
+    with recording() as plans:
+        jax.eval_shape(tx.init, params)
+    if not plans:
+        raise ValueError(
+            "selection_report found no low-rank bracket in this transformation; "
+            "expected one built by lro.chain, lro.subspace or a method of lro."
+        )
+    return SelectionReport(tuple(leaf for plan in plans for leaf in plan.leaves))
+
+
+def _bytes(row: LeafPlan) -> int:
+    return row.low_bytes if row.matrix and row.low_bytes else row.full_bytes
+
+
+def _cells(row: LeafPlan) -> tuple[str, ...]:
+    decision = f"{row.matrix.side}, rank {row.matrix.rank}" if row.matrix else "full"
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    return (
+        row.path,
+        shape,
+        decision,
+        f"{_bytes(row):,}",
+        f"{row.full_bytes:,}",
+        row.reason,
+    )

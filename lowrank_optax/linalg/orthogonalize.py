@@ -1,0 +1,44 @@
+"""Orthonormal bases from matrix products alone, for any spectrum."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Float
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+# Multiples of eps * trace(Y^T Y) added to the Gram matrix in each sweep. The first
+# shift exceeds the Gram matrix' own rounding error, so that its Cholesky factor
+# exists for any Y; the second catches what a condition number near 1/eps leaves.
+_SHIFTS = (8.0, 2.0, 0.0)
+
+
+def cholesky_qr(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """Orthonormalizes the columns of ``y`` by shifted CholeskyQR3.
+
+    Each sweep computes ``L L^T = Y^T Y + s I`` and ``Y <- Y L^{-T}``. The triangular
+    factor has a positive diagonal, so every column keeps the sign of its component
+    along the column it came from.
+
+    Only an ``r x r`` matrix is factorized and every product contracts over ``m``:
+    sharded over ``m`` this needs r-sized all-reduces and gathers nothing.
+
+    Args:
+      y: float32 or float64 columns, norms within a few orders of magnitude.
+
+    Returns:
+      Columns with ``|Q^T Q - I| <= 1e-5`` in float32 for condition numbers of ``y``
+      up to about 1e5; NaN in place of a basis that could not be formed.
+
+    References:
+      Fukaya et al., Shifted Cholesky QR for computing the QR factorization of
+      ill-conditioned matrices (2020).
+    """
+    r = y.shape[1]
+    eye = jnp.eye(r, dtype=y.dtype)
+    for shift in _SHIFTS:
+        gram = jnp.matmul(y.T, y, precision=HIGHEST)
+        gram += shift * jnp.finfo(y.dtype).eps * jnp.trace(gram) * eye
+        factor = jnp.linalg.cholesky(gram)
+        y = solve_triangular(factor, y.T, lower=True).T
+    return y

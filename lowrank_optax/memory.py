@@ -1,0 +1,138 @@
+"""Bytes of optimizer state, exactly, without allocating any."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax._matrices import is_box, path_string
+
+_ROLES = {
+    "basis": "basis",
+    "mu": "mu",
+    "trace": "mu",
+    "ema": "mu",
+    "nu": "nu",
+    "row": "nu",
+    "col": "nu",
+    "v_row": "nu",
+    "v_col": "nu",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """Bytes of an optimizer state, per role and per parameter; printable.
+
+    Attributes:
+      entries: (parameter path or "", role) -> bytes.
+    """
+
+    entries: dict[tuple[str, str], int]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.entries.values())
+
+    @property
+    def by_role(self) -> dict[str, int]:
+        """Bytes of the bases, first moments, second moments, and the rest."""
+        return self._sum(1)
+
+    @property
+    def by_parameter(self) -> dict[str, int]:
+        """Bytes per parameter; "" holds what belongs to none (counters, keys)."""
+        return self._sum(0)
+
+    def _sum(self, which: int) -> dict[str, int]:
+        sums: dict[str, int] = collections.defaultdict(int)
+        for key, size in self.entries.items():
+            sums[key[which]] += size
+        return dict(sums)
+
+    def __str__(self) -> str:
+        """Returns the table."""
+        roles = ("basis", "mu", "nu", "other")
+        rows: list[tuple[str, ...]] = [("parameter", *roles, "total")]
+        for path, total in self.by_parameter.items():
+            sizes = [self.entries.get((path, role), 0) for role in roles]
+            rows.append((path or "(counters)", *(f"{x:,}" for x in (*sizes, total))))
+        sums = [self.by_role.get(role, 0) for role in roles]
+        rows.append(("total", *(f"{x:,}" for x in (*sums, self.total))))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
+    """Counts the bytes of ``tx``'s state for ``params``, without allocating.
+
+    Args:
+      tx: any Optax transformation.
+      params: parameters or ShapeDtypeStructs of them.
+
+    Returns:
+      The bytes per role ("basis", "mu", "nu", "other") and parameter. ``total`` is
+      the sum over the real state's arrays, exactly.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> shapes = {"kernel": jax.ShapeDtypeStruct((512, 1376), jnp.float32)}
+      >>> lro.state_bytes(lro.galore(1e-3, rank=128), shapes).by_role["basis"]
+      262144
+    """
+    state = jax.eval_shape(tx.init, params)
+    entries: dict[tuple[str, str], int] = collections.defaultdict(int)
+    for path, owner, leaf in owned_leaves(state, params):
+        role = next((_ROLES[key] for key in reversed(path) if key in _ROLES), "other")
+        entries[owner or "", role] += leaf.size * leaf.dtype.itemsize
+    return StateBytes(dict(entries))
+
+
+def owned_leaves(
+    state: Any, params: Any
+) -> list[tuple[tuple[str, ...], str | None, Any]]:
+    """Pairs every leaf of a state with the parameter it belongs to.
+
+    A state leaf belongs to the parameter whose path its own path ends with (or, in
+    a basis of two sides, contains right behind the field).
+
+    Args:
+      state: an optimizer state or the shapes of one.
+      params: the parameters or their shapes.
+
+    Returns:
+      (keys of the path without the parameter's, the parameter's path, the leaf).
+    """
+    paths = {
+        tuple(_keys(path)): path_string(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    }
+    longest = max((len(keys) for keys in paths), default=0)
+    owned = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        keys = tuple(_keys(path))
+        owned.append((*_owner(keys, paths, longest), leaf))
+    return owned
+
+
+def _owner(keys, paths, longest) -> tuple[tuple[str, ...], str | None]:
+    for end in (len(keys), len(keys) - 1):
+        for length in range(min(longest, end), -1, -1):
+            owner = paths.get(keys[end - length : end])
+            if owner is not None and (length or not keys[end:]):
+                return keys[: end - length], owner
+    return keys, None
+
+
+def _keys(path: tuple[Any, ...]) -> list[str]:
+    return [jax.tree_util.keystr((key,), simple=True) for key in path]

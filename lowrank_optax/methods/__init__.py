@@ -1,0 +1,1 @@
+"""Published methods, one paper per file: a docstring and a composition."""

@@ -1,0 +1,243 @@
+"""GaLore: gradient low-rank projection."""
+
+import dataclasses
+from typing import Any
+
+import optax
+from jaxtyping import Array
+
+from lowrank_optax import _checks
+from lowrank_optax._chain import backproject, chain, project
+from lowrank_optax.projectors import Projector, power, svd
+from lowrank_optax.transforms import (
+    cast_moments,
+    decay_after,
+    decay_before,
+    scale_by_bias_correction,
+    scale_by_raw_adam,
+)
+from lowrank_optax.transport import Transport, keep_moments
+
+CONVENTIONS = ("optax", "authors")
+
+
+def scale_by_galore(
+    rank: Any = 128,
+    *,
+    update_proj_gap: int = 200,
+    scale: float | Array = 0.25,
+    b1: float | Array = 0.9,
+    b2: float | Array = 0.999,
+    eps: float | Array | None = None,
+    base_optimizer: optax.GradientTransformation | None = None,
+    projector: Projector | None = None,
+    transport: Transport | None = None,
+    side: str = "short",
+    select: Any = None,
+    weight_dimension_numbers: Any = None,
+    layer_axis: int | None = None,
+    clip_rank: bool = False,
+    stagger: bool = False,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    basis_dtype: Any = None,
+    conventions: str = "optax",
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of GaLore, without learning rate and weight decay.
+
+    Args:
+      rank: see ``lro.galore``, like every other argument.
+      update_proj_gap: steps from one basis to the next.
+      scale: factor on the lifted direction.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      base_optimizer: the inner transformation in place of Adam.
+      projector: how bases are formed.
+      transport: what a new basis does to the moments.
+      side: the side of the stored matrix that is projected.
+      select: which leaves are projected.
+      weight_dimension_numbers: which axes form the matrix.
+      layer_axis: the axis of stacked leaves that counts layers.
+      clip_rank: clip ranks above min(m, n).
+      stagger: spread the refreshes over the gap.
+      mu_dtype: storage dtype of the first moment.
+      nu_dtype: storage dtype of the second moment.
+      basis_dtype: storage dtype of the basis.
+      conventions: "optax" or "authors".
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: as ``lro.galore``.
+      ValueError: as ``lro.galore``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import lowrank_optax as lro
+      >>> tx = optax.chain(lro.scale_by_galore(rank=4), optax.scale(-1e-2))
+      >>> state = tx.init({"kernel": jnp.ones((64, 32))})
+      >>> state[0].inner_state.nu["kernel"].shape
+      (4, 64)
+    """
+    bracket = _open(
+        rank, update_proj_gap, projector, transport, basis_dtype, conventions,
+        side=side, select=select, weight_dimension_numbers=weight_dimension_numbers,
+        layer_axis=layer_axis, clip_rank=clip_rank, stagger=stagger,
+    )  # fmt: skip
+    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, conventions)
+    return chain(bracket, inner, backproject(scale))
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Any = 128,
+    *,
+    update_proj_gap: int = 200,
+    scale: float | Array = 0.25,
+    b1: float | Array = 0.9,
+    b2: float | Array = 0.999,
+    eps: float | Array | None = None,
+    weight_decay: float | Array | None = None,
+    mask: Any = None,
+    base_optimizer: optax.GradientTransformation | None = None,
+    projector: Projector | None = None,
+    transport: Transport | None = None,
+    side: str = "short",
+    select: Any = None,
+    weight_dimension_numbers: Any = None,
+    layer_axis: int | None = None,
+    clip_rank: bool = False,
+    stagger: bool = False,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    basis_dtype: Any = None,
+    conventions: str = "optax",
+) -> optax.GradientTransformationExtraArgs:
+    r"""GaLore: Adam on the gradient's leading singular subspace.
+
+    For a matrix ``W [m, n]`` (m its shorter side) with gradient ``G``, every
+    ``update_proj_gap`` steps ``P [m, r]`` becomes the leading left singular basis of
+    ``G``; each step t = 1, 2, ... is::
+
+        R  = P^T G                                     [r, n]
+        mu = b1 mu + (1 - b1) R
+        nu = b2 nu + (1 - b2) R^2
+        N  = (mu / (1 - b1^t)) / (sqrt(nu / (1 - b2^t)) + eps)
+        W <- W - lr (scale * P N + weight_decay * W)
+
+    Moments take ``2 r n`` elements in place of ``2 m n``, the basis ``m r``. Leaves
+    that are not projected get Adam itself. The learning rate is applied to ``N``,
+    where it costs r/m of what it would on the lifted update.
+
+    Args:
+      learning_rate: a number or an Optax schedule (0.01 in the paper's pretraining
+        from 60M to 1B, 0.005 at 7B; full leaves get the same).
+      rank: basis vectors r: an int, a fraction of min(m, n), or a callable of the
+        leaf's path. The paper uses a quarter of the hidden size.
+      update_proj_gap: steps from one basis to the next, from step 0 (paper: 200;
+        500 at 7B).
+      scale: factor on the lifted direction, not on full leaves (paper: 0.25).
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root; None is 1e-8, or the released code's 1e-6 with
+        ``conventions="authors"``.
+      weight_decay: decoupled decay per unit of learning rate; None has no such stage.
+      mask: leaves to decay, as in ``optax.masked``.
+      base_optimizer: the inner transformation in place of Adam: any Optax direction
+        that treats leading axes as batch (``optax.scale_by_lion()``, ...).
+      projector: how bases are formed, in place of ``lro.power(rank,
+        update_proj_gap)`` (``lro.svd`` in authors' mode); it then brings its own
+        rank and gap.
+      transport: what a new basis does to the moments; None aligns the basis' signs
+        with the old basis (nothing in authors' mode).
+      side: "short", "long", "left", "right", "both" or "auto"; see ``lro.project``.
+      select: which leaves are projected; None is the default rule of
+        ``lro.project``.
+      weight_dimension_numbers: which axes form the matrix; see ``lro.project``.
+      layer_axis: the axis of stacked ``[L, m, n]`` leaves that counts layers.
+      clip_rank: run leaves whose rank exceeds min(m, n) at r = min(m, n).
+      stagger: spread the refreshes of different matrices over the gap.
+      mu_dtype: storage dtype of the first moment; None is float32.
+      nu_dtype: storage dtype of the second moment; None is float32.
+      basis_dtype: storage dtype of the basis; None is float32.
+      conventions: "optax", or "authors" to reproduce the released code.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: if ``rank`` or ``update_proj_gap`` is not a Python number.
+      ValueError: if one is out of range, ``side`` or ``conventions`` is unknown, or
+        (at init) a leaf selected explicitly cannot be projected.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import lowrank_optax as lro
+      >>> params = {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}
+      >>> tx = lro.galore(learning_rate=1e-2, rank=4)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> optax.tree_utils.tree_get(state, "mu")["kernel"].shape
+      (4, 64)
+
+    References:
+      Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+      Projection (2024), https://arxiv.org/abs/2403.03507
+
+    Differences from the authors' code:
+      * The default basis comes from block power steps, not from an SVD.
+      * New basis vectors keep the old ones' signs; there, a sign that flips at a
+        refresh turns that vector's momentum around.
+      * ``eps`` stands on the bias-corrected root, and decay uses the weights before
+        the step. ``conventions="authors"`` restores both, the SVD and its signs.
+      * Moments and basis are float32 whatever the gradient's dtype.
+      * A zero or non-finite gradient never reaches a basis; the refresh is made up
+        for at the next step.
+      * A square matrix is projected on its input axis (a torch weight's right side,
+        a Flax kernel's left).
+    """
+    bracket = _open(
+        rank, update_proj_gap, projector, transport, basis_dtype, conventions,
+        side=side, select=select, weight_dimension_numbers=weight_dimension_numbers,
+        layer_axis=layer_axis, clip_rank=clip_rank, stagger=stagger,
+    )  # fmt: skip
+    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, conventions)
+    step = optax.scale_by_learning_rate(learning_rate)
+    tx = chain(bracket, inner, step, backproject(scale))
+    if weight_decay is None:
+        return tx
+    decay = decay_after if conventions == "authors" else decay_before
+    return optax.chain(tx, decay(learning_rate, weight_decay, mask))
+
+
+def _open(
+    rank, update_proj_gap, projector, transport, basis_dtype, conventions, **options
+) -> project:
+    _checks.choice("conventions", conventions, CONVENTIONS)
+    if projector is None:
+        form = svd if conventions == "authors" else power
+        projector = form(rank, update_proj_gap)
+    if basis_dtype is not None:
+        projector = dataclasses.replace(projector, basis_dtype=basis_dtype)
+    if transport is None and conventions == "authors":
+        transport = keep_moments()
+    return project(projector, transport=transport, **options)
+
+
+def _inner(
+    base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, conventions
+) -> optax.GradientTransformation:
+    if base_optimizer is not None:
+        inner = base_optimizer
+    elif conventions == "authors":
+        inner = optax.chain(
+            scale_by_raw_adam(b1, b2, 1e-6 if eps is None else eps),
+            scale_by_bias_correction(b1, b2),
+        )
+    else:
+        inner = optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps)
+    if mu_dtype is None and nu_dtype is None:
+        return inner
+    return cast_moments(inner, mu_dtype, nu_dtype)

@@ -1,0 +1,95 @@
+"""Both sides at once: ``P^T G Q``, the form of GaLore's theory."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.rotation import Rotation
+from lowrank_optax.projectors._protocol import At, Projector
+
+
+class TwoSidedBasis(NamedTuple):
+    """The two bases of a matrix: ``left [m, r]`` and ``right [n, r]``."""
+
+    left: Any
+    right: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TwoSided(Projector):
+    """Lifts a one-sided projector to ``side="both"``: coordinates are ``[r, r]``.
+
+    Attributes:
+      left: projector of the rows.
+      right: projector of the columns, applied to the transposed matrix.
+    """
+
+    left: Any = None
+    right: Any = None
+
+    @property
+    def stores_basis(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the one-sided projector."""
+        return self.left.stores_basis
+
+    def init(self, matrix: Matrix) -> TwoSidedBasis:
+        """Stores what both sides store."""
+        return TwoSidedBasis(
+            self.left.init(matrix), self.right.init(_other_side(matrix))
+        )
+
+    def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
+        """Refreshes each side from its own view of the gradient."""
+        return TwoSidedBasis(
+            self.left.refresh(matrix, gradient, stored.left, at),
+            self.right.refresh(
+                _other_side(matrix), gradient.T, stored.right, _other_key(at)
+            ),
+        )
+
+    def basis(self, matrix: Matrix, stored: Any, at: At) -> TwoSidedBasis:
+        """Returns both bases."""
+        return TwoSidedBasis(
+            self.left.basis(matrix, stored.left, at),
+            self.right.basis(_other_side(matrix), stored.right, _other_key(at)),
+        )
+
+    def align(self, old: Any, new: Any) -> TwoSidedBasis:
+        """Aligns each side with its own old basis."""
+        return TwoSidedBasis(
+            self.left.align(old.left, new.left), self.right.align(old.right, new.right)
+        )
+
+    def rotation(self, old: Any, new: Any) -> Rotation:
+        """Returns ``(C_left, C_right)``."""
+        left = self.left.rotation(old.left, new.left)
+        right = self.right.rotation(old.right, new.right)
+        return Rotation(left.left, right.left)
+
+    def down(self, matrix: Matrix, basis: Any, x: Array) -> Array:
+        """Returns ``P^T X Q``."""
+        rows = self.left.down(matrix, basis.left, x)
+        return jnp.einsum("...rn,...ns->...rs", rows, basis.right.astype(rows.dtype))
+
+    def up(self, matrix: Matrix, basis: Any, low: Array) -> Array:
+        """Returns ``P N Q^T``."""
+        rows = jnp.einsum("...rs,...ns->...rn", low, basis.right.astype(low.dtype))
+        return self.left.up(matrix, basis.left, rows)
+
+
+def two_sided(projector: Projector) -> TwoSided:
+    """Returns the two-sided form of a projector."""
+    left, right = projector.sides()
+    return TwoSided(projector.rank, projector.update_proj_gap, left, right)
+
+
+def _other_key(at: At) -> At:
+    return at._replace(key=jax.random.fold_in(at.key, 1))
+
+
+def _other_side(matrix: Matrix) -> Matrix:
+    return dataclasses.replace(matrix, side="right")

@@ -1,0 +1,5 @@
+"""What happens to the part of the gradient outside the subspace."""
+
+from lowrank_optax.recovery._protocol import LeafView as LeafView
+from lowrank_optax.recovery._protocol import Recovered as Recovered
+from lowrank_optax.recovery._protocol import Recovery as Recovery

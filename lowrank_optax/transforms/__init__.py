@@ -1,0 +1,16 @@
+"""Plain Optax transformations that the methods are composed of."""
+
+from lowrank_optax.transforms.authors import (
+    scale_by_bias_correction as scale_by_bias_correction,
+)
+from lowrank_optax.transforms.authors import scale_by_raw_adam as scale_by_raw_adam
+from lowrank_optax.transforms.cast import cast_moments as cast_moments
+from lowrank_optax.transforms.decay import decay_after as decay_after
+from lowrank_optax.transforms.decay import decay_before as decay_before
+from lowrank_optax.transforms.factored import clip_by_matrix_rms as clip_by_matrix_rms
+from lowrank_optax.transforms.factored import (
+    scale_by_matrix_factored_rms as scale_by_matrix_factored_rms,
+)
+from lowrank_optax.transforms.factored import (
+    scale_by_parameter_rms as scale_by_parameter_rms,
+)

@@ -1,0 +1,67 @@
+"""Storage dtypes of the moments of any inner optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import _moments
+
+
+def cast_moments(
+    inner: optax.GradientTransformation,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Stores the moments of ``inner`` in other dtypes than it computes in.
+
+    Optax has ``mu_dtype`` for some optimizers and no ``nu_dtype``. Here the moments
+    are cast to float32 before ``inner`` runs and back to their storage dtype after.
+
+    Args:
+      inner: any transformation whose states name their moments ``mu``, ``nu``,
+        ``trace``, ``ema``.
+      mu_dtype: storage dtype of ``mu``, ``trace`` and ``ema``, None to leave them.
+      nu_dtype: storage dtype of ``nu``, None to leave it.
+
+    Returns:
+      The transformation, its state that of ``inner`` with other dtypes.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import lowrank_optax as lro
+      >>> tx = lro.cast_moments(optax.scale_by_adam(), nu_dtype=jnp.bfloat16)
+      >>> tx.init({"w": jnp.ones(2)}).nu["w"].dtype
+      dtype(bfloat16)
+    """
+    inner = optax.with_extra_args_support(inner)
+    first = dict.fromkeys(("mu", "trace", "ema"), mu_dtype)
+    storage = {**first, "nu": nu_dtype}
+
+    def cast(state: Any, dtype_of: Any) -> Any:
+        moments = _moments.find(state)
+        groups = tuple(
+            {field: _cast_tree(tree, dtype_of(field)) for field, tree in group.items()}
+            for group in moments.groups
+        )
+        return moments.rebuild(groups)
+
+    def store(state: Any) -> Any:
+        return cast(state, storage.get)
+
+    def load(state: Any) -> Any:
+        return cast(state, lambda field: storage[field] and jnp.float32)
+
+    def init(params: Any) -> Any:
+        return store(inner.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        updates, state = inner.update(updates, load(state), params, **extra_args)
+        return updates, store(state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _cast_tree(tree: Any, dtype: Any) -> Any:
+    return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)

@@ -1,0 +1,102 @@
+"""Decoupled weight decay behind the learning rate, in the released codes' orders."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+
+class DecayState(NamedTuple):
+    """Number of steps taken, for a learning-rate schedule."""
+
+    count: Array
+
+
+def decay_before(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | Array,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """Decays the weights as they were: ``u <- u - lr * wd * W``.
+
+    Stands after the learning rate; equals ``optax.add_decayed_weights`` before it.
+
+    Args:
+      learning_rate: a number or a schedule of the step.
+      weight_decay: strength, per unit of learning rate.
+      mask: leaves to decay, as in ``optax.masked``.
+
+    Returns:
+      The transformation; its update needs ``params``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> tx = lro.decay_before(0.5, 0.5)
+      >>> w = {"w": jnp.ones(1)}
+      >>> tx.update({"w": jnp.zeros(1)}, tx.init(w), w)[0]["w"]
+      Array([-0.25], dtype=float32)
+    """
+    return _masked(_decay(learning_rate, weight_decay, moved=False), mask)
+
+
+def decay_after(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | Array,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """Decays the weights after their step: ``u <- u - lr * wd * (W + u)``.
+
+    Stands after the learning rate. ``W <- (1 - lr wd) (W + u)``, the order of the
+    released AdamW codes.
+
+    Args:
+      learning_rate: a number or a schedule of the step.
+      weight_decay: strength, per unit of learning rate.
+      mask: leaves to decay, as in ``optax.masked``.
+
+    Returns:
+      The transformation; its update needs ``params``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> tx = lro.decay_after(0.5, 0.5)
+      >>> w = {"w": jnp.ones(1)}
+      >>> tx.update({"w": jnp.ones(1)}, tx.init(w), w)[0]["w"]
+      Array([0.5], dtype=float32)
+    """
+    return _masked(_decay(learning_rate, weight_decay, moved=True), mask)
+
+
+def _masked(
+    tx: optax.GradientTransformation, mask: Any
+) -> optax.GradientTransformation:
+    return tx if mask is None else optax.masked(tx, mask)
+
+
+def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransformation:
+    def init(params: Any) -> DecayState:
+        del params
+        return DecayState(jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError(
+                "Weight decay needs the parameters: pass params to update."
+            )
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+        def decay(u, w):
+            w = w.astype(u.dtype)
+            return u - jnp.asarray(rate * weight_decay, u.dtype) * (
+                w + u if moved else w
+            )
+
+        return jax.tree.map(decay, updates, params), DecayState(
+            jnp.asarray(optax.safe_increment(state.count))
+        )
+
+    return optax.GradientTransformation(init, update)

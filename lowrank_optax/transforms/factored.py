@@ -1,0 +1,178 @@
+"""Adafactor's pieces, per matrix: stacks are batches, small factors are kept."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+
+class MatrixFactoredRmsState(NamedTuple):
+    """State of ``scale_by_matrix_factored_rms``.
+
+    Attributes:
+      count: steps taken.
+      row: running mean over columns, ``[..., r]``; the whole second moment of
+        leaves with fewer than two axes.
+      col: running mean over rows, ``[..., n]``; ``MaskedNode`` on such leaves.
+    """
+
+    count: Array
+    row: Any
+    col: Any
+
+
+def scale_by_matrix_factored_rms(
+    decay_rate: float | Array = 0.8, eps: float | Array = 1e-30
+) -> optax.GradientTransformation:
+    r"""Adafactor's factored second moment over the last two axes of every leaf.
+
+    With ``S = R * R + eps`` and ``b = 1 - t^(-decay_rate)`` (t from 1)::
+
+        row <- b row + (1 - b) mean_columns(S)
+        col <- b col + (1 - b) mean_rows(S)
+        U   = R / sqrt(row / mean(row)) / sqrt(col)
+
+    ``optax.scale_by_factored_rms`` factors over the two LARGEST axes, which mixes
+    the layers of a stack, and not at all below 128.
+
+    Args:
+      decay_rate: exponent of the decay.
+      eps: added to the squared gradient.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> tx = lro.scale_by_matrix_factored_rms()
+      >>> state = tx.init({"w": jnp.zeros((3, 4, 5))})
+      >>> state.row["w"].shape, state.col["w"].shape
+      ((3, 4), (3, 5))
+
+    References:
+      Shazeer and Stern, Adafactor (2018), https://arxiv.org/abs/1804.04235
+    """
+
+    def init(params: Any) -> MatrixFactoredRmsState:
+        def row(p):
+            return jnp.zeros(p.shape[:-1] if p.ndim >= 2 else p.shape, p.dtype)
+
+        def col(p):
+            if p.ndim < 2:
+                return optax.MaskedNode()
+            return jnp.zeros((*p.shape[:-2], p.shape[-1]), p.dtype)
+
+        return MatrixFactoredRmsState(
+            jnp.zeros([], jnp.int32),
+            jax.tree.map(row, params),
+            jax.tree.map(col, params),
+        )
+
+    def update(updates, state, params=None):
+        del params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        decay = 1.0 - count.astype(jnp.float32) ** -decay_rate
+
+        def one(update, row, col):
+            squared = update * update + eps
+            if update.ndim < 2:
+                row = decay * row + (1 - decay) * squared
+                return update * jax.lax.rsqrt(row), row, col
+            row = decay * row + (1 - decay) * jnp.mean(squared, axis=-1)
+            col = decay * col + (1 - decay) * jnp.mean(squared, axis=-2)
+            relative = row / jnp.mean(row, axis=-1, keepdims=True)
+            scaled = update * jax.lax.rsqrt(relative)[..., None]
+            return scaled * jax.lax.rsqrt(col)[..., None, :], row, col
+
+        leaves, treedef = jax.tree.flatten(updates)
+        rows, cols = treedef.flatten_up_to(state.row), treedef.flatten_up_to(state.col)
+        out = [one(*args) for args in zip(leaves, rows, cols, strict=True)]
+        scaled, rows, cols = ([x[i] for x in out] for i in range(3))
+        state = MatrixFactoredRmsState(
+            count, treedef.unflatten(rows), treedef.unflatten(cols)
+        )
+        return treedef.unflatten(scaled), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_matrix_rms(threshold: float | Array = 1.0) -> optax.GradientTransformation:
+    """Divides every matrix by ``max(1, rms / threshold)``, its own rms.
+
+    ``optax.clip_by_block_rms`` takes one rms over a whole stack.
+
+    Args:
+      threshold: largest root mean square let through.
+
+    Returns:
+      The transformation.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> tx = lro.clip_by_matrix_rms(1.0)
+      >>> g = {"w": jnp.full((2, 2), 4.0)}
+      >>> float(tx.update(g, tx.init(g))[0]["w"].max())
+      1.0
+    """
+
+    def clip(updates, params=None):
+        del params
+        return jax.tree.map(
+            lambda u: u / jnp.maximum(1.0, _rms(u, keepdims=True) / threshold), updates
+        )
+
+    return optax.stateless(clip)
+
+
+def scale_by_parameter_rms(
+    min_scale: float | Array = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies every matrix by ``max(min_scale, rms(W))`` of the FULL parameter.
+
+    Inside a bracket the parameters seen are projected ones; this reads the full
+    parameters from the view, elsewhere ``params``.
+
+    Args:
+      min_scale: smallest factor.
+
+    Returns:
+      The transformation; its update needs ``params``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> tx = lro.scale_by_parameter_rms()
+      >>> w = {"w": jnp.full((2, 2), 3.0)}
+      >>> float(tx.update({"w": jnp.ones((2, 2))}, tx.init(w), w)[0]["w"][0, 0])
+      3.0
+    """
+
+    def update(updates, state, params=None, *, subspace=None, **extra_args):
+        del extra_args
+        full = params if subspace is None else subspace.params
+        if full is None:
+            raise ValueError("scale_by_parameter_rms needs params in update.")
+        scaled = jax.tree.map(
+            lambda u, w: (
+                u * jnp.maximum(min_scale, _rms(w, keepdims=True)).astype(u.dtype)
+            ),
+            updates,
+            full,
+        )
+        return scaled, state
+
+    def init(params: Any) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rms(x: Array, keepdims: bool) -> Array:
+    axes = tuple(range(-min(x.ndim, 2), 0))
+    mean = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=keepdims)
+    return jnp.sqrt(mean)
