@@ -1,0 +1,272 @@
+"""Presets (shape of the model and its recipe) and the command line's flags."""
+
+import dataclasses
+from typing import Any
+
+from examples.llama.model import ModelConfig
+
+
+class UsageError(Exception):
+    """Something the caller can mend; the program prints one line and exits with 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run of a preset does unless a flag says otherwise."""
+
+    steps: int
+    lr: float = 0.01
+    rank: int = 128
+    update_proj_gap: int = 200
+    seq_len: int = 256
+    batch_size: int = 512
+    micro_batches: int = 8
+    clip: float = 0.0
+    tokenizer: str = "bpe"
+    packing: str = "padded"
+    dtype: str = "bfloat16"
+    eval_every: int = 1000
+    eval_tokens: int = 10_000_000
+    eval_batch_size: int = 32
+    checkpoint_every: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model and its recipe."""
+
+    model: ModelConfig
+    recipe: Recipe
+
+
+def _llama(
+    width: int,
+    ff_width: int,
+    layers: int,
+    heads: int,
+    recipe: Recipe,
+    vocab_size: int = 32_000,
+    max_length: int = 1024,
+) -> Preset:
+    model = ModelConfig(vocab_size, width, ff_width, layers, heads, max_length)
+    return Preset(model, recipe)
+
+
+_TINY = Recipe(
+    steps=400,
+    lr=0.01,
+    rank=32,
+    update_proj_gap=50,
+    seq_len=128,
+    batch_size=16,
+    micro_batches=1,
+    clip=1.0,
+    tokenizer="bytes",
+    packing="packed",
+    dtype="float32",
+    eval_every=100,
+    eval_tokens=65_536,
+    eval_batch_size=32,
+    checkpoint_every=100,
+)
+_7B = Recipe(150_000, lr=0.005, rank=1024, update_proj_gap=500, clip=1.0)
+
+# Widths and depths of the GaLore scripts; 13b is APOLLO's.
+PRESETS: dict[str, Preset] = {
+    "tiny": _llama(128, 352, 4, 4, _TINY, vocab_size=264),
+    "9m": _llama(128, 352, 4, 4, Recipe(10_000, rank=32)),
+    "20m": _llama(256, 688, 4, 4, Recipe(10_000, rank=64)),
+    "35m": _llama(384, 1024, 6, 8, Recipe(10_000, rank=96)),
+    "40m": _llama(416, 1024, 8, 8, Recipe(10_000, rank=104)),
+    "60m": _llama(512, 1376, 8, 8, Recipe(10_000)),
+    "71m": _llama(512, 1368, 12, 8, Recipe(10_000)),
+    "100m": _llama(640, 1708, 12, 10, Recipe(20_000, rank=160), 32_100),
+    "130m": _llama(768, 2048, 12, 12, Recipe(20_000, rank=256)),
+    "250m": _llama(768, 2560, 24, 16, Recipe(40_000, rank=256)),
+    "350m": _llama(1024, 2736, 24, 16, Recipe(60_000, rank=256)),
+    "1b": _llama(2048, 5461, 24, 32, Recipe(100_000, rank=1024)),
+    "3b": _llama(2560, 6848, 32, 32, Recipe(120_000, lr=0.005, rank=1024)),
+    "7b": _llama(4096, 11008, 32, 32, _7B, max_length=2048),
+    "13b": _llama(5120, 13824, 40, 40, _7B),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train a LLaMA on real text with a low-rank optimizer.
+
+    Flags left out take the value of the preset's recipe; the resolved values are
+    written to config.json in the run's folder.
+    """
+
+    preset: str = "tiny"
+    """model and recipe: tiny, 9m, 20m, 35m, 40m, 60m, 71m, 100m, 130m, 250m, 350m,
+    1b, 3b, 7b or 13b"""
+    optimizer: str = "galore"
+    """name in the registry of examples/llama/optimizers.py: adamw or galore"""
+
+    corpus: str = "stdlib"
+    """stdlib: the sources of Python's standard library; ignored when --data is given"""
+    data: str = ""
+    """training text: a glob of .txt, .jsonl or C4 .json.gz shards, ** allowed"""
+    val_data: str = ""
+    """validation text, a glob; empty: every document whose path and line hash to 0
+    modulo 20 is held out of --data"""
+    text_key: str = "text"
+    """name of the field that holds the text in JSON lines"""
+    tokenizer: str | None = None
+    """bytes, or bpe: trained on the corpus at first use and kept in --cache-dir"""
+    packing: str | None = None
+    """padded: one document, one row, cut to --seq-len; packed: documents end to end"""
+    cache_dir: str = "runs/cache"
+    """folder of trained tokenizers"""
+
+    seq_len: int | None = None
+    """length of a row, tokens"""
+    batch_size: int | None = None
+    """rows per optimizer step, all micro-batches together"""
+    micro_batches: int | None = None
+    """parts that the rows of one step are computed in, one after another"""
+
+    steps: int | None = None
+    """length of the whole run and of its learning-rate schedule, optimizer steps"""
+    stop_step: int | None = None
+    """save and stop after this step; the schedule still spans --steps"""
+    warmup: int | None = None
+    """linear warm-up of the learning rate, steps; left out: a tenth of --steps"""
+    lr: float | None = None
+    """peak learning rate, per step"""
+    final_lr: float = 0.1
+    """learning rate at the end of the cosine, as a fraction of the peak"""
+    b1: float = 0.9
+    """decay of the first moment, per step"""
+    b2: float = 0.999
+    """decay of the second moment, per step"""
+    eps: float = 1e-8
+    """added to the root of the second moment, same unit as a gradient"""
+    weight_decay: float = 0.0
+    """decoupled decay of matrices, per step and unit of learning rate"""
+    clip: float | None = None
+    """largest global norm of the gradient; 0: no clipping"""
+    rank: int | None = None
+    """rank of the projection (galore), columns"""
+    update_proj_gap: int | None = None
+    """steps between two refreshes of the projection (galore)"""
+    scale: float = 0.25
+    """factor on the update of projected matrices (galore)"""
+    max_skips: int = 10
+    """stop when this many steps in a row had a gradient that was not finite"""
+
+    param_dtype: str | None = None
+    """type of the parameters: float32 or bfloat16"""
+    compute_dtype: str | None = None
+    """type of activations and matrix products: float32 or bfloat16"""
+    seed: int = 0
+    """seed of the parameters, the data order and the optimizer"""
+
+    eval_every: int | None = None
+    """steps between two validations; 0: only at the end"""
+    eval_tokens: int | None = None
+    """predicted tokens in a validation, from the start of the validation text"""
+    eval_batch_size: int | None = None
+    """rows per validation batch; the perplexity does not depend on it"""
+    galore_compat: bool = False
+    """report also the loss as GaLore's script computes it: mean of batch means,
+    divided by one batch too many"""
+
+    checkpoint_every: int | None = None
+    """steps between two checkpoints; 0: only at the end"""
+    keep: int = 3
+    """newest checkpoints kept"""
+    resume: bool = False
+    """go on from the newest good checkpoint of the run; a run without one starts"""
+    run_dir: str = ""
+    """folder of the run; empty: runs/PRESET-OPTIMIZER, numbered when taken"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved(TrainConfig):
+    """The same with nothing left out."""
+
+    tokenizer: str = ""
+    packing: str = ""
+    param_dtype: str = ""
+    compute_dtype: str = ""
+    seq_len: int = 0
+    batch_size: int = 0
+    micro_batches: int = 0
+    steps: int = 0
+    warmup: int = 0
+    lr: float = 0.0
+    clip: float = 0.0
+    rank: int = 0
+    update_proj_gap: int = 0
+    eval_every: int = 0
+    eval_tokens: int = 0
+    eval_batch_size: int = 0
+    checkpoint_every: int = 0
+
+
+# A checkpoint written under another value of these does not fit; the rest (learning
+# rate, length, evaluation, logging) may change between a run and its continuation.
+IDENTITY = (
+    "preset optimizer packing seq_len batch_size seed param_dtype compute_dtype "
+    "tokenizer rank update_proj_gap b1 b2"
+).split()
+
+
+def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
+    """Fills what was left out from the preset and checks what was given."""
+    if config.preset not in PRESETS:
+        raise UsageError(
+            f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}"
+        )
+    preset = PRESETS[config.preset]
+    defaults: dict[str, Any] = dataclasses.asdict(preset.recipe)
+    dtype = defaults.pop("dtype")
+    defaults |= {"param_dtype": dtype, "compute_dtype": dtype}
+    given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    values = defaults | given
+    values.setdefault("warmup", values["steps"] // 10)
+    resolved = Resolved(**values)
+    _check(resolved, preset.model)
+    model = dataclasses.replace(
+        preset.model,
+        param_dtype=resolved.param_dtype,
+        compute_dtype=resolved.compute_dtype,
+        max_length=max(preset.model.max_length, resolved.seq_len),
+    )
+    return resolved, model
+
+
+def _check(config: Resolved, model: ModelConfig) -> None:
+    choices = {
+        "corpus": ("stdlib",),
+        "tokenizer": ("bytes", "bpe"),
+        "packing": ("padded", "packed"),
+        "param_dtype": ("float32", "bfloat16"),
+        "compute_dtype": ("float32", "bfloat16"),
+    }
+    for name, allowed in choices.items():
+        if (value := getattr(config, name)) not in allowed:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}; "
+                f"got {value!r}"
+            )
+    positive = (
+        "steps seq_len batch_size micro_batches lr rank update_proj_gap max_skips "
+        "eval_tokens eval_batch_size keep"
+    ).split()
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be positive; "
+                f"got {getattr(config, name)}"
+            )
+    rows, parts = config.batch_size, config.micro_batches
+    if rows % parts:
+        raise UsageError(
+            f"--batch-size {rows} cannot be cut into {parts} equal --micro-batches"
+        )
+    if model.vocab_size < 257 and config.tokenizer == "bytes":
+        raise UsageError(f"preset {config.preset} has no room for the 256 bytes")

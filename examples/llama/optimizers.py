@@ -1,0 +1,94 @@
+"""One registry, name -> optimizer. A method is added by a factory and a line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax as lro
+from examples.llama.config import Resolved, UsageError
+
+Factory = Callable[[Resolved, optax.Schedule], optax.GradientTransformation]
+_NEVER = int(jnp.iinfo(jnp.int32).max)
+
+
+def is_decayed(params: Any) -> Any:
+    """True on matrices, False on the gains of norms."""
+
+    def matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+        return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path)
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def adamw(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        lr,
+        config.b1,
+        config.b2,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=is_decayed,
+    )
+
+
+def galore(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+    return lro.galore(
+        lr,
+        rank=config.rank,
+        update_proj_gap=config.update_proj_gap,
+        scale=config.scale,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay or None,
+        mask=is_decayed if config.weight_decay else None,
+        layer_axis=0,
+    )
+
+
+OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "galore": galore}
+
+
+def learning_rate(config: Resolved) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to `final_lr` of the peak."""
+    peak, steps, warmup = config.lr, config.steps, config.warmup
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else peak,
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=peak * config.final_lr,
+    )
+
+
+def build_optimizer(config: Resolved) -> optax.GradientTransformation:
+    """The named optimizer, without clipping and guard."""
+    if config.optimizer not in OPTIMIZERS:
+        raise UsageError(
+            f"unknown optimizer {config.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
+        )
+    return OPTIMIZERS[config.optimizer](config, learning_rate(config))
+
+
+def guarded(
+    config: Resolved, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Clips, and leaves out the steps whose gradient is not finite.
+
+    The guard itself never gives in: the trainer stops after too many in a row.
+    """
+    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    return optax.apply_if_finite(optax.chain(*parts, optimizer), _NEVER)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of the arrays, or shapes, in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def state_bytes(optimizer: optax.GradientTransformation, params: Any) -> int:
+    """Bytes of the state that the optimizer makes for params; nothing is allocated."""
+    return tree_bytes(jax.eval_shape(optimizer.init, params))

@@ -1,0 +1,77 @@
+"""One optimizer step and one validation batch as pure, compiled functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from examples.llama.model import Params
+
+
+class Steps(NamedTuple):
+    """`train(params, opt_state, batch)` and `evaluate(params, batch)`."""
+
+    train: Callable[..., tuple[Params, Any, dict[str, jax.Array]]]
+    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def token_losses(definition: Any, params: Params, batch: Any) -> jax.Array:
+    """Negative log likelihood of every target `[B, S]`, 0 where masked."""
+    logits = nnx.merge(definition, params)(batch["tokens"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return losses * batch["mask"]
+
+
+def mean_gradient(definition: Any, params: Params, batch: Any) -> tuple[Any, Params]:
+    """Loss and gradient, the mean over all real tokens of all micro-batches.
+
+    Each leaf of `batch` is `[micro-batches, rows, positions]`. Every token weighs the
+    same however the micro-batches cut the rows: sums are divided by the step's tokens.
+    """
+    tokens = jnp.maximum(jnp.sum(batch["mask"]), 1)
+
+    def share(params: Params, micro: Any) -> jax.Array:
+        return jnp.sum(token_losses(definition, params, micro)) / tokens
+
+    value_and_grad = jax.value_and_grad(share)
+    if batch["mask"].shape[0] == 1:
+        return value_and_grad(params, jax.tree.map(lambda x: x[0], batch))
+
+    def add(total: Any, micro: Any) -> tuple[Any, None]:
+        part = value_and_grad(params, micro)
+        return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, part), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def make_steps(definition: Any, tx: optax.GradientTransformation) -> Steps:
+    """Compiled steps of a model under an optimizer with the guard outermost."""
+
+    def train(params: Params, opt_state: Any, batch: Any) -> tuple[Params, Any, Any]:
+        loss, grads = mean_gradient(definition, params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "tokens": jnp.sum(batch["mask"]),
+            "skipped": opt_state.total_notfinite,
+            "skipped_in_a_row": opt_state.notfinite_count,
+        }
+        return optax.apply_updates(params, updates), opt_state, metrics  # pyright: ignore[reportReturnType]
+
+    def evaluate(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+        losses = token_losses(definition, params, batch)
+        return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
+
+    return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))
+
+
+def split_rows(batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, Any]:
+    """`[B, S]` leaves to `[micro_batches, B / micro_batches, S]`."""
+    return {k: v.reshape(micro_batches, -1, v.shape[-1]) for k, v in batch.items()}

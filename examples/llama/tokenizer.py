@@ -1,0 +1,118 @@
+"""Bytes, or a byte-level BPE that is trained on the corpus and kept on disk."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Protocol
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from examples.llama.config import UsageError
+from examples.llama.corpus import Corpus
+
+_TRAINING_CHARACTERS = 100_000_000
+
+
+class Tokenizer(Protocol):
+    """Text to numbers; `end` closes a document."""
+
+    end: int
+    size: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8; 256 closes a document."""
+
+    end = 256
+    size = 257
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class BPETokenizer:
+    """A byte-level BPE; 0 opens and 1 closes a document, as in the papers' models."""
+
+    end = 1
+
+    def __init__(self, serialized: str):
+        self.serialized = serialized
+        self._inner = tokenizers.Tokenizer.from_str(serialized)
+        self.size = self._inner.get_vocab_size()
+        self.fingerprint = hashlib.sha256(serialized.encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        return self._inner.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._inner.decode(list(ids))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Learns merges from the texts, up to the first 100 million characters."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(_first(texts, _TRAINING_CHARACTERS), trainer)
+    return BPETokenizer(inner.to_str())
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterable[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
+
+
+def load_tokenizer(
+    kind: str,
+    vocab_size: int,
+    corpus: Corpus,
+    cache_dir: str,
+    own: pathlib.Path | None = None,
+) -> Tokenizer:
+    """The file `own` if it exists, else the cached one, else one trained now."""
+    if kind == "bytes":
+        return ByteTokenizer()
+    cached = pathlib.Path(cache_dir) / f"bpe-{vocab_size}-{corpus.fingerprint()}.json"
+    path = own if own is not None and own.exists() else cached
+    if not path.exists():
+        print(f"training a BPE of {vocab_size} tokens on {corpus.name} ...", flush=True)
+        write_whole(path, train_bpe(corpus.texts(), vocab_size).serialized)
+    try:
+        tokenizer = BPETokenizer(path.read_text())
+    except Exception as error:  # the library raises a bare Exception
+        raise UsageError(
+            f"tokenizer {path} cannot be read ({error}); remove it to train anew"
+        ) from error
+    if tokenizer.size > vocab_size:
+        raise UsageError(
+            f"tokenizer {path} has {tokenizer.size} tokens, the model {vocab_size}"
+        )
+    return tokenizer
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file that other processes see whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
