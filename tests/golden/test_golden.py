@@ -1,0 +1,143 @@
+"""The released optimizers' own trajectories, step by step.
+
+`tests/golden/data` holds the cases that travel with the repository. Further ones are
+found in the folder GOLDEN_DIR; their gradient files may lie beside them, in the data
+folder, or in GRADIENTS_DIR.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tests.golden import cases
+from tests.golden.registry import METHODS
+from tests.golden.replay import complaints
+
+
+@pytest.mark.parametrize("path", cases.files(), ids=lambda path: path.stem)
+def test_trajectory(path):
+    config = cases.read_config(path)
+    if config is None:
+        pytest.skip(f"{path.name} holds gradients, not a case")
+    method = cases.method_of(path, config)
+    if method not in METHODS:
+        pytest.skip(f"method {method} is not built yet ({path.name})")
+    case = cases.load(path)
+    replay = METHODS[method](case)
+    case.config.check_all_used()
+    assert not complaints(case, replay)
+
+
+def test_data_folder_is_complete_and_small():
+    paths = list(cases.DATA.glob("*.npz"))
+    configs = [config for path in paths if (config := cases.read_config(path))]
+    methods = [config["method"] for config in configs]
+    assert methods.count("galore_adamw") == 14
+    assert methods.count("galore_adafactor") == 8
+    assert {config["gradients"] for config in configs} <= {path.name for path in paths}
+    assert sum(path.stat().st_size for path in paths) <= 8 * 2**20
+
+
+# The harness itself: each test below breaks one thing that it has to notice.
+
+SAMPLE = "galore_adamw_r4_T5_s1_wd0.1.npz"
+
+
+def sample(changes=None, drop=()):
+    config = dict(cases.read_config(cases.DATA / SAMPLE) or {})
+    config.update(changes or {})
+    for key in drop:
+        del config[key]
+    case = cases.load(cases.DATA / SAMPLE)
+    return dataclasses.replace(case, config=cases.Config(config))
+
+
+def play(case):
+    replay = METHODS[case.method](case)
+    case.config.check_all_used()
+    return complaints(case, replay)
+
+
+def test_unknown_config_key_fails():
+    with pytest.raises(ValueError, match=r"does not know.*nesterov=True"):
+        play(sample({"nesterov": True}))
+
+
+@pytest.mark.parametrize("key", ["proj_type", "dtype"])
+def test_unknown_choice_fails(key):
+    with pytest.raises(KeyError, match="sideways"):
+        play(sample({key: "sideways"}))
+
+
+def test_missing_config_key_fails():
+    with pytest.raises(KeyError, match="betas"):
+        play(sample(drop=["betas"]))
+
+
+def test_other_refresh_steps_fail():
+    with pytest.raises(ValueError, match="not every 4 steps"):
+        play(sample({"update_proj_gap": 4}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.0101},
+        {"eps": 1e-4},
+        {"scale": 0.99},
+        {"weight_decay": 0.11},
+        {"betas": [0.9, 0.998]},
+        {"bias_correction": False},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_hyperparameter_is_noticed(changes):
+    assert any("params" not in c and "after step" in c for c in play(sample(changes)))
+
+
+def test_flipped_basis_vector_is_noticed():
+    case = sample()
+    case.arrays["proj_tall"][2, 0] *= -1
+    found = play(case)
+    assert any(c.startswith("tall after step 16") for c in found)
+    assert not any(c.startswith(("wide", "square", "bias")) for c in found)
+
+
+def write(folder, name, config):
+    with np.load(cases.DATA / SAMPLE) as stored:
+        arrays = {key: stored[key] for key in stored.files if key != "config"}
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / name, config=np.array(json.dumps(config)), **arrays)
+
+
+def test_extra_folder(tmp_path, monkeypatch):
+    config = cases.read_config(cases.DATA / SAMPLE)
+    assert config is not None
+    write(tmp_path / "held", "held_back.npz", {**config, "gradients": "elsewhere.npz"})
+    monkeypatch.setenv("GOLDEN_DIR", str(tmp_path / "held"))
+    held = tmp_path / "held" / "held_back.npz"
+    assert held in cases.files()
+    with pytest.raises(FileNotFoundError, match=r"elsewhere\.npz .* GRADIENTS_DIR"):
+        cases.load(held)
+
+    gradients = cases.DATA / str(config["gradients"])
+    (tmp_path / "elsewhere.npz").write_bytes(gradients.read_bytes())
+    monkeypatch.setenv("GRADIENTS_DIR", str(tmp_path))
+    assert cases.load(held).names == cases.load(cases.DATA / SAMPLE).names
+
+    monkeypatch.setenv("GOLDEN_DIR", str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match="GOLDEN_DIR"):
+        cases.files()
+
+
+def test_same_file_in_two_folders_counts_once(tmp_path, monkeypatch):
+    before = cases.files()
+    (tmp_path / SAMPLE).write_bytes((cases.DATA / SAMPLE).read_bytes())
+    monkeypatch.setenv("GOLDEN_DIR", str(tmp_path))
+    assert cases.files() == before
+
+
+def test_method_of_a_case_without_the_key():
+    assert cases.method_of(cases.DATA / "gwt_haar_l1.npz", {}) == "gwt"
