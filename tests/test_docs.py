@@ -1,6 +1,7 @@
 """Whatever the texts say is run: names, examples, links, commands, the notebook."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import importlib.util
@@ -39,12 +40,14 @@ def public(module):
 
 def own(module):
     """The public names that a module, or a folder of modules, defines itself."""
+
+    def home(value):
+        return str(getattr(value, "__module__", module.__name__))
+
     return {
         name
         for name in public(module)
-        if str(getattr(getattr(module, name), "__module__", "")).startswith(
-            module.__name__
-        )
+        if home(getattr(module, name)).startswith(module.__name__)
     }
 
 
@@ -119,7 +122,8 @@ def test_pages_speak_of_what_exists(page):
     commands = set(re.findall(r"^(?:.*`)?make ([a-z-]+)", text, flags=re.MULTILINE))
     assert commands <= targets, commands - targets
 
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", prose)
     dead = [link for link in links if not (page.parent / link).exists()]
     assert not dead
 
@@ -184,6 +188,22 @@ def test_readme_holds_examples():
     assert len(list(blocks(text))) >= 3
 
 
+def test_trainer_flags_exist():
+    """The commands in the texts use flags that the trainer knows."""
+    fields = dataclasses.fields(
+        importlib.import_module("examples.llama.config").TrainConfig
+    )
+    known = {"help"} | {field.name.replace("_", "-") for field in fields}
+    found = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in text.splitlines():
+            if "examples.llama.train" in line or "TRAIN_ARGS" in line:
+                found |= set(re.findall(r"--([a-z][a-z-]*)", line))
+    assert "optimizer" in found
+    assert found <= known, found - known
+
+
 # --- notebooks ---------------------------------------------------------------------
 
 
@@ -191,7 +211,7 @@ def test_readme_holds_examples():
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}
     )
     client.execute()
 
