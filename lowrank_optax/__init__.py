@@ -17,6 +17,7 @@ from lowrank_optax._subspace import subspace as subspace
 
 # Transport of moments.
 from lowrank_optax.linalg.rotation import Rotation as Rotation
+from lowrank_optax.sharding import state_shardings as state_shardings
 from lowrank_optax.memory import StateBytes as StateBytes
 from lowrank_optax.memory import state_bytes as state_bytes
 

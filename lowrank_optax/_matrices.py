@@ -83,6 +83,10 @@ class Matrix:
     def _size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
 
+    def seen_from(self, side: str) -> "Matrix":
+        """Returns the same matrix with its basis on another side."""
+        return dataclasses.replace(self, side=side)
+
     def view(self, leaf: jax.Array) -> jax.Array:
         """Returns the leaf as ``[*batch, m, n]``."""
         order = (*self.batch, *self.rows, *self.columns)

@@ -30,7 +30,7 @@ def _holds_moments(node: Any) -> bool:
 
 
 def find(state: Any) -> Moments:
-    """Finds the fields named in ``FIELDS`` in every NamedTuple state inside ``state``."""
+    """Finds the fields named in ``FIELDS`` in every NamedTuple inside ``state``."""
     nodes, treedef = jax.tree.flatten(state, is_leaf=_holds_moments)
     holders = [i for i, node in enumerate(nodes) if _holds_moments(node)]
 

@@ -59,11 +59,11 @@ class Selection:
         numbers = self.weight_dimension_numbers
         if callable(numbers):
             numbers = numbers(tree)
-        return _broadcast_prefix(numbers, treedef, "weight_dimension_numbers")
+        return broadcast_prefix(numbers, treedef, "weight_dimension_numbers")
 
     def shardings(self, treedef: Any) -> list[Any]:
         """Returns the declared sharding of every leaf, None where none is given."""
-        return _broadcast_prefix(self.param_shardings, treedef, "param_shardings")
+        return broadcast_prefix(self.param_shardings, treedef, "param_shardings")
 
     def explicit(self, numbers: Any) -> bool:
         """Whether a selected leaf was asked for by name, so is never dropped."""
@@ -168,7 +168,7 @@ def _is_sharding(node: Any) -> bool:
     return isinstance(node, jax.sharding.Sharding | jax.sharding.PartitionSpec)
 
 
-def _broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
+def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
     """Flattens a prefix tree of annotations to one entry per leaf of ``treedef``."""
     if _is_annotation(tree):
         return [tree] * treedef.num_leaves

@@ -6,6 +6,7 @@ chosen for each slot.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -101,12 +102,15 @@ class _Bracket:
         matrices = [matrix for _, matrix in plan.matrices()]
         spread = phases(matrices, self.projector.update_proj_gap, self.stagger)
         return {
-            i: Refresher(matrix, self._projector_of(matrix), self.transport, phase)
+            i: self._refresher(matrix, phase)
             for i, matrix, phase in zip(positions, matrices, spread, strict=True)
         }
 
-    def _projector_of(self, matrix: Matrix) -> Projector:
-        return two_sided(self.projector) if matrix.side == "both" else self.projector
+    def _refresher(self, matrix: Matrix, phase: tuple[int, ...] = ()) -> Refresher:
+        both = matrix.side == "both"
+        projector = two_sided(self.projector) if both else self.projector
+        phase = phase or (0,) * math.prod(matrix.batch_shape)
+        return Refresher(matrix, projector, self.transport, phase)
 
     def _bytes(self, leaf: Matrix | tuple[int, ...]) -> int:
         """Returns the state bytes of one projected matrix, or of one full leaf."""
@@ -115,9 +119,7 @@ class _Bracket:
             return (self.full or self.inner).init(jnp.zeros(shape, self.dtype))
 
         def low(matrix):
-            refresher = Refresher(
-                matrix, self._projector_of(matrix), self.transport, (0,)
-            )
+            refresher = self._refresher(matrix)
             basis = refresher.init()
             state = self.inner.init(self.low_zeros(refresher, basis.stored))
             recovery = self.recovery.init(matrix) if self.recovery else ()

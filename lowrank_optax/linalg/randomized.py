@@ -33,10 +33,11 @@ def block_power(
     peak = jnp.max(jnp.abs(gradient)).astype(start.dtype)
 
     def sweep(_, basis):
-        # Dividing the thin product twice keeps 1e-20 and 1e15 in range without an
-        # m x n temporary.
-        low = jnp.matmul(gradient.T, basis, precision=HIGHEST) / peak / peak
-        y = jnp.matmul(gradient, low, precision=HIGHEST)
+        # Scaling the thin products keeps 1e-20 and 1e15 in range without an m x n
+        # temporary. (Not low / peak / peak: XLA would divide by peak^2.)
+        low = jnp.matmul(gradient.T, basis, precision=HIGHEST)
+        low = low / jnp.max(jnp.abs(low))
+        y = jnp.matmul(gradient, low, precision=HIGHEST) / peak
         norms = jnp.linalg.norm(y, axis=0)
         y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms))
         return cholesky_qr(y + _MIX * basis)

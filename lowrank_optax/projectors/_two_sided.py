@@ -39,7 +39,7 @@ class TwoSided(Projector):
     def init(self, matrix: Matrix) -> TwoSidedBasis:
         """Stores what both sides store."""
         return TwoSidedBasis(
-            self.left.init(matrix), self.right.init(_other_side(matrix))
+            self.left.init(matrix), self.right.init(matrix.seen_from("right"))
         )
 
     def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
@@ -47,7 +47,7 @@ class TwoSided(Projector):
         return TwoSidedBasis(
             self.left.refresh(matrix, gradient, stored.left, at),
             self.right.refresh(
-                _other_side(matrix), gradient.T, stored.right, _other_key(at)
+                matrix.seen_from("right"), gradient.T, stored.right, _other_key(at)
             ),
         )
 
@@ -55,7 +55,7 @@ class TwoSided(Projector):
         """Returns both bases."""
         return TwoSidedBasis(
             self.left.basis(matrix, stored.left, at),
-            self.right.basis(_other_side(matrix), stored.right, _other_key(at)),
+            self.right.basis(matrix.seen_from("right"), stored.right, _other_key(at)),
         )
 
     def align(self, old: Any, new: Any) -> TwoSidedBasis:
@@ -89,7 +89,3 @@ def two_sided(projector: Projector) -> TwoSided:
 
 def _other_key(at: At) -> At:
     return at._replace(key=jax.random.fold_in(at.key, 1))
-
-
-def _other_side(matrix: Matrix) -> Matrix:
-    return dataclasses.replace(matrix, side="right")

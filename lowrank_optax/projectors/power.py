@@ -36,13 +36,13 @@ class power(OrthonormalProjector):
     Examples:
       >>> import lowrank_optax as lro
       >>> lro.power(rank=0.25).cold_sweeps
-      4
+      8
 
     References:
       Halko, Martinsson, Tropp, Finding structure with randomness (2011).
     """
 
-    cold_sweeps: int = 4
+    cold_sweeps: int = 8
 
     def __post_init__(self):
         """Checks the numbers."""

@@ -1,0 +1,145 @@
+"""Shardings of an optimizer state, derived from those of the parameters."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
+from lowrank_optax._selection import broadcast_prefix, recording
+from lowrank_optax.memory import owned_leaves
+
+Axes = tuple[tuple[int, ...], ...]
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, param_shardings: Any
+) -> Any:
+    """Returns a sharding for every array of ``tx``'s state, bases included.
+
+    An axis of the state takes the mesh axes of the parameter axis behind it: a basis
+    ``[*batch, m, r]`` is sharded like the parameter's batch and projected axes, a
+    projection ``[*batch, r, n]`` like its batch and kept axes; moments of full leaves
+    like the parameter. Counters and keys are replicated. Without this,
+    ``jax.jit(tx.init)(params)`` puts all state on one device, and the compiler
+    replicates the bases after a step.
+
+    Args:
+      tx: any Optax transformation, with or without brackets inside.
+      params: parameters or ShapeDtypeStructs of them, Flax-boxed or not.
+      param_shardings: a tree like ``params`` (a prefix will do) of ``NamedSharding``
+        or of ``PartitionSpec``, on Auto or Explicit meshes.
+
+    Returns:
+      A tree like ``tx.init(params)``, of ``NamedSharding`` (or ``PartitionSpec``, as
+      given), for ``jax.jit(tx.init, out_shardings=...)``.
+
+    Raises:
+      ValueError: if ``param_shardings`` is not a tree like ``params`` or a parameter
+        has none.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import lowrank_optax as lro
+      >>> tx, params = lro.galore(1e-3, rank=4), {"kernel": jnp.ones((64, 32))}
+      >>> specs = lro.state_shardings(tx, params, {"kernel": P("data", "model")})
+      >>> specs.basis["kernel"], specs.inner_state[0].mu["kernel"]
+      (PartitionSpec('model', None), PartitionSpec(None, 'data'))
+    """
+    with recording() as plans:
+        state = jax.eval_shape(tx.init, params)
+    matrices = {
+        leaf.path: leaf.matrix for plan in plans for leaf in plan.leaves if leaf.matrix
+    }
+    shapes, shardings = _by_path(params, param_shardings)
+    like = next(iter(shardings.values()), PartitionSpec())
+    out = []
+    for keys, owner, leaf in owned_leaves(state, params):
+        spec = PartitionSpec()
+        if owner is not None:
+            side = keys[-1] if keys[-1:] in (("left",), ("right",)) else None
+            candidates = _layouts(shapes[owner], matrices.get(owner), side)
+            axes = _agreed([axes for shape, axes in candidates if shape == leaf.shape])
+            spec = _spec(axes, shardings[owner], len(shapes[owner]))
+        out.append(_place(spec, like))
+    return jax.tree.unflatten(jax.tree.structure(state), out)
+
+
+def _by_path(params: Any, param_shardings: Any):
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
+    given = broadcast_prefix(param_shardings, treedef, "param_shardings")
+    paths = [path_string(path) for path, _ in flat]
+    missing = [
+        path for path, sharding in zip(paths, given, strict=True) if not _ok(sharding)
+    ]
+    if missing:
+        raise ValueError(
+            "state_shardings expected a NamedSharding or PartitionSpec for every "
+            f"parameter; there is none for {missing}."
+        )
+    shapes = {
+        path: unbox(leaf).shape for path, (_, leaf) in zip(paths, flat, strict=True)
+    }
+    return shapes, dict(zip(paths, given, strict=True))
+
+
+def _ok(sharding: Any) -> bool:
+    return isinstance(sharding, NamedSharding | PartitionSpec)
+
+
+def _layouts(
+    shape: tuple[int, ...], matrix: Matrix | None, side: str | None
+) -> Iterator[tuple[tuple[int, ...], Axes]]:
+    """Yields the shapes a state array of a parameter may have, and their axes."""
+    if matrix is None:
+        yield from _factors(shape, tuple((axis,) for axis in range(len(shape))))
+        return
+    if side is not None:
+        matrix = matrix.seen_from(side)
+        yield (*matrix.batch_shape, matrix.m, matrix.rank), matrix.basis_axes
+        return
+    batch = matrix.batch_shape
+    kept = matrix.rank if matrix.side == "both" else matrix.n
+    yield (*batch, matrix.m, matrix.rank), matrix.basis_axes
+    yield from _factors((*batch, matrix.rank, kept), matrix.low_axes)
+    yield batch, matrix.basis_axes[: len(batch)]
+
+
+def _factors(shape: tuple[int, ...], axes: Axes) -> Iterator[tuple[tuple, Axes]]:
+    """Yields the array itself and its factors over the last two axes."""
+    yield shape, axes
+    if len(shape) >= 2:
+        yield shape[:-1], axes[:-1]
+        yield (*shape[:-2], shape[-1]), (*axes[:-2], axes[-1])
+
+
+def _agreed(candidates: list[Axes]) -> Axes:
+    """Keeps the axes on which all layouts of the same shape agree."""
+    if not candidates:
+        return ()
+    return tuple(
+        groups[0] if len(set(groups)) == 1 else ()
+        for groups in zip(*candidates, strict=True)
+    )
+
+
+def _spec(axes: Axes, sharding: Any, ndim: int) -> PartitionSpec:
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    names = [*spec, *[None] * (ndim - len(spec))]
+
+    def name(group: tuple[int, ...]) -> Any:
+        # Axes merged into one can keep a sharding only of the slowest of them.
+        if not group or any(names[axis] is not None for axis in group[1:]):
+            return None
+        return names[group[0]]
+
+    return PartitionSpec(*(name(group) for group in axes))
+
+
+def _place(spec: PartitionSpec, like: Any) -> Any:
+    if isinstance(like, NamedSharding):
+        return NamedSharding(like.mesh, spec, memory_kind=like.memory_kind)
+    return spec
