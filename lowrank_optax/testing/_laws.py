@@ -1,0 +1,351 @@
+"""What every Optax transformation owes its users: one law, one function."""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_optax._hyperparams import static_args
+from lowrank_optax.testing._assertions import assert_bit_equal, assert_state_stable
+from lowrank_optax.testing._subject import Subject, gradients_like, step_of
+
+LAWS: dict[str, Callable[[Any], None]] = {}
+"""The law suite: name -> check(make), which raises AssertionError on a breach.
+
+``make`` builds the transformation; a ``Subject`` in its place shares the plain run.
+"""
+
+
+def assert_laws(make: Any, skip: Collection[str] = ()) -> None:
+    """Asserts every law of ``LAWS`` on one transformation.
+
+    Args:
+      make: builds the transformation, or a ``Subject`` with other parameters.
+      skip: names of laws to leave out.
+
+    Raises:
+      AssertionError: from the first law that does not hold.
+
+    Examples:
+      >>> import optax
+      >>> from lowrank_optax.testing import LAWS, assert_laws
+      >>> slow = set(LAWS) - {"chain", "tree_map_params", "empty_tree"}
+      >>> assert_laws(lambda: optax.adam(1e-2), skip=slow)
+    """
+    subject = make if isinstance(make, Subject) else Subject(make)
+    for name, check in LAWS.items():
+        if name not in skip:
+            check(subject)
+
+
+def _law(check: Callable[[Subject], None]) -> Callable[[Any], None]:
+    @functools.wraps(check)
+    def law(make: Any) -> None:
+        check(make if isinstance(make, Subject) else Subject(make))
+
+    LAWS[check.__name__.removeprefix("_")] = law
+    return law
+
+
+def _assert_close(actual: Any, expected: Any) -> None:
+    """Equal but for the order in which another program sums (float32, few steps)."""
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def _assert_same_run(subject: Subject, tx: Any, state: Any = None) -> Any:
+    """Runs ``tx`` in the plain transformation's place; returns the last state."""
+    tx = optax.with_extra_args_support(tx)
+    state = tx.init(subject.params) if state is None else state
+    run = subject.trajectory(jax.jit(step_of(tx)), state)
+    _assert_close([params for params, _ in run], [params for params, _ in subject.run])
+    return run[-1][1]
+
+
+@_law
+def _chain(subject: Subject) -> None:
+    """``optax.chain`` with neighbours that change nothing changes nothing."""
+    _assert_same_run(subject, optax.chain(optax.identity(), subject.make()))
+
+
+@_law
+def _masked(subject: Subject) -> None:
+    """``optax.masked``: the masked leaf passes by, the rest is as without it."""
+    leaves, treedef = jax.tree.flatten(subject.params)
+    last = len(leaves) - 1
+    mask = treedef.unflatten([i != last for i in range(len(leaves))])
+    tx = optax.masked(subject.make(), mask)
+    step = jax.jit(tx.update)
+    state = tx.init(subject.params)
+    updates, after = step(subject.gradients[0], state, subject.params)
+    assert_state_stable(state, after)
+    *seen, masked = jax.tree.leaves(updates)
+    assert_bit_equal(masked, jax.tree.leaves(subject.gradients[0])[last])
+    moved = jax.tree.leaves(optax.apply_updates(subject.params, updates))[:-1]
+    _assert_close(moved, jax.tree.leaves(subject.run[1][0])[:-1])
+    assert all(np.isfinite(u).all() for u in seen)
+
+
+@_law
+def _partition(subject: Subject) -> None:
+    """``optax.partition``: each group's leaves are as if the others were not there."""
+    leaves, treedef = jax.tree.flatten(subject.params)
+    labels = treedef.unflatten(["a", *["b"] * (len(leaves) - 1)])
+    groups = {"a": subject.make(), "b": subject.make()}
+    _assert_same_run(subject, optax.partition(groups, labels))
+
+
+@_law
+def _inject_hyperparams(subject: Subject) -> None:
+    """``optax.inject_hyperparams``: numbers become state, and may be set."""
+    parameters = inspect.signature(subject.make).parameters
+    if "learning_rate" not in parameters:
+        return
+    make = optax.inject_hyperparams(subject.make, static_args=static_args(subject.make))
+    tx = make(learning_rate=parameters["learning_rate"].default)
+    state = _assert_same_run(subject, tx)
+    rate = optax.tree_utils.tree_get(state, "learning_rate")
+    np.testing.assert_allclose(rate, parameters["learning_rate"].default, rtol=1e-6)
+    # The learning rate enters the first step linearly.
+    start = tx.init(subject.params)
+    doubled = optax.tree_utils.tree_set(start, learning_rate=2 * rate)
+    update = jax.jit(tx.update)
+    once, _ = update(subject.gradients[0], start, subject.params)
+    twice, _ = update(subject.gradients[0], doubled, subject.params)
+    _assert_close(twice, jax.tree.map(lambda u: 2 * u, once))
+
+
+@_law
+def _multi_steps(subject: Subject) -> None:
+    """``optax.MultiSteps`` outside: two equal halves are one whole."""
+    tx = optax.MultiSteps(subject.make(), every_k_schedule=2).gradient_transformation()
+    step = jax.jit(step_of(tx))
+    params, state = subject.params, tx.init(subject.params)
+    for (before, _), (after, _), gradient in zip(
+        subject.run, subject.run[1:], subject.gradients, strict=False
+    ):
+        params, state = step(params, state, gradient)
+        _assert_close(params, before)
+        params, state = step(params, state, gradient)
+        _assert_close(params, after)
+
+
+@_law
+def _apply_if_finite(subject: Subject) -> None:
+    """``optax.apply_if_finite``: a bad step leaves no trace; good ones are as ever."""
+    tx = optax.apply_if_finite(subject.make(), max_consecutive_errors=3)
+    step = jax.jit(step_of(tx))
+    params, state = subject.params, tx.init(subject.params)
+    for gradient, (expected, _) in zip(subject.gradients, subject.run[1:], strict=True):
+        bad = jax.tree.map(lambda g: g * jnp.nan, gradient)
+        kept, skipped = step(params, state, bad)
+        assert_bit_equal(
+            (kept, skipped.inner_state, skipped.notfinite_count),
+            (params, state.inner_state, jnp.int32(1)),
+        )
+        params, state = step(params, skipped, gradient)
+        _assert_close(params, expected)
+
+
+def _only(path: Any) -> Callable[[Any, Any], bool]:
+    """A filter for ``optax.tree_utils`` that lets one path through."""
+    return lambda other, value: other == path
+
+
+@_law
+def _tree_get_set(subject: Subject) -> None:
+    """``optax.tree_utils``: fields are found, and set, by name and by filter."""
+    state = subject.run[-1][1]
+    found = optax.tree_utils.tree_get_all_with_path(state, "count")
+    for path, value in found:
+        got = optax.tree_utils.tree_get(state, "count", filtering=_only(path))
+        assert got is value
+    if found:
+        first, value = found[0]
+        only = _only(first)
+        changed = optax.tree_utils.tree_set(state, only, count=value + 7)
+        counts = optax.tree_utils.tree_get_all_with_path(changed, "count")
+        for (path, old), (_, new) in zip(found, counts, strict=True):
+            assert int(new) == int(old) + 7 * (path == first)
+    for name in ("mu", "nu", "trace", "basis"):
+        if len(optax.tree_utils.tree_get_all_with_path(state, name)) != 1:
+            continue
+        zeros = jax.tree.map(jnp.zeros_like, optax.tree_utils.tree_get(state, name))
+        changed = optax.tree_utils.tree_set(state, **{name: zeros})
+        assert_bit_equal(optax.tree_utils.tree_get(changed, name), zeros)
+        assert_state_stable(state, changed)
+
+
+@_law
+def _tree_map_params(subject: Subject) -> None:
+    """``tree_map_params`` maps the moments and leaves the counters alone."""
+    state = subject.run[-1][1]
+    tree_map = functools.partial(optax.tree_utils.tree_map_params, subject.tx)
+    assert_bit_equal(tree_map(lambda x: x, state), state)
+    mapped = tree_map(jnp.zeros_like, state)
+    assert_state_stable(state, mapped)
+    for name in ("mu", "nu", "trace"):
+        for path, tree in optax.tree_utils.tree_get_all_with_path(mapped, name):
+            assert not any(np.any(x) for x in jax.tree.leaves(tree)), path
+    counts = optax.tree_utils.tree_get_all_with_path
+    for (_, old), (_, new) in zip(
+        counts(state, "count"), counts(mapped, "count"), strict=True
+    ):
+        assert_bit_equal(old, new)
+
+
+@_law
+def _scan(subject: Subject) -> None:
+    """A ``lax.scan`` over steps equals a loop."""
+
+    @jax.jit
+    def train(params, state, gradients):
+        def body(carry, gradient):
+            carry = step_of(subject.tx)(*carry, gradient)
+            return carry, carry[0]
+
+        return jax.lax.scan(body, (params, state), gradients)
+
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *subject.gradients)
+    (params, state), _ = train(*subject.run[0], stacked)
+    _assert_close(params, subject.final)
+    assert_state_stable(subject.run[-1][1], state)
+
+
+@_law
+def _one_trace(subject: Subject) -> None:
+    """``jit`` traces once, whatever the step."""
+    traces = []
+
+    def step(params, state, gradient):
+        traces.append(None)
+        return step_of(subject.tx)(params, state, gradient)
+
+    # Traced and not compiled: what a second trace would need is a new type.
+    params, state = subject.run[0]
+    trace = jax.jit(step).trace
+    for params, state in subject.run[:-1]:
+        trace(params, state, subject.gradients[0])
+    assert len(traces) == 1, f"traced {len(traces)} times"
+
+
+@_law
+def _no_jit(subject: Subject) -> None:
+    """A step without ``jit`` equals one with it."""
+    params, state = subject.run[0]
+    actual, after = step_of(subject.tx)(params, state, subject.gradients[0])
+    _assert_close((actual, after), subject.run[1])
+    assert_state_stable(state, after)
+
+
+@_law
+def _state_stable(subject: Subject) -> None:
+    """No step changes structure, shape, dtype or weak type of the state."""
+    start = subject.run[0][1]
+    assert_state_stable(jax.eval_shape(subject.tx.init, subject.params), start)
+    for _, state in subject.run[1:]:
+        assert_state_stable(start, state)
+
+
+@_law
+def _mixed_dtypes(subject: Subject) -> None:
+    """bfloat16 parameters with float32 gradients, and the reverse: state stable."""
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    short, wide = jnp.bfloat16, jnp.float32
+    for of_params, of_gradients in ((short, wide), (wide, short)):
+        params = cast(subject.params, of_params)
+        gradient = cast(subject.gradients[0], of_gradients)
+        state = subject.tx.init(params)
+        updates, after = jax.eval_shape(subject.tx.update, gradient, state, params)
+        assert_state_stable(state, after)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, gradient)
+
+
+@_law
+def _extra_args(subject: Subject) -> None:
+    """Extra arguments meant for neighbours are let through."""
+    tx = optax.chain(subject.make(), optax.scale_by_learning_rate(1.0))
+    state = tx.init(subject.params)
+    jax.eval_shape(
+        functools.partial(tx.update, value=jnp.float32(1.0), other=None),
+        subject.gradients[0],
+        state,
+        subject.params,
+    )
+
+
+@_law
+def _empty_tree(subject: Subject) -> None:
+    """A tree without leaves passes, and comes back."""
+    for tree in ({}, None, ()):
+        state = subject.tx.init(tree)
+        updates, after = subject.tx.update(tree, state, tree)
+        assert updates == tree
+        assert_state_stable(state, after)
+
+
+@_law
+def _odd_leaves(subject: Subject) -> None:
+    """None, MaskedNode, scalars, vectors and leaves without elements pass."""
+    params = {
+        "model": subject.params,
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "scalar": jnp.float32(2.0),
+        "vector": jnp.ones(3),
+        "empty": jnp.zeros((0, 4)),
+        "empty_vector": jnp.zeros(0),
+    }
+    gradient = {**gradients_like(params, 0), "model": subject.gradients[0]}
+    state = subject.tx.init(params)
+    updates, after = jax.jit(subject.tx.update)(gradient, state, params)
+    assert_state_stable(state, after)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, gradient)
+    moved = optax.apply_updates(params["model"], updates["model"])
+    _assert_close(moved, subject.run[1][0])
+    assert np.isfinite(updates["scalar"]) and updates["scalar"] != 0
+    assert np.all(updates["vector"] != 0)
+    sizes = {x.size for x in jax.tree.leaves(after)}
+    assert 0 not in sizes, "the state holds arrays without elements"
+
+
+@_law
+def _pmap(subject: Subject) -> None:
+    """``jax.pmap`` with averaged gradients equals one device."""
+    count = min(2, jax.local_device_count())
+    devices = jax.local_devices()[:count]
+
+    def step(params, state, gradient):
+        gradient = jax.lax.pmean(gradient, "replica")
+        return step_of(subject.tx)(params, state, gradient)
+
+    def replicate(tree):
+        return jax.tree.map(lambda x: jnp.stack([x] * count), tree)
+
+    params, state = replicate(subject.run[0])
+    parallel = jax.pmap(step, axis_name="replica", devices=devices)
+    for gradient, (expected, _) in zip(
+        subject.gradients[:2], subject.run[1:], strict=False
+    ):
+        params, state = parallel(params, state, replicate(gradient))
+        for replica in range(count):
+            _assert_close(jax.tree.map(lambda x, i=replica: x[i], params), expected)
+
+
+@_law
+def _donation(subject: Subject) -> None:
+    """Parameters and state may be donated: no buffer stands in two places."""
+    params, state = jax.tree.map(jnp.copy, subject.params), None
+    state = subject.tx.init(params)
+    step = jax.jit(step_of(subject.tx), donate_argnums=(0, 1))
+    after, _ = step(params, state, subject.gradients[0])
+    _assert_close(after, subject.run[1][0])
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))

@@ -1,0 +1,124 @@
+"""What every projector owes the bracket, on hard matrices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_optax._chain import backproject, chain, project
+from lowrank_optax._matrices import Matrix
+from lowrank_optax.projectors import At, OrthonormalProjector, Projector
+from lowrank_optax.testing._assertions import (
+    assert_bit_equal,
+    assert_orthonormal,
+    assert_state_stable,
+)
+from lowrank_optax.testing._matrices import HARD_MATRICES, HARD_SHAPES, hard_matrix
+
+
+def assert_projector_laws(
+    projector: Projector,
+    *,
+    shapes: Any = HARD_SHAPES,
+    energy: float | None = None,
+) -> None:
+    """Asserts what every projector owes the bracket, on all hard matrices.
+
+    On every shape and kind, from a cold and from a warm start:
+
+    * nothing stored changes structure, shape or dtype;
+    * a zero or non-finite gradient leaves what is stored as it was, bit for bit;
+    * after any other the lifted update ``P P^T G`` is finite, the same bits come out
+      twice, and a basis of an ``OrthonormalProjector`` is orthonormal;
+    * ``down`` and ``up`` are adjoint: ``<P^T X, Y> = <X, P Y>``;
+    * if asked for, a cold refresh captures that share of what the best subspace of
+      its rank would: ``|P^T G|^2 >= energy * (s_1^2 + ... + s_r^2)``.
+
+    Args:
+      projector: the projector; its rank is clipped to the shapes.
+      shapes: (m, n) pairs to try.
+      energy: least share of the best energy, None to claim nothing.
+
+    Raises:
+      AssertionError: naming the law, the kind of matrix and its shape.
+
+    Examples:
+      >>> import lowrank_optax as lro
+      >>> from lowrank_optax.testing import assert_projector_laws
+      >>> assert_projector_laws(lro.svd(rank=2), shapes=[(6, 4)], energy=0.999)
+    """
+    projector = dataclasses.replace(projector, update_proj_gap=1)
+    bracket = project(projector, select=".*", side="left", clip_rank=True)
+    tx = chain(bracket, optax.identity(), backproject())
+    step = jax.jit(tx.update)
+    for m, n in shapes:
+        cold = tx.init(jnp.zeros((m, n)))
+        warm = step(jnp.asarray(hard_matrix("gaussian", m, n, seed=1)), cold)[1]
+        for kind in HARD_MATRICES:
+            gradient = jnp.asarray(hard_matrix(kind, m, n))
+            try:
+                _assert_guarded(projector, step, gradient, cold)
+                _assert_guarded(projector, step, gradient, warm)
+                if energy is not None and _healthy(gradient):
+                    _assert_energy(step(gradient, cold)[1].basis, gradient, energy)
+            except AssertionError as error:
+                raise AssertionError(f"{kind} {m} x {n}: {error}") from error
+        _assert_adjoint(projector, m, n, warm.basis)
+
+
+def _healthy(gradient: jax.Array) -> bool:
+    return bool(jnp.isfinite(gradient).all() & jnp.any(gradient != 0))
+
+
+def _assert_guarded(projector: Projector, step, gradient, state) -> None:
+    updates, after = step(gradient, state)
+    assert_state_stable(state, after)
+    assert_bit_equal((updates, after), step(gradient, state))
+    if isinstance(projector, OrthonormalProjector):
+        assert_orthonormal(after.basis)
+    if not _healthy(gradient):
+        assert_bit_equal(state.basis, after.basis)
+    elif not np.isfinite(np.asarray(updates)).all():
+        raise AssertionError("the update of a finite gradient is not finite")
+
+
+def _assert_energy(basis, gradient, energy: float) -> None:
+    wide = np.asarray(gradient, np.float64)
+    basis = np.asarray(basis, np.float64)
+    spectrum = np.linalg.svd(wide, compute_uv=False)
+    best = np.sum(spectrum[: basis.shape[1]] ** 2)
+    captured = np.sum((basis.T @ wide) ** 2)
+    if not captured >= energy * best:
+        raise AssertionError(
+            f"captures {captured / best:.6f} of the best energy, less than {energy}"
+        )
+
+
+def _assert_adjoint(projector: Projector, m: int, n: int, stored: Any) -> None:
+    rank = _rank(projector, m, n)
+    matrix = Matrix("", (m, n), (), (0,), (1,), "left", rank)
+    zero = jnp.int32(0)
+    at = At(jax.random.key(0), zero, zero, jnp.bool_(False))
+    basis = projector.basis(matrix, stored, at)
+    x = jnp.asarray(hard_matrix("gaussian", m, n, seed=2))
+    low = projector.down(matrix, basis, x)
+    y = jnp.asarray(hard_matrix("gaussian", *low.shape, seed=3))
+    there = float(jnp.vdot(low, y))
+    back = float(jnp.vdot(x, projector.up(matrix, basis, y)))
+    # Two sums of m n r products in float32, in different orders.
+    bound = 1e-5 * float(jnp.linalg.norm(x) * jnp.linalg.norm(y)) * max(rank, 1)
+    if not abs(there - back) <= bound:
+        raise AssertionError(
+            f"{m} x {n}: down and up are not adjoint: {there} and {back}"
+        )
+
+
+def _rank(projector: Projector, m: int, n: int) -> int:
+    smallest, rank = min(m, n), projector.rank
+    rank = rank("") if callable(rank) else rank
+    if isinstance(rank, float):
+        return max(1, round(rank * smallest))
+    return min(rank, smallest)

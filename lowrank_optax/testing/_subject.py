@@ -1,0 +1,101 @@
+"""A transformation under test: its parameters, gradients and reference run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+STEPS = 5
+
+
+def small_params() -> Any:
+    """Returns a tall matrix, a wide one and a vector."""
+    return {
+        "dense": {"kernel": jnp.ones((12, 6)), "bias": jnp.zeros(6)},
+        "out": {"kernel": -jnp.ones((5, 8))},
+    }
+
+
+def gradients_like(params: Any, seed: int) -> Any:
+    """Returns standard normal gradients in the parameters' shapes and dtypes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """A transformation under test, with what its laws share.
+
+    A law compares a wrapped run with the plain one; the plain one is compiled and
+    run once.
+
+    Attributes:
+      make: builds the transformation. With an argument ``learning_rate`` that has
+        a default, ``optax.inject_hyperparams`` is tried on it too.
+      params: the parameters; None is a small tree of matrices and a vector.
+
+    Examples:
+      >>> import functools
+      >>> import lowrank_optax as lro
+      >>> from lowrank_optax.testing import LAWS, Subject
+      >>> make = functools.partial(lro.galore, learning_rate=1e-2, rank=2)
+      >>> LAWS["chain"](Subject(make))
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    params: Any = None
+
+    def __post_init__(self):
+        """Fills in the parameters."""
+        if self.params is None:
+            object.__setattr__(self, "params", small_params())
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The plain transformation."""
+        return optax.with_extra_args_support(self.make())
+
+    @functools.cached_property
+    def gradients(self) -> list[Any]:
+        """One gradient per step."""
+        return [gradients_like(self.params, seed) for seed in range(STEPS)]
+
+    @functools.cached_property
+    def step(self) -> Callable:
+        """The plain step, compiled: (params, state, gradient) -> (params, state)."""
+        return jax.jit(step_of(self.tx))
+
+    @functools.cached_property
+    def run(self) -> list[tuple[Any, Any]]:
+        """(params, state) before the first step and after each."""
+        return self.trajectory(self.step, self.tx.init(self.params))
+
+    @property
+    def final(self) -> Any:
+        """The parameters at the end of the plain run."""
+        return self.run[-1][0]
+
+    def trajectory(self, step: Callable, state: Any) -> list[tuple[Any, Any]]:
+        """Returns (params, state) before the first step and after each."""
+        params, out = self.params, [(self.params, state)]
+        for gradient in self.gradients:
+            params, state = step(params, state, gradient)
+            out.append((params, state))
+        return out
+
+
+def step_of(tx: optax.GradientTransformation) -> Callable:
+    """Returns (params, state, gradient) -> (params, state)."""
+
+    def step(params, state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step

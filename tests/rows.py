@@ -1,0 +1,76 @@
+"""The methods under test: a new one is one more row."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax as lro
+from lowrank_optax.testing import Subject
+
+GAP = 3  # a refresh at steps 0 and 3 of the five that every law runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method with the options under test.
+
+    `inner` is what stands in the bracket: for accumulation inside it, which
+    `galore_adafactor`, with an inner of its own, does not offer.
+    """
+
+    make: Callable[..., Any]
+    params: Any = None
+    inner: Any = None
+
+
+def galore(inner=None, params=None, rate=1e-2, **options):
+    options = {"projector": lro.svd(2, GAP), **options}
+    make = functools.partial(lro.galore, learning_rate=rate, **options)
+    if inner is not None:
+        make = functools.partial(make, base_optimizer=inner)
+    return Row(make, params, inner or optax.scale_by_adam())
+
+
+def stacked_params():
+    return {
+        "layers": {"kernel": jnp.ones((3, 12, 6)), "bias": jnp.zeros((3, 6))},
+        "out": {"kernel": -jnp.ones((5, 8))},
+    }
+
+
+# Exact SVD where the projector is not the point: it compiles fastest.
+ROWS = {
+    "galore_power": galore(projector=lro.power(2, GAP)),
+    "galore_svd": galore(weight_decay=0.1),
+    "galore_authors": galore(
+        rank=2, update_proj_gap=GAP, projector=None, conventions="authors"
+    ),
+    "galore_gaussian": galore(projector=lro.gaussian(2, GAP)),
+    "galore_lion": galore(optax.scale_by_lion()),
+    "galore_momentum": galore(optax.trace(0.9)),
+    "galore_both": galore(side="both"),
+    "galore_stacked": galore(params=stacked_params(), layer_axis=0),
+    "galore_staggered": galore(params=stacked_params(), layer_axis=0, stagger=True),
+    "galore_rotate": galore(transport=lro.rotate_moments()),
+    "galore_bf16": galore(
+        mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16, basis_dtype=jnp.bfloat16
+    ),
+    "galore_adafactor": Row(
+        functools.partial(
+            lro.galore_adafactor,
+            learning_rate=1e-2,
+            projector=lro.svd(2, GAP),
+            select="kernel",
+        )
+    ),
+}
+
+
+@functools.cache
+def subject(name):
+    """The row's subject, with its plain run shared by all tests of a process."""
+    return Subject(ROWS[name].make, ROWS[name].params)
