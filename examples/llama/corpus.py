@@ -131,7 +131,8 @@ class Corpus:
         counts[problem or "read"] += 1
         if problem:
             return None
-        counts["cut short"] += len(text) > _LONGEST
+        if len(text) > _LONGEST:
+            counts["cut short"] += 1
         return text[:_LONGEST]
 
 

@@ -58,7 +58,7 @@ def make_steps(definition: Any, tx: optax.GradientTransformation) -> Steps:
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch["mask"]),
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,

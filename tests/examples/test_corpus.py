@@ -1,0 +1,178 @@
+"""Shards, documents and the split; what must be skipped and what must stop a run."""
+
+import gzip
+import json
+
+import pytest
+
+from examples.llama.config import UsageError
+from examples.llama.corpus import (
+    Corpus,
+    Counts,
+    load_corpora,
+    matching,
+    stdlib,
+)
+
+
+def lines(corpus: Corpus) -> list[str]:
+    return list(corpus.of(None).texts())
+
+
+def json_lines(path, documents):
+    text = [d if isinstance(d, bytes) else json.dumps(d).encode() for d in documents]
+    path.write_bytes(b"\n".join(text) + b"\n")
+    return matching(str(path), "text").of(None)
+
+
+GOOD = [{"text": f"document {i}"} for i in range(400)]
+
+
+def read(corpus) -> tuple[list[str], Counts]:
+    counts = Counts()
+    texts = [
+        t for s in range(len(corpus.paths)) for _, t in corpus.documents(s, 0, counts)
+    ]
+    return texts, counts
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        (b'{"text": "cut', "invalid JSON"),
+        (b"[" * 100_000, "invalid JSON"),
+        (b'"just a string"', "without a text"),
+        (b"[1, 2]", "without a text"),
+        (b"null", "without a text"),
+        ({"txt": "other key"}, "without a text"),
+        ({"text": 7}, "without a text"),
+        ({"text": None}, "without a text"),
+        (b'{"text": "\xff\xfe"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        ({"text": "a\0b"}, "NUL byte"),
+        ({"text": ""}, "empty"),
+        ({"text": " \n"}, "empty"),
+        (b"", "empty"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_bad_document_is_skipped_and_counted(tmp_path, document, reason):
+    corpus = json_lines(tmp_path / "a.jsonl", [*GOOD[:200], document, *GOOD[200:]])
+    texts, counts = read(corpus)
+    assert texts == [d["text"] for d in GOOD]
+    assert counts[reason] == 1
+    assert counts["read"] == 400
+
+
+def test_byte_order_mark_and_line_ends(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert read(matching(str(path), "text").of(None))[0] == ["one\ntwo\nthree\n"]
+    document = b'\xef\xbb\xbf{"text": "one\\r\\ntwo"}\r'
+    assert read(json_lines(tmp_path / "a.jsonl", [document]))[0] == ["one\ntwo"]
+
+
+def test_truncated_gzip(tmp_path):
+    whole = gzip.compress(b"\n".join(json.dumps(d).encode() for d in GOOD * 40))
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    texts, counts = read(matching(str(path), "text").of(None))
+    assert counts["damaged gzip"] == 1
+    assert len(texts) > 1000
+    assert texts[:400] == [d["text"] for d in GOOD]
+    (tmp_path / "b.json.gz").write_bytes(b"no gzip at all")
+    counts = read(matching(str(tmp_path / "b.json.gz"), "text").of(None))[1]
+    assert counts == {"damaged gzip": 1}
+
+
+def test_a_very_long_line_is_cut(tmp_path):
+    corpus = json_lines(tmp_path / "a.jsonl", [{"text": "x" * 3_000_000}])
+    (text,), counts = read(corpus)
+    assert len(text) == 1_000_000
+    assert counts["cut short"] == 1
+
+
+def test_a_long_plain_text_is_read_in_pieces(tmp_path):
+    path = tmp_path / "a.txt"
+    text = "".join(f"line {i} of the book, with ü and ß\n" for i in range(9000))
+    path.write_text(text)
+    pieces = read(matching(str(path), "text").of(None))[0]
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert all(piece.endswith("\n") for piece in pieces)
+    path.write_bytes(text.encode() + b"\xff" + b"x" * 300_000)
+    texts, counts = read(matching(str(path), "text").of(None))
+    assert counts["not UTF-8"] == 1
+    assert len(texts) > 4
+
+
+def test_too_many_bad_documents_stop_the_run(tmp_path):
+    bad = json_lines(tmp_path / "a.jsonl", GOOD[:197] + [b"{"] * 3)
+    with pytest.raises(UsageError, match=r"3 of 200 documents .* \(3 invalid JSON\)"):
+        read(bad)
+    few = json_lines(tmp_path / "b.jsonl", [*GOOD[:10], b"{"])
+    assert read(few)[1]["invalid JSON"] == 1  # too few to tell while reading
+    with pytest.raises(UsageError, match="1 of 11 documents cannot be used"):
+        lines(few)
+
+
+def test_the_split_is_disjoint_and_complete(tmp_path):
+    json_lines(tmp_path / "a.jsonl", GOOD)
+    train, validation = load_corpora(str(tmp_path / "a.jsonl"), "", "text")
+    a, b = list(train.texts()), list(validation.texts())
+    assert sorted(a + b) == sorted(d["text"] for d in GOOD)
+    assert 5 < len(b) < 40  # 20 expected of 400
+
+
+def test_named_validation_text_holds_nothing_out(tmp_path):
+    json_lines(tmp_path / "a.jsonl", GOOD)
+    json_lines(tmp_path / "b.jsonl", GOOD[:3])
+    train, validation = load_corpora(
+        str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "text"
+    )
+    assert len(list(train.texts())) == 400
+    assert len(list(validation.texts())) == 3
+
+
+def test_hosts_share_the_shards(tmp_path):
+    for name in "abcde":
+        json_lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    corpus = matching(str(tmp_path / "*.jsonl"), "text").of(None)
+    parts = [lines(corpus.part(host, 2)) for host in range(2)]
+    assert parts == [["a", "c", "e"], ["b", "d"]]
+
+
+def test_the_fingerprint_follows_the_contents_not_the_folder(tmp_path):
+    hashes = []
+    for folder, text in [("one", "x"), ("two", "x"), ("three", "y")]:
+        (tmp_path / folder).mkdir()
+        corpus = json_lines(tmp_path / folder / "a.jsonl", [{"text": text}])
+        hashes.append(corpus.fingerprint())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_stdlib():
+    corpus = stdlib()
+    assert len(corpus.names) > 300
+    assert "argparse.py" in corpus.names
+    folders = {folder for name in corpus.names for folder in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "site-packages"}
+    held_out = [n for n in corpus.names if corpus.of("validation")._holds(n)]
+    assert 0.02 < len(held_out) / len(corpus.names) < 0.08
+
+
+def test_missing_and_strange_corpora(tmp_path):
+    with pytest.raises(UsageError, match=r"no file matches .*nothing.*txt"):
+        load_corpora(str(tmp_path / "nothing*.txt"), "", "text")
+    (tmp_path / "a.parquet").write_text("")
+    with pytest.raises(UsageError, match=r"a\.parquet is no shard: expected one of"):
+        load_corpora(str(tmp_path / "*"), "", "text")
+
+
+def test_unreadable_shard(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
+    corpus = matching(str(tmp_path / "*.txt"), "text").of(None)
+    with pytest.raises(UsageError, match=r"cannot read shard .*a\.txt: No such file"):
+        corpus.fingerprint()
+    with pytest.raises(UsageError, match=r"cannot read shard .*a\.txt"):
+        lines(corpus)

@@ -1,0 +1,148 @@
+"""One step: micro-batches, clipping, the guard, the registry, the schedule."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from examples.llama import optimizers
+from examples.llama.batches import as_batch
+from examples.llama.config import TrainConfig, UsageError, resolve
+from examples.llama.model import abstract_model, init_params
+from examples.llama.step import make_steps, mean_gradient, split_rows
+
+
+@pytest.fixture(scope="module")
+def definition(micro_config):
+    return abstract_model(micro_config)[0]
+
+
+@pytest.fixture(scope="module")
+def params(micro_config):
+    return jax.tree.map(np.asarray, init_params(micro_config, 0))
+
+
+@pytest.fixture
+def batch():
+    """Rows of very different length: a mean of means would differ."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 264, n).tolist() for n in (17, 3, 17, 2, 9, 17, 4, 6)]
+    return as_batch(rows, 8, 16)
+
+
+def test_micro_batches_equal_one_big_batch(definition, params, batch):
+    gradient = jax.jit(lambda p, b: mean_gradient(definition, p, b))
+    loss, whole = gradient(params, split_rows(batch, 1))
+    part_loss, summed = gradient(params, split_rows(batch, 4))
+    assert float(part_loss) == pytest.approx(float(loss), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(summed), strict=True):
+        scale = float(np.abs(a).max())
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
+
+
+def settings(micro_preset, **flags):
+    del micro_preset
+    return resolve(TrainConfig(preset="micro", **flags))[0]
+
+
+def poison(params):
+    """Parameters whose gradient is not finite."""
+    return params | {"norm": {"scale": params["norm"]["scale"] * np.nan}}
+
+
+def test_the_guard_leaves_everything_as_it_was(micro_preset, definition, params, batch):
+    config = settings(micro_preset, optimizer="galore")
+    tx = optimizers.guarded(config, optimizers.build_optimizer(config))
+    step = jax.jit(tx.update)
+    micro = split_rows(batch, 1)
+    grads = jax.jit(lambda p: mean_gradient(definition, p, micro)[1])(params)
+    bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), grads)
+
+    state = jax.jit(tx.init)(params)
+    _, state = step(grads, state, params)
+    updates, skipped = step(bad, state, params)
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    assert int(skipped.total_notfinite) == int(skipped.notfinite_count) == 1
+    for a, b in zip(
+        jax.tree.leaves(state.inner_state),
+        jax.tree.leaves(skipped.inner_state),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    expected, _ = step(grads, state, params)
+    found, after = step(grads, skipped, params)
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+    assert int(after.notfinite_count) == 0
+
+
+def test_steps_report_what_they_skip(micro_preset, definition, params, batch):
+    config = settings(micro_preset, optimizer="adamw")
+    tx = optimizers.guarded(config, optimizers.build_optimizer(config))
+    steps = make_steps(definition, tx)
+    poisoned = jax.tree.map(jnp.asarray, poison(params))
+    _, _, metrics = steps.train(poisoned, tx.init(params), split_rows(batch, 1))
+    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
+    assert float(metrics["tokens"]) == batch["mask"].sum()
+
+
+def test_clipping(micro_preset, params):
+    config = dataclasses.replace(
+        settings(micro_preset, optimizer="adamw", clip=0.5), eps=1.0
+    )
+    grads = jax.tree.map(lambda p: np.full(p.shape, 3.0, np.float32), params)
+    plain = optimizers.build_optimizer(config)
+    tx = optimizers.guarded(config, plain)
+    found, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    small = jax.tree.map(lambda g: g * (0.5 / optax.tree.norm(grads)), grads)
+    expected, _ = jax.jit(plain.update)(small, plain.init(params), params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_schedule(micro_preset):
+    config = settings(micro_preset, steps=100, warmup=10, lr=2.0)
+    lr = jax.jit(optimizers.learning_rate(config))
+    # Warm-up starts at 0, as in the papers' scripts; float32 cosine.
+    for step, expected in [(0, 0.0), (5, 1.0), (10, 2.0), (55, 1.1), (100, 0.2)]:
+        assert float(lr(step)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_galore_leaves_embeddings_head_and_norms_full(micro_preset, params):
+    config = settings(micro_preset, optimizer="galore")
+    small = optimizers.state_bytes(optimizers.build_optimizer(config), params)
+    full = optimizers.state_bytes(optax.adamw(1e-3), params)
+    rank, layers, d, f = 8, 2, 32, 48
+    # Two moments of r x n and a basis of m x r instead of two of m x n.
+    attention = 4 * layers * 4 * (2 * d * d - (2 * rank * d + d * rank))
+    mlp = 3 * layers * 4 * (2 * d * f - (2 * rank * f + d * rank))
+    # What else it keeps (counters, the key, which bases are pending) is small.
+    assert full - small == pytest.approx(attention + mlp, abs=200)
+
+
+def test_unknown_names(micro_preset):
+    config = settings(micro_preset, optimizer="adamwx")
+    with pytest.raises(UsageError, match=r"unknown optimizer 'adamwx'; known: adamw"):
+        optimizers.build_optimizer(config)
+    with pytest.raises(UsageError, match=r"unknown preset '10m'; known: tiny, 9m"):
+        resolve(TrainConfig(preset="10m"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"rank": 0}, "--rank must be positive; got 0"),
+        ({"update_proj_gap": -1}, "--update-proj-gap must be positive; got -1"),
+        ({"steps": 0}, "--steps must be positive"),
+        ({"packing": "tight"}, "--packing must be one of padded, packed; got 'tight'"),
+        ({"tokenizer": "words"}, "--tokenizer must be one of bytes, bpe"),
+        ({"corpus": "web"}, "--corpus must be one of stdlib; got 'web'"),
+        ({"compute_dtype": "int8"}, "--compute-dtype must be one of float32, bfloat16"),
+        ({"batch_size": 10, "micro_batches": 4}, "10 cannot be cut into 4 equal"),
+    ],
+)
+def test_flags_that_cannot_work(flags, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(TrainConfig(**flags))
