@@ -25,7 +25,8 @@ LAYERS = (
     ("_subspace",),
     ("_chain",),
     ("methods",),
-    ("_report", "sharding", "memory", "layerwise", "distributed"),
+    ("_report", "memory"),
+    ("sharding", "layerwise", "distributed"),
     ("activations", "testing"),
     ("__init__",),
 )
