@@ -5,10 +5,11 @@ rows are shuffled. A position is the cursor where the block began and the number
 rows taken from it, so a resumed run makes the block again and goes on.
 """
 
+import array
 import dataclasses
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Rows:
         return rows, end
 
 
-def as_batch(rows: list[list[int]], size: int, seq_len: int) -> Batch:
+def as_batch(rows: Sequence[Sequence[int]], size: int, seq_len: int) -> Batch:
     """Fills up short rows and missing ones with zeros that the mask leaves out."""
     both = np.zeros((size, seq_len + 1), np.int32)
     mask = np.zeros((size, seq_len), np.float32)
@@ -145,7 +146,7 @@ def training_batches(
         block, end = rows.shuffled(cursor)
 
 
-def validation_rows(rows: Rows, tokens: int) -> Iterator[list[int]]:
+def validation_rows(rows: Rows, tokens: int) -> Iterator[array.array]:
     """Rows in order, until they hold so many targets; the last one is cut to fit."""
     cursor = Cursor()
     while tokens > 0 and cursor.epoch == 0:
@@ -156,7 +157,7 @@ def validation_rows(rows: Rows, tokens: int) -> Iterator[list[int]]:
             row = row[: tokens + 1]
             tokens -= len(row) - 1
             if len(row) > 1:
-                yield row
+                yield array.array("i", row)
 
 
 def prefetched(batches: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:

@@ -1,10 +1,9 @@
 """Validation: exact perplexity, every token counted once."""
 
-import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,9 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def eval_batches(rows: Iterable[list[int]], size: int, seq_len: int) -> Iterator[Batch]:
+def eval_batches(
+    rows: Iterable[Sequence[int]], size: int, seq_len: int
+) -> Iterator[Batch]:
     """All rows in batches of one shape; the last one is filled up and masked."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, size)):
@@ -66,16 +67,16 @@ def evaluate(
 
 
 def unigram_perplexity(
-    train_rows: Iterable[list[int]], eval_rows: Iterable[list[int]], vocab_size: int
+    train_rows: Iterable[Sequence[int]],
+    eval_rows: Iterable[Sequence[int]],
+    vocab_size: int,
 ) -> float:
     """Perplexity of tokens drawn independently with the training text's frequencies."""
 
-    def count(rows: Iterable[list[int]]) -> np.ndarray:
-        counter = collections.Counter(t for row in rows for t in row[1:])
-        counts = np.zeros(vocab_size)
-        counts[list(counter)] = list(counter.values())
-        return counts
+    def count(rows: Iterable[Sequence[int]]) -> np.ndarray:
+        targets = np.concatenate([np.asarray(row[1:], np.int64) for row in rows])
+        return np.bincount(targets, minlength=vocab_size)
 
-    known, seen = count(train_rows) + 1, count(eval_rows)
+    known, seen = count(train_rows) + 1.0, count(eval_rows)
     losses = -np.log(known / known.sum())
     return perplexity(float((seen * losses).sum() / max(seen.sum(), 1)))

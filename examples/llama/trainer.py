@@ -1,5 +1,6 @@
 """A run: its data, its compiled steps, its state, and the loop over steps."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import tqdm
 
+import lowrank_optax as lro
 from examples.llama import optimizers
 from examples.llama.batches import (
     Batch,
@@ -24,7 +26,7 @@ from examples.llama.checkpoint import Checkpoints, Store, find_start, on_device
 from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
 from examples.llama.corpus import Counts, load_corpora
 from examples.llama.evaluate import Evaluation, eval_batches, evaluate
-from examples.llama.model import abstract_model, init_params
+from examples.llama.model import abstract_model, count_params, init_params
 from examples.llama.report import Metrics
 from examples.llama.rundir import choose_run_dir
 from examples.llama.step import make_steps, split_rows
@@ -98,11 +100,26 @@ class Trainer:
             self.position = Position.from_json(meta["position"])
             self.tokens = meta["tokens"]
             print(f"going on from step {start} in {self.run_dir}", flush=True)
+            say_changes(meta["settings"], dataclasses.asdict(self.config))
+        self._describe()
+        self.metrics = Metrics(self.run_dir, self.step)
+
+    def _describe(self) -> None:
+        """Says what is about to run, and leaves the particulars in its folder."""
+        corpus, model = self.train_text, count_params(self.abstract_params)
+        print(
+            f"{self.config.preset} ({model:,} parameters) with "
+            f"{self.config.optimizer}; corpus {corpus.name}: {len(corpus.paths)} "
+            f"shards, hash {corpus.fingerprint()}; writing to {self.run_dir}",
+            flush=True,
+        )
         settings = json.dumps(dataclasses.asdict(self.config), indent=1)
-        (self.run_dir / "config.json").write_text(settings + "\n")
+        write_whole(self.run_dir / "config.json", settings + "\n")
+        with contextlib.suppress(ValueError):  # an optimizer without a bracket
+            selection = lro.selection_report(self.optimizer, self.abstract_params)
+            write_whole(self.run_dir / "selection.txt", f"{selection}\n")
         if isinstance(self.tokenizer, BPETokenizer):
             write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
-        self.metrics = Metrics(self.run_dir, self.step)
 
     def save(self) -> None:
         """Saves the present step in the background, once."""
@@ -114,6 +131,7 @@ class Trainer:
             "identity": self.identity(),
             "position": self.position.to_json(),
             "tokens": self.tokens,
+            "settings": dataclasses.asdict(self.config),
         }
         self.checkpoints.save(self.step, state, meta)
 
@@ -220,6 +238,18 @@ class Trainer:
         """Completes the running save and writes the reports; returns the files."""
         self.checkpoints.close()
         return self.metrics.close()
+
+
+def say_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Names the settings in which a resumed run differs from what was saved."""
+    free = {"resume", "run_dir", "stop_step", "cache_dir"}
+    changed = [
+        f"{name}: {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if name not in free and before.get(name) != value
+    ]
+    if changed:
+        print("changed since the run began: " + "; ".join(changed), flush=True)
 
 
 def due(step: int, every: int) -> bool:

@@ -14,6 +14,7 @@ import time
 import jax
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from examples.llama import train
 from examples.llama.checkpoint import Store
@@ -35,9 +36,11 @@ def programs(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks at its settings only once
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -81,11 +84,13 @@ def arrays(run_dir: pathlib.Path, step: int):
 def test_resume_is_bit_for_bit_and_survives_damage(command, tmp_path, capsys):
     assert command("--micro-batches", "2", run_dir="whole") == 0
     table = capsys.readouterr().out
+    assert re.search(r"corpus .*\.json\.gz: 3 shards, hash [0-9a-f]{16}", table)
     assert "optimizer state, galore" in table
     assert "byte-unigram perplexity" in table
     whole = tmp_path / "whole"
     for name in ("metrics.jsonl", "metrics.csv", "loss.png", "config.json"):
         assert (whole / name).stat().st_size > 0
+    assert "layers/attn/q/kernel" in (whole / "selection.txt").read_text()
     rows = csv.DictReader((whole / "metrics.csv").read_text().splitlines())
     assert [int(r["step"]) for r in rows] == [x["step"] for x in metrics(whole)]
 
@@ -107,8 +112,9 @@ def test_resume_is_bit_for_bit_and_survives_damage(command, tmp_path, capsys):
     flipped[len(flipped) // 2] ^= 4
     data.write_bytes(flipped)
     capsys.readouterr()
-    assert command(*flags, run_dir="parts") == 0
-    message = capsys.readouterr().err
+    assert command(*flags, "--keep", "4", run_dir="parts") == 0
+    told, message = capsys.readouterr()
+    assert "changed since the run began: keep: 3, now 4" in told
     assert re.search(r"checkpoint 8 is damaged \(.*sha256\).* back to step 6", message)
     assert metrics(parts)[-3:] == metrics(whole)[-3:]
     assert arrays(parts, 8) == arrays(whole, 8)
