@@ -27,9 +27,9 @@ class Row:
     inner: Any = None
 
 
-def galore(inner=None, params=None, rate=1e-2, **options):
-    options = {"projector": lro.svd(2, GAP), **options}
-    make = functools.partial(lro.galore, learning_rate=rate, **options)
+def galore(inner=None, params=None, **options):
+    options = {"learning_rate": 1e-2, "projector": lro.svd(2, GAP), **options}
+    make = functools.partial(lro.galore, **options)
     if inner is not None:
         make = functools.partial(make, base_optimizer=inner)
     return Row(make, params, inner or optax.scale_by_adam())
@@ -46,8 +46,15 @@ def stacked_params():
 ROWS = {
     "galore_power": galore(projector=lro.power(2, GAP)),
     "galore_svd": galore(weight_decay=0.1),
-    "galore_authors": galore(
-        rank=2, update_proj_gap=GAP, projector=None, conventions="authors"
+    "galore_authors": Row(
+        functools.partial(
+            lro.galore,
+            learning_rate=1e-2,
+            rank=2,
+            update_proj_gap=GAP,
+            conventions="authors",
+        ),
+        inner=optax.chain(lro.scale_by_raw_adam(), lro.scale_by_bias_correction()),
     ),
     "galore_gaussian": galore(projector=lro.gaussian(2, GAP)),
     "galore_lion": galore(optax.scale_by_lion()),

@@ -1,0 +1,142 @@
+"""No bad gradient reaches a basis; a guarded run does not remember one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
+from lowrank_optax.testing._subject import gradients_like, step_of
+from tests.rows import GAP, ROWS, subject
+
+BAD = {
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "minus_inf": -float("inf"),
+    "1e38": 1e38,
+    "bf16_max": float(jnp.finfo(jnp.bfloat16).max),
+}
+NOT_FINITE = ("nan", "inf", "minus_inf")
+EXTENTS = ("element", "leaf", "tree")
+WHEN = {"at_a_refresh": GAP, "between_refreshes": 1}
+GOOD_STEPS = 8  # good steps in all: two refreshes lie behind every bad one
+
+cases = pytest.mark.parametrize("value", BAD)
+not_finite = pytest.mark.parametrize("value", NOT_FINITE)
+each_row = pytest.mark.parametrize("row", ROWS)
+
+
+def spoil(gradient, value, extent):
+    """Puts a bad value into one element, one matrix, or everywhere."""
+    leaves, treedef = jax.tree.flatten(gradient)
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+
+    def bad(i, leaf):
+        if extent == "tree" or (extent == "leaf" and i == largest):
+            return jnp.full_like(leaf, value)
+        if extent == "element" and i == largest:
+            return leaf.at[(1,) * leaf.ndim].set(value)
+        return leaf
+
+    return treedef.unflatten([bad(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+@functools.cache
+def good_gradients(row):
+    return [gradients_like(subject(row).params, seed) for seed in range(GOOD_STEPS)]
+
+
+@functools.cache
+def guarded(row):
+    """The guarded step, and its run on good gradients."""
+    tx = optax.apply_if_finite(ROWS[row].make(), max_consecutive_errors=3)
+    step = jax.jit(step_of(tx))
+    states = [(subject(row).params, tx.init(subject(row).params))]
+    for gradient in good_gradients(row):
+        states.append(step(*states[-1], gradient))
+    return step, states
+
+
+def bases(state):
+    """What the brackets inside a state store."""
+    found = optax.tree_utils.tree_get_all_with_path(state, "basis")
+    assert len(found) == 1
+    return found[0][1]
+
+
+@each_row
+@not_finite
+def test_a_guarded_run_does_not_remember_a_bad_step(row, value):
+    """R1: bit-equal after the bad step, and at every good step that follows."""
+    step, states = guarded(row)
+    for when in WHEN.values():
+        for extent in EXTENTS:
+            params, state = states[when]
+            bad = spoil(good_gradients(row)[when], BAD[value], extent)
+            kept, skipped = step(params, state, bad)
+            assert_bit_equal(
+                (kept, skipped.inner_state), (params, states[when][1].inner_state)
+            )
+            assert int(skipped.notfinite_count) == int(skipped.total_notfinite) == 1
+            run = (kept, skipped)
+            for k in range(when, GOOD_STEPS):
+                run = step(*run, good_gradients(row)[k])
+                expected, expected_state = states[k + 1]
+                assert_bit_equal(
+                    (run[0], run[1].inner_state),
+                    (expected, expected_state.inner_state),
+                )
+
+
+@each_row
+@cases
+def test_a_bad_step_never_enters_a_basis(row, value):
+    """Without the guard: bases stay finite and orthonormal, and recover."""
+    one = subject(row)
+    for when in WHEN.values():
+        for extent in EXTENTS:
+            params, before = one.run[when]
+            bad = spoil(one.gradients[when], BAD[value], extent)
+            _, state = one.step(params, before, bad)
+            assert_orthonormal(bases(state))
+            if value in NOT_FINITE and extent == "tree":
+                assert_bit_equal(bases(state), bases(before))
+            # Healthy gradients renew what was left undone.
+            for gradient in good_gradients(row)[:GAP]:
+                _, state = one.step(params, state, gradient)
+                assert_orthonormal(bases(state))
+            pending = optax.tree_utils.tree_get_all_with_path(state, "pending")[0][1]
+            if jax.tree.leaves(bases(state)):
+                assert not any(np.any(p) for p in jax.tree.leaves(pending))
+
+
+@each_row
+def test_healthy_leaves_are_refreshed_beside_a_bad_one(row):
+    """A bad leaf at a refresh keeps its own basis only."""
+    one = subject(row)
+    params, before = one.run[GAP]
+    bad = spoil(one.gradients[GAP], float("nan"), "leaf")
+    _, state = one.step(params, before, bad)
+    _, good = one.step(params, before, one.gradients[GAP])
+    assert_bit_equal(bases(state)["out"], bases(good)["out"])
+    (bad_leaf,) = {"dense", "layers"} & set(params)
+    assert_bit_equal(bases(state)[bad_leaf], bases(before)[bad_leaf])
+
+
+@each_row
+@pytest.mark.parametrize("value", ["1e38", "bf16_max"])
+def test_clipping_before_the_bracket_keeps_huge_steps_finite(row, value):
+    """A huge finite gradient passes `apply_if_finite`; global clipping takes it."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), ROWS[row].make())
+    step, params = jax.jit(step_of(tx)), subject(row).params
+    start = step(params, tx.init(params), subject(row).gradients[0])
+    for extent in EXTENTS:
+        bad = spoil(subject(row).gradients[1], BAD[value], extent)
+        run = step(*start, bad)
+        for gradient in subject(row).gradients[2:]:
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(run))
+            run = step(*run, gradient)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(run))
