@@ -1,0 +1,142 @@
+"""Bytes of state: equal to the real ones, and to the formula, exactly.
+
+For a matrix [m, n] at rank r, elements of e bytes and a basis of p bytes each:
+short side 2 max(m, n) r e + min(m, n) r p; long side the other way round; both sides
+2 r^2 e + (m + n) r p. Beside them stand only what no formula counts: per bracket the
+step counter (4 bytes), the key (8) and Adam's counter (4), per matrix one flag.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lowrank_optax as lro
+
+COUNTERS = 4 + 8 + 4
+SHAPES = [(48, 32), (32, 48), (40, 40)]
+
+
+def formula(shape, r, side, e1=4, e2=4, p=4):
+    """Bytes per role of one matrix."""
+    m, n = shape
+    short, long = min(m, n), max(m, n)
+    kept, projected = {"short": (long, short), "long": (short, long)}.get(
+        side, (r, m + n)
+    )
+    return {"mu": kept * r * e1, "nu": kept * r * e2, "basis": projected * r * p}
+
+
+def real_bytes(state):
+    return sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("side", ["short", "long", "both"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_formula(shape, side):
+    params = {"w": jnp.zeros(shape)}
+    tx = lro.galore(1e-2, rank=4, side=side, select="w")
+    table = lro.state_bytes(tx, params)
+    roles = formula(shape, 4, side)
+    assert table.by_role == {**roles, "other": COUNTERS + 1}
+    assert table.by_parameter == {"w": sum(roles.values()) + 1, "": COUNTERS}
+    assert table.total == real_bytes(tx.init(params))
+
+
+@pytest.mark.parametrize("side", ["short", "long", "both"])
+@pytest.mark.parametrize(
+    ("mu", "nu", "basis"),
+    [
+        (jnp.bfloat16, None, None),
+        (None, jnp.bfloat16, None),
+        (None, None, jnp.bfloat16),
+        (jnp.bfloat16, jnp.float16, jnp.bfloat16),
+    ],
+)
+def test_storage_dtypes(side, mu, nu, basis):
+    params = {"w": jnp.zeros((48, 32))}
+    tx = lro.galore(
+        1e-2, rank=4, side=side, mu_dtype=mu, nu_dtype=nu, basis_dtype=basis
+    )
+    e1, e2, p = (jnp.dtype(t or jnp.float32).itemsize for t in (mu, nu, basis))
+    table = lro.state_bytes(tx, params)
+    roles = formula((48, 32), 4, side, e1, e2, p)
+    assert table.by_role == {**roles, "other": COUNTERS + 1}
+    assert table.total == real_bytes(tx.init(params))
+
+
+@pytest.mark.parametrize("side", ["short", "long", "both"])
+def test_stacks_count_their_layers(side):
+    params = {"w": jnp.zeros((5, 48, 32))}
+    tx = lro.galore(1e-2, rank=4, side=side, layer_axis=0)
+    table = lro.state_bytes(tx, params)
+    roles = {k: 5 * v for k, v in formula((48, 32), 4, side).items()}
+    assert table.by_role == {**roles, "other": COUNTERS + 5}
+    assert table.total == real_bytes(tx.init(params))
+
+
+def test_parameters_and_gradients_in_bfloat16_change_nothing():
+    tx = lro.galore(1e-2, rank=4)
+    wide, short = (
+        lro.state_bytes(tx, {"w": jnp.zeros((48, 32), dtype)})
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert wide == short
+
+
+def model():
+    return {
+        "layers": {
+            "attention": {"kernel": jnp.zeros((3, 48, 32))},
+            "norm": {"scale": jnp.zeros((3, 32))},
+        },
+        "embed": jnp.zeros((64, 32)),
+        "w": jnp.zeros((32, 48)),
+        "bias": jnp.zeros(48),
+        "nothing": jnp.zeros((0, 4)),
+    }
+
+
+TRANSFORMATIONS = {
+    "galore": lro.galore(1e-2, rank=4, layer_axis=0, weight_decay=0.1),
+    "adafactor": lro.galore_adafactor(1e-2, rank=4, layer_axis=0),
+    "gaussian": lro.galore(1e-2, projector=lro.gaussian(4), layer_axis=0),
+    "momentum": lro.galore(1e-2, rank=4, base_optimizer=optax.trace(0.9)),
+    "wrapped": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.MultiSteps(lro.galore(1e-2, rank=4), 2).gradient_transformation(),
+    ),
+    "adamw": optax.adamw(1e-2),
+}
+
+
+@pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+def test_total_is_that_of_the_real_state(tx):
+    table = lro.state_bytes(tx, model())
+    assert table.total == real_bytes(tx.init(model()))
+    assert table.total == sum(table.by_role.values())
+    assert table.total == sum(table.by_parameter.values())
+    assert lro.state_bytes(tx, jax.eval_shape(model)) == table
+
+
+def test_full_leaves_count_as_adam_does():
+    table = lro.state_bytes(TRANSFORMATIONS["galore"], model())
+    assert table.by_parameter["embed"] == 2 * 64 * 32 * 4
+    assert table.by_parameter["layers/norm/scale"] == 2 * 3 * 32 * 4
+    assert "nothing" not in table.by_parameter
+    whole = 3 * sum(formula((48, 32), 4, "short").values()) + 3
+    assert table.by_parameter["layers/attention/kernel"] == whole
+    assert table.entries["w", "basis"] == 32 * 4 * 4
+
+
+def test_gaussian_stores_no_basis():
+    table = lro.state_bytes(TRANSFORMATIONS["gaussian"], model())
+    assert table.by_role.get("basis", 0) == 0
+
+
+def test_table_text():
+    table = lro.state_bytes(lro.galore(1e-2, rank=4), {"w": jnp.zeros((48, 32))})
+    lines = [line.split() for line in str(table).splitlines()]
+    assert lines[0] == ["parameter", "basis", "mu", "nu", "other", "total"]
+    assert ["w", "512", "768", "768", "1", "2,049"] in lines
+    assert lines[-1] == ["total", "512", "768", "768", "17", "2,065"]
