@@ -92,12 +92,15 @@ class Matrix:
         order = (*self.batch, *self.rows, *self.columns)
         matrix = leaf if order == tuple(range(leaf.ndim)) else leaf.transpose(order)
         shape = (*self.batch_shape, self._size(self.rows), self._size(self.columns))
-        matrix = matrix.reshape(shape)
+        return self.flip(matrix.reshape(shape))
+
+    def flip(self, matrix: jax.Array) -> jax.Array:
+        """Swaps the last two axes if the view does: stored order and back."""
         return jnp.swapaxes(matrix, -1, -2) if self.transposed else matrix
 
     def undo(self, matrix: jax.Array) -> jax.Array:
         """Inverse of ``view``: ``[*batch, m, n]`` back to the stored shape."""
-        matrix = jnp.swapaxes(matrix, -1, -2) if self.transposed else matrix
+        matrix = self.flip(matrix)
         order = (*self.batch, *self.rows, *self.columns)
         leaf = matrix.reshape(tuple(self.shape[axis] for axis in order))
         if order == tuple(range(leaf.ndim)):

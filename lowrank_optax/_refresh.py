@@ -77,6 +77,9 @@ class Refresher:
         """Renews the matrices that are due and healthy; the rest stay as they are."""
         if not self.projector.stores_basis:
             return leaf
+        # A branch's operands are materialized on every step: hand the gradient over
+        # in stored order, and transpose it inside.
+        gradient = self.matrix.flip(gradient)
         at = self._at(clock)
         gap = self.projector.update_proj_gap
         due = clock.open & (
@@ -118,6 +121,7 @@ class Refresher:
         return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
 
     def _attempt(self, clock: Clock, at: At, gradient: Array, leaf: LeafBasis):
+        gradient = self.matrix.flip(gradient)
         peak = jnp.max(jnp.abs(gradient))
         healthy = jnp.isfinite(peak) & (peak > 0)
         keep = leaf._replace(pending=jnp.ones_like(leaf.pending))

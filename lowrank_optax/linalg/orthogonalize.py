@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
+from lowrank_optax.linalg.layout import turn
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 # Multiples of eps * trace(Y^T Y) added to the Gram matrix in each sweep. The first
@@ -37,10 +39,10 @@ def cholesky_qr(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
     r = y.shape[1]
     eye = jnp.eye(r, dtype=y.dtype)
     for shift in _SHIFTS:
-        gram = jnp.matmul(y.T, y, precision=HIGHEST)
+        gram = jnp.matmul(turn(y), y, precision=HIGHEST)
         gram += shift * jnp.finfo(y.dtype).eps * jnp.trace(gram) * eye
         # Inverting the r x r factor turns the tall solve into a product. What the
         # inverse loses in orthogonality the next sweep restores; the span is exact.
         inverse = solve_triangular(jnp.linalg.cholesky(gram), eye, lower=True)
-        y = jnp.matmul(y, inverse.T, precision=HIGHEST)
+        y = jnp.matmul(y, turn(inverse), precision=HIGHEST)
     return y

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.layout import turn, turned
 from lowrank_optax.linalg.orthogonalize import HIGHEST
 from lowrank_optax.linalg.rotation import Rotation
 
@@ -91,18 +91,18 @@ class Projector(_checks.Part):
         """Returns ``P^T X``, ``[..., r, n]``."""
         dtype = jnp.promote_types(basis.dtype, x.dtype)
         basis, x = basis.astype(dtype), x.astype(dtype)
-        if not matrix.transposed:
-            return jnp.einsum("...mr,...mn->...rn", basis, x)
-        # x is a transposed leaf here. Contracting it in its stored order and turning
-        # the small result is 3x faster on CPU; the barrier keeps XLA from undoing it.
-        low = jnp.einsum("...mn,...mr->...nr", x, basis)
-        return jnp.swapaxes(jax.lax.optimization_barrier(low), -1, -2)
+        if matrix.transposed:
+            return turned(jnp.einsum("...nm,...mr->...nr", matrix.flip(x), basis))
+        return jnp.einsum("...rm,...mn->...rn", turn(basis), x)
 
     def up(self, matrix: Matrix, basis: Any, low: Array) -> Array:
         """Returns ``P N``, ``[..., m, n]``."""
-        del matrix
         dtype = jnp.promote_types(basis.dtype, low.dtype)
-        return jnp.einsum("...mr,...rn->...mn", basis.astype(dtype), low.astype(dtype))
+        basis, low = basis.astype(dtype), low.astype(dtype)
+        if matrix.transposed:
+            lifted = jnp.einsum("...nr,...rm->...nm", turn(low), turn(basis))
+            return matrix.flip(lifted)
+        return jnp.einsum("...mr,...rn->...mn", basis, low)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

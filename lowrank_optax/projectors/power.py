@@ -56,4 +56,5 @@ class power(OrthonormalProjector):
             lambda: random_orthonormal(at.key, matrix.m, matrix.rank),
             lambda: old,
         )
-        return block_power(gradient, start, jnp.where(at.cold, self.cold_sweeps, 1))
+        sweeps = jnp.where(at.cold, self.cold_sweeps, 1)
+        return block_power(gradient, start, sweeps, matrix.transposed)

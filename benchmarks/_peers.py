@@ -1,0 +1,170 @@
+"""The optimizers that are timed side by side, each as one jitted update."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lowrank_optax as lro
+
+LEARNING_RATE = 1e-3
+
+
+class JaxPeer:
+    """An Optax transformation, compiled ahead; its state is donated to each step."""
+
+    def __init__(self, tx: optax.GradientTransformation, params: Any):
+        """Compiles the update for these parameters."""
+        self.params = params
+        self.state = jax.jit(tx.init)(params)
+        self.state_bytes = lro.state_bytes(tx, params).total
+
+        def update(state, gradients, params):
+            return tx.update(gradients, state, params)
+
+        step = jax.jit(update, donate_argnums=0)
+        start = time.perf_counter()
+        self.compiled = step.lower(self.state, params, params).compile()
+        self.compile_seconds = time.perf_counter() - start
+        memory: Any = self.compiled.memory_analysis()
+        self.temp_bytes = memory.temp_size_in_bytes
+
+    def step(self, gradients: Any) -> float:
+        """Runs one update and returns its seconds."""
+        start = time.perf_counter()
+        updates, self.state = self.compiled(self.state, gradients, self.params)
+        jax.block_until_ready((updates, self.state))
+        return time.perf_counter() - start
+
+    def make_due(self, gap: int) -> None:
+        """Turns the counter so that the next step is a refresh."""
+
+        def turn(path, leaf):
+            return leaf.at[...].set(gap) if is_count(path) else leaf
+
+        def is_count(path):
+            return getattr(path[-1], "name", "") == "count" and len(path) <= 2
+
+        self.state = jax.tree_util.tree_map_with_path(turn, self.state)
+
+
+class TorchPeer:
+    """The authors' GaLoreAdamW (package galore-torch), parameters moved in place."""
+
+    def __init__(self, params: Any, rank: int, gap: int):
+        """Builds the optimizer; raises ImportError where it is not installed."""
+        import torch  # pyright: ignore[reportMissingImports]
+        from galore_torch import (  # pyright: ignore[reportMissingImports]
+            GaLoreAdamW,
+        )
+
+        torch.set_num_threads(2)
+        # torch weights are (out, in), Flax kernels (in, out).
+        self.torch = torch
+        self.params = [
+            torch.nn.Parameter(torch.tensor(np.array(leaf.T)))
+            for leaf in jax.tree.leaves(params)
+        ]
+        group = {
+            "params": self.params,
+            "rank": rank,
+            "update_proj_gap": gap,
+            "scale": 0.25,
+            "proj_type": "std",
+        }
+        self.optimizer = GaLoreAdamW(
+            [group], lr=LEARNING_RATE, no_deprecation_warning=True
+        )
+        self.compile_seconds, self.temp_bytes = 0.0, None
+
+    def step(self, gradients: Any) -> float:
+        """Runs one update and returns its seconds."""
+        leaves = jax.tree.leaves(gradients)
+        for param, leaf in zip(self.params, leaves, strict=True):
+            param.grad = self.torch.from_numpy(np.array(leaf.T))
+        start = time.perf_counter()
+        self.optimizer.step()
+        return time.perf_counter() - start
+
+    def make_due(self, gap: int) -> None:
+        """Turns the counters so that the next step is a refresh."""
+        for param in self.params:
+            self.optimizer.state[param]["step"] = gap
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of moments and bases after the first step."""
+        tensors = []
+        for state in self.optimizer.state.values():
+            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+            tensors.append(state["projector"].ortho_matrix)
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], Any]]:
+    """Returns name -> builder, adamw first."""
+
+    def galore(form: Any) -> Callable[[Any], Any]:
+        projector = form(rank, gap)
+        options = {"projector": projector, "layer_axis": 0}
+        return lambda params: JaxPeer(lro.galore(LEARNING_RATE, **options), params)
+
+    contrib = optax.contrib.galore(LEARNING_RATE, rank, gap, 0.25)
+    named: dict[str, Callable[[Any], Any]] = {
+        "optax.adamw": lambda params: JaxPeer(optax.adamw(LEARNING_RATE), params),
+        "optax.contrib.galore": lambda params: JaxPeer(contrib, params),
+        "lro.galore svd": galore(lro.svd),
+        "lro.galore power": galore(lro.power),
+    }
+    if with_torch:
+        named["galore-torch"] = lambda params: TorchPeer(params, rank, gap)
+    return named
+
+
+def measure(peers: dict[str, Any], gradients: Any, gap: int, steps: int, due: int):
+    """Times plain and refresh steps, the peers taking turns; returns medians.
+
+    The first step (compiled, but with cold bases) is reported apart.
+    """
+    cold = {name: peer.step(gradients) for name, peer in peers.items()}
+    plain: dict[str, list[float]] = {name: [] for name in peers}
+    fresh: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(steps):
+        for name, peer in peers.items():
+            plain[name].append(peer.step(gradients))
+    for _ in range(due):
+        for name, peer in peers.items():
+            if name != "optax.adamw":
+                peer.make_due(gap)
+                fresh[name].append(peer.step(gradients))
+    rows = []
+    for name, peer in peers.items():
+        step = statistics.median(plain[name])
+        refresh = statistics.median(fresh[name]) if fresh[name] else step
+        rows.append(
+            {
+                "optimizer": name,
+                "state_bytes": peer.state_bytes,
+                "compile_s": peer.compile_seconds,
+                "cold_ms": 1e3 * cold[name],
+                "plain_ms": 1e3 * step,
+                "refresh_ms": 1e3 * refresh,
+                "mean_ms": 1e3 * ((gap - 1) * step + refresh) / gap,
+                "temp_bytes": peer.temp_bytes,
+            }
+        )
+    return rows
+
+
+def random_like(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Any]:
+    """Returns Gaussian arrays of these shapes."""
+    key = jax.random.key(seed)
+    return {
+        name: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
