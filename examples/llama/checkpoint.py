@@ -19,6 +19,8 @@ import orbax.checkpoint as ocp
 
 from examples.llama.config import UsageError
 
+_UNRECORDED = "it has no record"
+
 
 def say(line: str) -> None:
     """One line of warning."""
@@ -81,7 +83,7 @@ class Store:
             if record.pop("sha256") != _seal(record):
                 return "its record is damaged"
         except FileNotFoundError:
-            return "it has no record"
+            return _UNRECORDED
         except (ValueError, KeyError, AttributeError, TypeError):
             return "its record is damaged"
         found = _digests(self.folder / str(step))
@@ -126,10 +128,17 @@ def find_start(store: Store, identity: dict[str, Any]) -> int | None:
         UsageError: every checkpoint is damaged, or belongs to another configuration.
     """
     step, problems = store.newest_good()
+    if step is None and list(problems.values()) == [_UNRECORDED]:
+        (only,) = problems  # the run was killed while it saved for the first time
+        say(f"checkpoint {only} is incomplete: moved to {store.set_aside(only)}")
+        return None
     if step is None:
         if problems:
             lines = "; ".join(f"{s}: {why}" for s, why in problems.items())
-            raise UsageError(f"no good checkpoint in {store.folder} ({lines})")
+            raise UsageError(
+                f"no good checkpoint in {store.folder} ({lines}); start anew in "
+                "another --run-dir"
+            )
         return None
     saved = store.meta(step)["identity"]
     differing = [

@@ -128,6 +128,14 @@ def test_no_good_checkpoint_left(store):
     assert store.steps() == [3, 2, 1]
 
 
+def test_a_kill_during_the_first_save_starts_over(tmp_path, capsys):
+    store = save(tmp_path, steps=(1,))
+    store.record_path(1).unlink()
+    assert find_start(store, IDENTITY) is None
+    assert "checkpoint 1 is incomplete: moved to" in capsys.readouterr().err
+    assert (store.damaged / "1").is_dir()
+
+
 def test_another_configuration(store):
     files = [path for step in (1, 2, 3) for path in data_files(store, step)]
     before = [path.read_bytes() for path in files]
