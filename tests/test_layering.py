@@ -22,6 +22,8 @@ LAYERS = (
     ("projectors",),
     ("transport", "recovery"),
     ("transforms", "_refresh"),
+    ("_bracket",),
+    ("_leaves",),
     ("_subspace",),
     ("_chain",),
     ("methods",),
