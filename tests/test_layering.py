@@ -24,6 +24,8 @@ LAYERS = (
     ("transforms", "_refresh"),
     ("_bracket",),
     ("_leaves",),
+    ("_bracket",),
+    ("_leaves",),
     ("_subspace",),
     ("_chain",),
     ("methods",),

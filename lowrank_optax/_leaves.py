@@ -1,0 +1,221 @@
+"""One step's trees as lists by leaf position: views, boxes, dtypes, and back."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import _moments
+from lowrank_optax._bracket import Bracket, SubspaceState, SubspaceView, cast
+from lowrank_optax._matrices import is_box, rebox, refill, unbox
+from lowrank_optax._refresh import Clock, LeafBasis
+from lowrank_optax._selection import Plan
+from lowrank_optax.recovery import LeafView, Recovered
+
+
+class Leaves:
+    """One step's plan applied to its trees: lists by leaf position."""
+
+    def __init__(self, bracket: Bracket, plan: Plan, updates, state, params):
+        self.bracket, self.plan, self.before = bracket, plan, state
+        _check_structure(plan, updates)
+        self.refreshers = bracket.refreshers(plan)
+        self.updates = plan.treedef.flatten_up_to(updates)
+        self.params = None if params is None else plan.treedef.flatten_up_to(params)
+        steps = optax.tree_utils.tree_get(state.inner_state, "mini_step")
+        self.clock = Clock(
+            state.count, jnp.bool_(True) if steps is None else steps == 0, state.key
+        )
+
+    def view(self, tree: Any) -> list[Any]:
+        leaves = [unbox(leaf) for leaf in self.plan.treedef.flatten_up_to(tree)]
+        return [
+            self.refreshers[i].matrix.view(leaf) if i in self.refreshers else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+
+    def refresh(self, gradients: list[Any]) -> tuple[dict[int, LeafBasis], Any]:
+        """Returns every projected leaf's basis, and the transported inner state."""
+        treedef = self.plan.treedef
+        stored = treedef.flatten_up_to(self.before.basis)
+        pending = treedef.flatten_up_to(self.before.pending)
+        moments = _moments.find(self.before.inner_state)
+        renewed, moved = {}, {}
+        for i, refresher in self.refreshers.items():
+            carried = (
+                _moments.of_leaf(moments.groups, treedef, i)
+                if refresher.reads_moments
+                else ()
+            )
+            leaf = LeafBasis(_unbox_basis(stored[i]), pending[i], carried)
+            renewed[i] = refresher.refresh(self.clock, gradients[i], leaf)
+            if self.bracket.transport.moves:
+                moved[i] = renewed[i].moments
+        if not moved:
+            return renewed, self.before.inner_state
+        groups = _moments.with_leaves(moments.groups, treedef, moved)
+        return renewed, moments.rebuild(groups)
+
+    def bases(self, renewed: dict[int, LeafBasis]) -> dict[int, Any]:
+        """Returns what the projector uses of each projected leaf."""
+        return {
+            i: refresher.basis(self.clock, renewed[i].stored)
+            for i, refresher in self.refreshers.items()
+        }
+
+    def down(self, bases: dict[int, Any], leaves: list[Any]) -> list[Any]:
+        """Projects the matrices; casts every leaf to the inner's dtype."""
+        low = list(leaves)
+        for i, refresher in self.refreshers.items():
+            low[i] = refresher.projector.down(refresher.matrix, bases[i], leaves[i])
+        return [cast(leaf, self.bracket.dtype) for leaf in low]
+
+    def _boxed(self, low: list[Any]) -> list[Any]:
+        return [
+            rebox(box, leaf, self.refreshers[i].matrix.low_axes)
+            if i in self.refreshers
+            else refill(box, leaf)
+            for i, (box, leaf) in enumerate(zip(self.updates, low, strict=True))
+        ]
+
+    def subspace_view(self, gradients, bases, projected, transported) -> SubspaceView:
+        """Gathers what inner transformations may read."""
+        unflatten = self.plan.treedef.unflatten
+        none: list[Any] = [None] * len(gradients)
+        used, previous, matrices = list(none), list(none), list(none)
+        stored = self.plan.treedef.flatten_up_to(self.before.basis)
+        for i, refresher in self.refreshers.items():
+            used[i], matrices[i] = bases[i], refresher.matrix
+            previous[i] = _unbox_basis(stored[i])
+        return SubspaceView(
+            unflatten(gradients),
+            None if self.params is None else unflatten(self.view_params()),
+            unflatten(projected),
+            unflatten(used),
+            unflatten(previous),
+            self.before.inner_state,
+            transported,
+            None,
+            unflatten(matrices),
+        )
+
+    def view_params(self) -> list[Any]:
+        """Returns the parameters, matrices as ``[*batch, m, n]``."""
+        return self.view(self.plan.treedef.unflatten(self.params))
+
+    def inner(
+        self, view: SubspaceView, bases, extra_args
+    ) -> tuple[list[Any], Any, Any]:
+        """Runs the inner transformation, and ``full`` on the other leaves."""
+        bracket, treedef = self.bracket, self.plan.treedef
+        projected = treedef.flatten_up_to(view.projected)
+        low, rest = bracket.split(self.plan, self._boxed(projected))
+        low_params = rest_params = None
+        if self.params is not None:
+            boxed = self._boxed(self.down(bases, self.view_params()))
+            low_params, rest_params = bracket.split(self.plan, boxed)
+        directions, inner_state = bracket.inner.update(
+            low,
+            view.state_transported,
+            low_params,
+            **{**extra_args, "subspace": view},
+        )
+        leaves = [unbox(leaf) for leaf in treedef.flatten_up_to(directions)]
+        if bracket.full is None:
+            return leaves, inner_state, ()
+        others, full_state = bracket.full.update(
+            rest, self.before.full_state, rest_params, **extra_args
+        )
+        others = [unbox(leaf) for leaf in treedef.flatten_up_to(others)]
+        leaves = [
+            leaves[i] if i in self.refreshers else x for i, x in enumerate(others)
+        ]
+        return leaves, inner_state, full_state
+
+    def recover(self, gradients, projected, directions, bases, inner_state):
+        """Returns each matrix' terms of the update, and the recovery's new state."""
+        recovery, treedef = self.bracket.recovery, self.plan.treedef
+        if recovery is None:
+            scale = self.bracket.scale
+            discard = {i: Recovered(scale * directions[i]) for i in self.refreshers}
+            return discard, ()
+        groups = _moments.find(inner_state).groups
+        states = treedef.flatten_up_to(self.before.recovery_state)
+        recovered = {}
+        for i, refresher in self.refreshers.items():
+            view = LeafView(
+                gradients[i],
+                projected[i],
+                directions[i],
+                bases[i],
+                _moments.of_leaf(groups, treedef, i),
+                self.clock.count,
+            )
+            recovered[i], states[i] = recovery.update(
+                refresher.matrix, states[i], view, self.bracket.scale
+            )
+        return recovered, treedef.unflatten(states)
+
+    def up(self, bases, recovered: dict[int, Recovered], gradients) -> dict[int, Any]:
+        """Lifts the directions: ``P low + G * phi + addend``."""
+        lifted = {}
+        for i, (low, phi, addend) in recovered.items():
+            refresher, terms = self.refreshers[i], []
+            if low is not None:
+                terms.append(refresher.projector.up(refresher.matrix, bases[i], low))
+            if phi is not None:
+                terms.append(gradients[i].astype(phi.dtype) * phi)
+            if addend is not None:
+                terms.append(addend)
+            lifted[i] = functools.reduce(jnp.add, terms)
+        return lifted
+
+    def undo(self, lifted: dict[int, Any], directions: list[Any]) -> Any:
+        """Returns the updates in the leaves' own shapes and dtypes."""
+        leaves = []
+        for i, (like, leaf) in enumerate(zip(self.updates, directions, strict=True)):
+            if i in lifted:
+                leaf = self.refreshers[i].matrix.undo(lifted[i])
+            if self.plan.leaves[i].empty:
+                leaf = unbox(like)
+            leaves.append(refill(like, cast(leaf, unbox(like).dtype)))
+        return self.plan.treedef.unflatten(leaves)
+
+    def state(self, renewed, inner_state, full_state, recovery_state) -> SubspaceState:
+        """Returns the new state; time passes when an accumulation completes."""
+        treedef = self.plan.treedef
+        stored = treedef.flatten_up_to(self.before.basis)
+        pending = treedef.flatten_up_to(self.before.pending)
+        for i, leaf in renewed.items():
+            stored[i] = _refill_basis(stored[i], leaf.stored)
+            pending[i] = leaf.pending
+        steps = optax.tree_utils.tree_get(inner_state, "mini_step")
+        later = jnp.asarray(optax.safe_increment(self.before.count))
+        return SubspaceState(
+            later if steps is None else jnp.where(steps == 0, later, self.before.count),
+            self.before.key,
+            treedef.unflatten(stored),
+            treedef.unflatten(pending),
+            inner_state,
+            full_state,
+            recovery_state,
+        )
+
+
+def _unbox_basis(stored: Any) -> Any:
+    return jax.tree.map(unbox, stored, is_leaf=is_box)
+
+
+def _refill_basis(stored: Any, value: Any) -> Any:
+    return jax.tree.map(refill, stored, value, is_leaf=is_box)
+
+
+def _check_structure(plan: Plan, updates: Any) -> None:
+    structure = jax.tree.structure(updates, is_leaf=is_box)
+    if structure != plan.treedef:
+        raise ValueError(
+            "Gradients and parameters must be trees of the same structure; got "
+            f"gradients {structure} and parameters {plan.treedef}."
+        )
