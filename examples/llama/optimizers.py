@@ -46,6 +46,8 @@ def galore(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation
         weight_decay=config.weight_decay or None,
         mask=is_decayed if config.weight_decay else None,
         layer_axis=0,
+        mu_dtype=config.param_dtype,  # as the papers, and as Optax's AdamW
+        nu_dtype=config.param_dtype,
     )
 
 

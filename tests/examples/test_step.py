@@ -122,6 +122,23 @@ def test_galore_leaves_embeddings_head_and_norms_full(micro_preset, params):
     assert full - small == pytest.approx(attention + mlp, abs=200)
 
 
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [("9m", "float32"), ("9m", "bfloat16"), ("7b", "bfloat16")]
+)
+def test_galore_saves_memory_in_both_types(preset, dtype):
+    config, model = resolve(
+        TrainConfig(preset=preset, param_dtype=dtype, compute_dtype=dtype)
+    )
+    params = abstract_model(model)[1]
+    tx = optimizers.build_optimizer(config)
+    adamw_bytes = optimizers.state_bytes(optax.adamw(1e-3), params)
+    assert optimizers.state_bytes(tx, params) < adamw_bytes
+    state = jax.eval_shape(tx.init, params)
+    _, after = jax.eval_shape(tx.update, params, state, params)
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    assert before == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after)
+
+
 def test_unknown_names(micro_preset):
     config = settings(micro_preset, optimizer="adamwx")
     with pytest.raises(UsageError, match=r"unknown optimizer 'adamwx'; known: adamw"):
