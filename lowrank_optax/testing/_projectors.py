@@ -70,7 +70,8 @@ def assert_projector_laws(
 
 
 def _healthy(gradient: jax.Array) -> bool:
-    return bool(jnp.isfinite(gradient).all() & jnp.any(gradient != 0))
+    values = np.asarray(gradient)
+    return bool(np.isfinite(values).all() and values.any())
 
 
 def _assert_guarded(projector: Projector, step, gradient, state) -> None:

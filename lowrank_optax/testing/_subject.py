@@ -39,7 +39,7 @@ class Subject:
     Attributes:
       make: builds the transformation. With an argument ``learning_rate`` that has
         a default, ``optax.inject_hyperparams`` is tried on it too.
-      params: the parameters; None is a small tree of matrices and a vector.
+      params: the parameters, a dictionary; None is two small matrices and a vector.
 
     Examples:
       >>> import functools

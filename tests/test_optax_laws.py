@@ -1,0 +1,270 @@
+"""Every method under every Optax wrapper, tree and life cycle: rows x laws."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import lowrank_optax as lro
+from lowrank_optax.testing import (
+    LAWS,
+    Subject,
+    assert_bit_equal,
+    assert_laws,
+    assert_state_stable,
+)
+from tests.rows import GAP, ROWS, subject
+
+each_row = pytest.mark.parametrize("row", ROWS)
+
+
+@pytest.mark.parametrize(("row", "law"), [(row, law) for row in ROWS for law in LAWS])
+def test_law(row, law):
+    LAWS[law](subject(row))
+
+
+# --- accumulation inside the bracket -------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if row.inner])
+def test_multi_steps_inside(row):
+    """Two equal halves are one whole, and nothing happens in between."""
+    accumulate = optax.MultiSteps(ROWS[row].inner, 2).gradient_transformation()
+    tx = ROWS[row].make(base_optimizer=accumulate, weight_decay=None)
+    plain = ROWS[row].make(weight_decay=None)
+    halves, whole = jax.jit(tx.update), jax.jit(plain.update)
+    params = subject(row).params
+    state, expected_state = tx.init(params), plain.init(params)
+    for gradient in subject(row).gradients:
+        nothing, state = halves(gradient, state, params)
+        assert all(not np.any(u) for u in jax.tree.leaves(nothing))
+        update, state = halves(gradient, state, params)
+        expected, expected_state = whole(gradient, expected_state, params)
+        # The mean of two equal numbers is exact; what is left is another program's
+        # order of operations.
+        chex.assert_trees_all_close(update, expected, rtol=1e-5, atol=1e-7)
+    bracket = optax.tree_utils.tree_get(state, "SubspaceState")
+    assert int((state if bracket is None else bracket).count) == len(
+        subject(row).gradients
+    )
+
+
+def test_multi_steps_inside_keeps_the_basis_of_an_accumulation():
+    tx = lro.scale_by_galore(
+        projector=lro.svd(2, 1),
+        base_optimizer=optax.MultiSteps(optax.identity(), 3).gradient_transformation(),
+    )
+    params = jnp.ones((12, 6))
+    state, bases = tx.init(params), []
+    for seed in range(6):
+        gradient = jax.random.normal(jax.random.key(seed), params.shape)
+        _, state = jax.jit(tx.update)(gradient, state)
+        bases.append(state.basis)
+    for step in (1, 2, 4, 5):
+        assert_bit_equal(bases[step], bases[step - 1])
+    assert np.any(bases[3] != bases[2])
+
+
+# --- extra arguments -----------------------------------------------------------------
+
+
+def test_extra_args_reach_the_inner_and_the_full_transformation():
+    seen = []
+
+    def update(updates, state, params=None, **extra_args):
+        seen.append(extra_args)
+        return updates, state
+
+    probe = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+    bracket = lro.project(lro.svd(2), full=probe, select="kernel")
+    tx = optax.chain(lro.chain(bracket, probe, lro.backproject()), optax.identity())
+    params = {"kernel": jnp.ones((12, 6)), "bias": jnp.ones(6)}
+    tx.update(params, tx.init(params), params, value=jnp.float32(3.0))
+    inner, full = seen
+    assert inner["value"] == full["value"] == 3.0
+    view = inner["subspace"]
+    assert view.basis["kernel"].shape == (6, 2)
+    assert view.params["kernel"].shape == view.gradient["kernel"].shape == (6, 12)
+    assert view.projected["kernel"].shape == (2, 12)
+    assert view.matrices["kernel"].transposed
+    assert view.basis["bias"] is None
+    assert "subspace" not in full
+
+
+# --- trees of Flax -------------------------------------------------------------------
+
+
+def run_on(row, params, gradients):
+    """Runs a row on another kind of tree; returns the leaves and the state."""
+    tx = optax.with_extra_args_support(ROWS[row].make())
+    state = tx.init(params)
+    start = state
+    update = jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    assert_state_stable(start, state)
+    return params, state
+
+
+@each_row
+def test_nnx_state(row):
+    def state(tree):
+        return nnx.State(jax.tree.map(nnx.Param, tree))
+
+    gradients = [state(g) for g in subject(row).gradients]
+    params, _ = run_on(row, state(subject(row).params), gradients)
+    assert isinstance(params, nnx.State)
+    # The same program on the same numbers, in another container.
+    chex.assert_trees_all_close(
+        jax.tree.leaves(params), jax.tree.leaves(subject(row).final), rtol=1e-5
+    )
+
+
+def test_nnx_optimizer():
+    model = nnx.Linear(12, 6, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, lro.galore(1e-2, rank=2), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+    def loss(model):
+        return jnp.sum(model(jnp.eye(12)) ** 2)
+
+    start = loss(model)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss)(model))
+    assert loss(model) < start
+    chex.assert_trees_all_equal_structs(before, nnx.state(model, nnx.Param))
+
+
+NAMES = {1: ("mlp",), 2: ("embed", "mlp"), 3: ("layers", "embed", "mlp")}
+
+
+def boxed(tree):
+    """Flax Linen's parameters with logical axis names."""
+
+    def box(path, leaf):
+        names = NAMES[leaf.ndim]
+        if path[-1].key == "bias" and leaf.ndim == 2:
+            names = ("layers", "mlp")
+        return nn.LogicallyPartitioned(leaf, names)
+
+    return jax.tree_util.tree_map_with_path(box, tree)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.xfail(
+                name == "galore_adafactor",
+                reason="the factored moments keep the names of axes they summed over",
+                strict=True,
+            ),
+        )
+        for name in ROWS
+    ],
+)
+def test_linen_boxes(row):
+    gradients = [boxed(g) for g in subject(row).gradients]
+    params, state = run_on(row, boxed(subject(row).params), gradients)
+    chex.assert_trees_all_close(
+        nn.meta.unbox(params), subject(row).final, rtol=1e-5, atol=1e-6
+    )
+    assert jax.tree.leaves(params, is_leaf=is_box)[0].names is not None
+    for leaf in jax.tree.leaves(state, is_leaf=is_box):
+        if is_box(leaf):
+            # One name for every axis, so that nn.get_partition_spec can read it.
+            assert len(leaf.names) == leaf.value.ndim
+
+
+def is_box(leaf):
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def test_boxes_leave_the_rank_axis_unnamed():
+    params = boxed(subject("galore_stacked").params)
+    tx = ROWS["galore_stacked"].make()
+    state = jax.eval_shape(tx.init, params)
+    basis = state.basis["layers"]["kernel"]
+    assert (basis.names, basis.value.shape) == (("layers", "mlp", None), (3, 6, 2))
+    mu = optax.tree_utils.tree_get(state, "mu")
+    moment = mu["layers"]["kernel"]
+    assert (moment.names, moment.value.shape) == (("layers", None, "embed"), (3, 2, 12))
+    assert mu["layers"]["bias"].names == ("layers", "mlp")
+    specs = nn.get_partition_spec(state)
+    assert specs.basis["out"]["kernel"] == jax.sharding.PartitionSpec("embed", None)
+
+
+# --- checkpoints ---------------------------------------------------------------------
+
+
+@each_row
+@pytest.mark.parametrize("step", [1, GAP], ids=["plain", "before_a_refresh"])
+def test_orbax_round_trip(row, step, tmp_path):
+    """What was saved continues bit for bit."""
+    one = subject(row)
+    params, state = one.run[step]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", (params, state))
+        checkpointer.wait_until_finished()
+        shapes = jax.eval_shape(lambda: (one.params, one.tx.init(one.params)))
+        shapes = jax.tree.map(with_device, shapes)
+        params, state = checkpointer.restore(tmp_path / "checkpoint", shapes)
+    assert_bit_equal((params, state), one.run[step])
+    for gradient, expected in zip(
+        one.gradients[step:], one.run[step + 1 :], strict=True
+    ):
+        params, state = one.step(params, state, gradient)
+        assert_bit_equal((params, state), expected)
+
+
+def with_device(shape):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=device)
+
+
+# --- the suite itself ----------------------------------------------------------------
+
+
+momentum = functools.partial(optax.sgd, learning_rate=1e-2, momentum=0.9)
+
+
+def broken(update):
+    """SGD with another update."""
+    return lambda: optax.GradientTransformation(momentum().init, update)
+
+
+def with_other_dtype(updates, state, params=None):
+    return updates, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
+
+
+def test_laws_hold_for_optax_itself():
+    costly = {"inject_hyperparams", "odd_leaves", "pmap", "partition", "no_jit"}
+    # Its momentum takes the gradient's dtype: design of ours, not of Optax.
+    assert_laws(momentum, costly | {"mixed_dtypes"})
+
+
+@pytest.mark.parametrize("law", ["state_stable", "one_trace", "mixed_dtypes"])
+def test_laws_see_a_state_that_changes_its_type(law):
+    with pytest.raises((AssertionError, TypeError)):
+        LAWS[law](momentum if law == "mixed_dtypes" else broken(with_other_dtype))
+
+
+def test_laws_see_a_step_that_remembers_its_calls():
+    calls = []
+
+    def update(updates, state, params=None):
+        calls.append(None)
+        return jax.tree.map(lambda u: u * len(calls), updates), state
+
+    for law in ("chain", "no_jit"):
+        with pytest.raises(AssertionError):
+            LAWS[law](Subject(broken(update)))
