@@ -1,0 +1,254 @@
+"""Compiles an optimizer update for a TPU: ``python -m benchmarks.tpu_aot``.
+
+The update of a whole LLaMA, layers stacked, parameters and state sharded over every
+device of the topology (FSDP), is compiled by the TPU's own compiler (extra ``tpu``).
+No TPU is needed and nothing runs: the table tells compile time, program size, bytes
+per device and what is sent between devices, not speed.
+
+Run one at a time: two compilations on one machine slow each other.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+# The compiler is loaded beside JAX on the CPU; it must not look for a TPU, nor for
+# another process that uses one.
+os.environ["JAX_PLATFORMS"] = "cpu"
+for name, value in {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "none",
+    "TPU_MIN_LOG_LEVEL": "3",
+}.items():
+    os.environ.setdefault(name, value)
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+import lowrank_optax as lro  # noqa: E402
+from benchmarks._collectives import collectives  # noqa: E402
+
+# Width, feed-forward width, layers: the GaLore scripts' models.
+PRESETS = {
+    "60m": (512, 1376, 8),
+    "130m": (768, 2048, 12),
+    "350m": (1024, 2736, 24),
+    "1b": (2048, 5461, 24),
+    "7b": (4096, 11008, 32),
+}
+VOCABULARY = 32000
+PROJECTORS = {"power": lro.power, "svd": lro.svd, "gaussian": lro.gaussian}
+AXIS = "fsdp"
+MIB = 2**20
+
+
+def parameters(preset: str, dtype: str) -> dict[str, Any]:
+    """Returns the shapes of the whole model, layers stacked."""
+    width, ff_width, layers = PRESETS[preset]
+    shapes = {
+        "embed": {"embedding": (VOCABULARY, width)},
+        "layers": {
+            **{name: {"kernel": (layers, width, width)} for name in "qkvo"},
+            "gate": {"kernel": (layers, width, ff_width)},
+            "up": {"kernel": (layers, width, ff_width)},
+            "down": {"kernel": (layers, ff_width, width)},
+            "norm1": {"scale": (layers, width)},
+            "norm2": {"scale": (layers, width)},
+        },
+        "norm": {"scale": (width,)},
+        "lm_head": {"kernel": (width, VOCABULARY)},
+    }
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def fsdp(mesh: Mesh, params: Any) -> Any:
+    """Shards every leaf's largest axis that divides, never the axis of layers."""
+
+    def place(path, leaf):
+        stacked = "layers" in jax.tree_util.keystr(path)
+        axes = range(1 if stacked else 0, leaf.ndim)
+        even = [axis for axis in axes if leaf.shape[axis] % mesh.size == 0]
+        spec: list[str | None] = [None] * leaf.ndim
+        if even:
+            spec[max(even, key=lambda axis: leaf.shape[axis])] = AXIS
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def optimizers(options: argparse.Namespace, shardings: Any) -> dict[str, Any]:
+    """Returns the rows of the table."""
+    projector = PROJECTORS[options.projector](options.rank)
+    rows = {"optax.adamw": optax.adamw(1e-3)}
+    for side in options.sides:
+        bracket = lro.project(
+            projector,
+            side=side,
+            layer_axis=0,
+            param_shardings=shardings if side == "auto" else None,
+        )
+        rows[f"galore side={side}"] = lro.chain(
+            bracket,
+            optax.scale_by_adam(),
+            optax.scale_by_learning_rate(1e-2),
+            lro.backproject(0.25),
+        )
+    return rows
+
+
+def measure(tx: optax.GradientTransformation, params: Any, shardings: Any) -> dict:
+    """Compiles one update; returns the row's figures."""
+    layout = lro.state_shardings(tx, params, shardings)
+
+    def placed(tree, layout):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            tree,
+            layout,
+        )
+
+    def update(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    weights, state = placed(params, shardings), placed(_state(tx, params), layout)
+    step = jax.jit(update, donate_argnums=(1, 2), out_shardings=(shardings, layout))
+    lowered = step.lower(weights, state, weights)
+    wall, cpu = time.perf_counter(), time.process_time()
+    compiled = lowered.compile()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    memory: Any = compiled.memory_analysis()
+    return {
+        "compile_seconds": wall,
+        "compile_cpu_seconds": cpu,
+        "program_bytes": memory.generated_code_size_in_bytes,
+        "state_bytes_per_device": _bytes_per_device(state),
+        "temp_bytes_per_device": memory.temp_size_in_bytes,
+        "argument_bytes_per_device": memory.argument_size_in_bytes,
+        **_sent(compiled.as_text()),
+    }
+
+
+def _state(tx: optax.GradientTransformation, params: Any) -> Any:
+    return jax.eval_shape(tx.init, params)
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _sent(hlo: str) -> dict[str, Any]:
+    """Sums the collectives of every step, and of branches that only some run."""
+    every, some = {}, {}
+    items = collectives(hlo)
+    for item in items:
+        sums = some if item.conditional else every
+        count, total = sums.get(item.op, (0, 0))
+        sums[item.op] = (count + item.times, total + item.total)
+    return {
+        "collectives_every_step": every,
+        "collectives_in_branches": some,
+        "trip_counts_known": all(item.exact for item in items),
+    }
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Formats the rows as a Markdown table."""
+    head = (
+        "update of", "state MiB/device", "temp MiB/device", "program MiB",
+        "compile s (CPU s)", "collectives of every step", "and of a refresh",
+    )  # fmt: skip
+    lines = [head, ("---",) * len(head)]
+    for name, row in rows.items():
+        lines.append((
+            name,
+            f"{row['state_bytes_per_device'] / MIB:.0f}",
+            f"{row['temp_bytes_per_device'] / MIB:.0f}",
+            f"{row['program_bytes'] / MIB:.1f}",
+            f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f})",
+            _summary(row["collectives_every_step"]),
+            _summary(row["collectives_in_branches"]),
+        ))  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _summary(sums: dict[str, tuple[int, int]]) -> str:
+    parts = [
+        f"{count} {op}, {total / MIB:.0f} MiB"
+        for op, (count, total) in sorted(sums.items())
+    ]
+    return "; ".join(parts) or "none"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles every row and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="1b")
+    parser.add_argument("--rank", type=int, default=512)
+    parser.add_argument("--projector", choices=PROJECTORS, default="power")
+    parser.add_argument("--topology", default="v5e:4x4", help="such as v5e:16x16")
+    parser.add_argument("--dtype", default="float32", help="of the parameters")
+    parser.add_argument("--sides", nargs="+", default=["short", "auto"])
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
+    options = parser.parse_args(arguments)
+    try:
+        import libtpu
+    except ImportError:
+        parser.error("the TPU's compiler is missing: pip install '.[tpu]'")
+
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=options.topology
+    )
+    mesh = Mesh(np.array(topology.devices), (AXIS,))
+    params = parameters(options.preset, options.dtype)
+    shardings = fsdp(mesh, params)
+    header = {
+        "what": "compiled for the topology, never run",
+        "preset": options.preset,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "dtype": options.dtype,
+        "rank": options.rank,
+        "projector": options.projector,
+        "topology": options.topology,
+        "devices": mesh.size,
+        "jax": jax.__version__,
+        "libtpu": libtpu.__version__,
+        "cpu_cores": os.cpu_count(),
+    }
+    print(", ".join(f"{key} {value}" for key, value in header.items()), flush=True)
+    rows = {}
+    for name, tx in optimizers(options, shardings).items():
+        rows[name] = measure(tx, params, shardings)
+        seconds = rows[name]["compile_seconds"]
+        print(f"{name}: compiled in {seconds:.0f} s", flush=True)
+    print(f"\n{table(rows)}\n\n{NOTE}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        figures = {**header, "rows": rows}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+NOTE = (
+    "State and temporaries are those of one device, parameters and gradients not\n"
+    "counted. Collectives: size of the results on one device. Those of a refresh are\n"
+    "multiplied by the layers of each stack, sum up all branches (the cold start\n"
+    "included) and count one power sweep; the first refresh takes more."
+)
+
+if __name__ == "__main__":
+    main()
