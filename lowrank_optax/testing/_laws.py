@@ -95,7 +95,7 @@ def _partition(subject: Subject) -> None:
     """``optax.partition``: each group's leaves are as if the others were not there."""
     leaves, treedef = jax.tree.flatten(subject.params)
     labels = treedef.unflatten(["a", *["b"] * (len(leaves) - 1)])
-    groups = {"a": subject.make(), "b": subject.make()}
+    groups: dict[Any, Any] = {"a": subject.make(), "b": subject.make()}
     _assert_same_run(subject, optax.partition(groups, labels))
 
 
@@ -138,7 +138,8 @@ def _apply_if_finite(subject: Subject) -> None:
     """``optax.apply_if_finite``: a bad step leaves no trace; good ones are as ever."""
     tx = optax.apply_if_finite(subject.make(), max_consecutive_errors=3)
     step = jax.jit(step_of(tx))
-    params, state = subject.params, tx.init(subject.params)
+    params: Any = subject.params
+    state: Any = tx.init(params)
     for gradient, (expected, _) in zip(subject.gradients, subject.run[1:], strict=True):
         bad = jax.tree.map(lambda g: g * jnp.nan, gradient)
         kept, skipped = step(params, state, bad)

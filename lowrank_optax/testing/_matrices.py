@@ -121,7 +121,7 @@ def hard_matrices(
         if finite is None or finite == (kind not in _NOT_FINITE)
     ]
     return st.builds(
-        lambda kind, shape, seed: hard_matrix(kind, *shape, seed),
+        lambda kind, shape, seed: hard_matrix(kind, shape[0], shape[1], seed),
         st.sampled_from(kinds),
         st.sampled_from(tuple(shapes)),
         st.integers(0, 999),

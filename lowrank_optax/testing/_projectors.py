@@ -118,8 +118,8 @@ def _assert_adjoint(projector: Projector, m: int, n: int, stored: Any) -> None:
 
 
 def _rank(projector: Projector, m: int, n: int) -> int:
-    smallest, rank = min(m, n), projector.rank
-    rank = rank("") if callable(rank) else rank
+    smallest = min(m, n)
+    rank: Any = projector.rank("") if callable(projector.rank) else projector.rank
     if isinstance(rank, float):
         return max(1, round(rank * smallest))
     return min(rank, smallest)
