@@ -117,7 +117,7 @@ class Bracket:
             refresher = self._refresher(matrix)
             basis = refresher.init()
             state = self.inner.init(self.low_zeros(refresher, basis.stored))
-            recovery = self.recovery.init(matrix) if self.recovery else ()
+            recovery = self.recovery.start(matrix) if self.recovery else ()
             return basis, state, recovery
 
         make = low if isinstance(leaf, Matrix) else full
@@ -167,7 +167,7 @@ class Bracket:
             pending[i] = start.pending
             low[i] = rebox(leaves[i], zeros, matrix.low_axes)
             if self.recovery is not None:
-                recovery[i] = self.recovery.init(matrix)
+                recovery[i] = self.recovery.start(matrix)
         inner, full = self.split(plan, low)
         inner_state = self.inner.init(inner)
         if self.transport.moves and plan.matrices():

@@ -57,17 +57,20 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
 
 
 class Part:
-    """A piece of a bracket: neither a transformation nor a tuple of functions.
+    """A piece of a bracket, not a transformation.
 
-    ``optax.chain`` unpacks what it is given; unpacking a part is the mistake that
-    this class turns into a message.
+    Asking it for the ``init`` or ``update`` of a transformation, as ``optax.chain``
+    does, is the mistake that this class turns into a message.
     """
 
-    def __iter__(self):
-        """Raises TypeError: a part has no init and update of its own."""
+    @property
+    def init(self):
+        """Raises TypeError: a part has no init of its own."""
         raise TypeError(
             f"{type(self).__name__} is a part of a low-rank bracket, not a gradient "
             "transformation, so it cannot stand in optax.chain by itself. Expected: "
             "lro.chain(lro.project(projector), *transformations, "
             "lro.backproject(scale)), which is one."
         )
+
+    update = init

@@ -20,7 +20,7 @@ class Leaves:
 
     def __init__(self, bracket: Bracket, plan: Plan, updates, state, params):
         self.bracket, self.plan, self.before = bracket, plan, state
-        _check_structure(plan, updates)
+        _check_trees(plan, updates)
         self.refreshers = bracket.refreshers(plan)
         self.updates = plan.treedef.flatten_up_to(updates)
         self.params = None if params is None else plan.treedef.flatten_up_to(params)
@@ -212,10 +212,18 @@ def _refill_basis(stored: Any, value: Any) -> Any:
     return jax.tree.map(refill, stored, value, is_leaf=is_box)
 
 
-def _check_structure(plan: Plan, updates: Any) -> None:
+def _check_trees(plan: Plan, updates: Any) -> None:
     structure = jax.tree.structure(updates, is_leaf=is_box)
     if structure != plan.treedef:
         raise ValueError(
             "Gradients and parameters must be trees of the same structure; got "
             f"gradients {structure} and parameters {plan.treedef}."
         )
+    for leaf, update in zip(
+        plan.leaves, plan.treedef.flatten_up_to(updates), strict=True
+    ):
+        if unbox(update).shape != leaf.shape:
+            raise ValueError(
+                f"The gradient of leaf {leaf.path!r} has shape {unbox(update).shape}, "
+                f"its parameter {leaf.shape}; they must be the same."
+            )

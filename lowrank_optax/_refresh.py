@@ -69,7 +69,7 @@ class Refresher:
     def init(self) -> LeafBasis:
         """Returns the stored bases ``[*batch, ...]`` and the pending flags."""
         batch = self.matrix.batch_shape
-        one = self.projector.init(self.matrix)
+        one = self.projector.start(self.matrix)
         stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
         return LeafBasis(stored, jnp.ones(batch, jnp.bool_))
 
@@ -167,7 +167,7 @@ def phases(matrices: list[Matrix], gap: int, stagger: bool) -> list[tuple[int, .
     counts = [math.prod(matrix.batch_shape) for matrix in matrices]
     total, starts = sum(counts), np.cumsum([0, *counts])
     return [
-        tuple((start + i) * gap // total if stagger else 0 for i in range(count))
+        tuple(int(start + i) * gap // total if stagger else 0 for i in range(count))
         for start, count in zip(starts, counts, strict=False)
     ]
 

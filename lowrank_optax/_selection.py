@@ -70,9 +70,22 @@ class Selection:
         return self.select is not None or numbers is not None
 
     def why_full(self, path: str, leaf: Any, numbers: Any) -> str | None:
-        """Returns why the leaf is not a candidate, or None if it is one."""
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return f"not a real floating-point leaf ({leaf.dtype})"
+        """Returns why the leaf is not a candidate, or None if it is one.
+
+        Raises:
+          TypeError: if a leaf asked for is complex.
+        """
+        reason = self._why_not_chosen(path, leaf, numbers)
+        if reason is not None or jnp.issubdtype(leaf.dtype, jnp.floating):
+            return reason
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and self.explicit(numbers):
+            raise TypeError(
+                f"Leaf {path!r} is {leaf.dtype}; low-rank projection is for real "
+                "matrices. Leave the leaf out of the selection."
+            )
+        return f"not a real floating-point leaf ({leaf.dtype})"
+
+    def _why_not_chosen(self, path: str, leaf: Any, numbers: Any) -> str | None:
         if leaf.ndim < 2:
             return "fewer than two axes"
         if leaf.size < self.min_size:

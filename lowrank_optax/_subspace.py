@@ -22,12 +22,12 @@ from lowrank_optax.transport import Transport, align_signs
 
 def subspace(
     projector: Projector,
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | optax.MultiSteps,
     *,
     transport: Transport | None = None,
     recovery: Recovery | None = None,
     scale: Any = 1.0,
-    full: optax.GradientTransformation | None = None,
+    full: optax.GradientTransformation | optax.MultiSteps | None = None,
     selection: Selection | None = None,
     dtype: Any = jnp.float32,
     stagger: bool = False,
@@ -64,7 +64,8 @@ def subspace(
 
     Raises:
       TypeError: if ``projector`` or ``inner`` is something else.
-      ValueError: at init, if a leaf selected explicitly cannot be projected.
+      ValueError: if ``transport`` moves moments and the projector has no rotation;
+        at init, if a leaf selected explicitly cannot be projected.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -79,10 +80,16 @@ def subspace(
             "Expected a projector such as lro.power(rank=128), got "
             f"{type(projector).__name__}."
         )
+    transport = align_signs() if transport is None else transport
+    if transport.moves and not projector.stores_basis:
+        raise ValueError(
+            f"{type(projector).__name__} keeps no basis, so there is no rotation to "
+            "carry moments along. Use transport=lro.keep_moments()."
+        )
     bracket = Bracket(
         projector,
         _transformation("inner", inner),
-        align_signs() if transport is None else transport,
+        transport,
         recovery,
         None if full is None else _transformation("full", full),
         selection or Selection(),

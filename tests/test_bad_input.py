@@ -289,3 +289,43 @@ def test_parameter_rms_without_params():
 def test_report_without_a_bracket():
     with pytest.raises(ValueError, match="found no low-rank bracket"):
         lro.selection_report(optax.adam(1e-3), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [OPEN, CLOSE, lro.svd(4), lro.gaussian(4), lro.align_signs(), lro.Recovery()],
+    ids=lambda part: type(part).__name__,
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_part_in_a_plain_chain(part, first):
+    stages = (part, ADAM) if first else (ADAM, part)
+    name = type(part).__name__
+    with pytest.raises(
+        TypeError, match=rf"{name} is a part .*lro\.chain\(lro\.project"
+    ):
+        optax.chain(*stages)
+
+
+def test_gradient_of_another_shape():
+    tx = lro.galore(1e-3, rank=2)
+    gradients = {"layer": {"kernel": jnp.ones((8, 12))}}
+    with pytest.raises(ValueError, match=r"layer/kernel.*\(8, 12\).*\(12, 8\)"):
+        tx.update(gradients, tx.init(PARAMS), PARAMS)
+
+
+def test_transport_between_bases_without_rotation():
+    with pytest.raises(ValueError, match=r"gaussian keeps no basis.*keep_moments"):
+        lro.galore(1e-3, projector=lro.gaussian(2, 3), transport=lro.rotate_moments())
+
+
+def test_complex_leaf_selected_explicitly():
+    params = {"w": jnp.ones((48, 32), jnp.complex64)}
+    with pytest.raises(TypeError, match=r"'w' is complex64.*Leave the leaf out"):
+        lro.galore(1e-3, rank=2, select="w").init(params)
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (1, 3, 8, 2)])
+def test_given_bases_without_or_with_too_many_axes(shape):
+    projector = lro.given(2, 5, bases={"layer/kernel": jnp.ones(shape)})
+    with pytest.raises(ValueError, match=r"'layer/kernel' must have shape \[k, 8, 2\]"):
+        lro.galore(1e-3, projector=projector).init(PARAMS)

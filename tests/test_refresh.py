@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax._refresh import phases
 
 LAYERS, GAP = 4, 8
 
@@ -87,6 +88,37 @@ def test_also_in_a_scan():
     jax.effects_barrier()
     counts = collections.Counter(entry[:2] for entry in log)
     assert counts == dict.fromkeys(EVERYTHING, 3)
+
+
+def test_staggered_refreshes_spread_over_the_gap():
+    tx, log = bracket(stagger=True)
+    computed, _ = run(tx, log, map(noise, range(100)))
+    assert sorted(computed[0]) == EVERYTHING
+    # From then on every matrix once per gap, and never two on the same step.
+    assert max(map(len, computed[1:])) == 1
+    for start in range(1, 89, GAP):
+        window = [entry for step in computed[start : start + GAP] for entry in step]
+        assert sorted(window) == EVERYTHING
+    for name in EVERYTHING:
+        steps = [i for i, entries in enumerate(computed) if i and name in entries]
+        assert set(np.diff(steps)) == {GAP}
+
+
+@pytest.mark.parametrize("gap", [1, 3, 8, 200])
+def test_phases_are_spread_evenly(gap):
+    shapes = [(3, 6, 8), (6, 8), (7, 6, 8), (8, 6)]
+    matrices = []
+    for shape in shapes:
+        batch = tuple(range(len(shape) - 2))
+        rows, columns = (len(shape) - 2,), (len(shape) - 1,)
+        matrices.append(lro.Matrix("w", shape, batch, rows, columns, "left", 2))
+    spread = [p for leaf in phases(matrices, gap, True) for p in leaf]
+    assert len(spread) == 12
+    per_step = np.bincount(spread, minlength=gap)
+    assert len(per_step) == gap
+    assert per_step.max() <= -(-12 // gap)
+    together = phases(matrices, gap, False)
+    assert {p for leaf in together for p in leaf} == {0}
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
@@ -191,9 +223,12 @@ def program(tx, tree):
     return list(sites(jax.make_jaxpr(tx.update)(tree, state, tree).jaxpr))
 
 
+@pytest.mark.parametrize("stagger", [False, True])
 @pytest.mark.parametrize("projector", PROJECTORS.values(), ids=PROJECTORS)
-def test_factorizations_stand_inside_a_cond(projector):
-    tx = lro.galore(1e-2, projector=projector, layer_axis=0, select=".")
+def test_factorizations_stand_inside_a_cond(projector, stagger):
+    tx = lro.galore(
+        1e-2, projector=projector, layer_axis=0, stagger=stagger, select="."
+    )
     found = [(n, around) for n, around in program(tx, params()) if n in FACTORIZATIONS]
     assert found
     assert all("cond" in around for _, around in found)

@@ -70,7 +70,7 @@ def test_leaves_named_like_no_layer_stay_full(path):
         (zeros(48, 32, dtype=jnp.int32), {}, "not a real floating-point leaf (int32)"),
         (
             zeros(48, 32, dtype=jnp.complex64),
-            {"select": "w"},
+            {},
             "not a real floating-point leaf (complex64)",
         ),
         (

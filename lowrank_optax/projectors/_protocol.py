@@ -36,7 +36,7 @@ class At(NamedTuple):
 class Projector(_checks.Part):
     """How one matrix ``[m, n]`` is seen through ``r`` numbers per column.
 
-    A subclass says what it stores (``init``), how that is renewed (``refresh``) and
+    A subclass says what it stores (``start``), how that is renewed (``refresh``) and
     how the stored thing becomes the basis ``P [m, r]`` that is used (``basis``). All
     methods are pure; ``refresh`` is called for one matrix at a time, the rest with
     leading batch axes. The bracket decides when, guards against zero and non-finite
@@ -62,7 +62,7 @@ class Projector(_checks.Part):
         """Returns the projectors of the rows and of the columns for side="both"."""
         return self, self
 
-    def init(self, matrix: Matrix) -> Any:
+    def start(self, matrix: Matrix) -> Any:
         """Returns what is stored for ONE matrix before its first refresh."""
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class OrthonormalProjector(Projector):
 
     basis_dtype: Any = jnp.float32
 
-    def init(self, matrix: Matrix) -> Array:
+    def start(self, matrix: Matrix) -> Array:
         """Starts from the first r unit vectors: valid, and never used for long."""
         return jnp.eye(matrix.m, matrix.rank, dtype=self.basis_dtype)
 

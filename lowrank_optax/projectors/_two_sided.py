@@ -36,10 +36,10 @@ class TwoSided(Projector):
         """As the one-sided projector."""
         return self.left.stores_basis
 
-    def init(self, matrix: Matrix) -> TwoSidedBasis:
+    def start(self, matrix: Matrix) -> TwoSidedBasis:
         """Stores what both sides store."""
         return TwoSidedBasis(
-            self.left.init(matrix), self.right.init(matrix.seen_from("right"))
+            self.left.start(matrix), self.right.start(matrix.seen_from("right"))
         )
 
     def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:

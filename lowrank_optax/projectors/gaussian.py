@@ -39,7 +39,7 @@ class gaussian(Projector):
 
     stores_basis = False
 
-    def init(self, matrix: Matrix) -> tuple[()]:
+    def start(self, matrix: Matrix) -> tuple[()]:
         """Stores nothing."""
         del matrix
         return ()

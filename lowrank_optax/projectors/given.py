@@ -1,6 +1,7 @@
 """Bases that come from outside: recorded runs, research, tests."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ class given(OrthonormalProjector):
             dataclasses.replace(self, bases=right),
         )
 
-    def init(self, matrix: Matrix) -> Array:
+    def start(self, matrix: Matrix) -> Array:
         """Checks that this leaf's bases are there and fit."""
         if matrix.path not in self.bases:
             raise ValueError(
@@ -58,13 +59,15 @@ class given(OrthonormalProjector):
                 f"{sorted(self.bases)}. Add them, or do not select the leaf."
             )
         shape = jnp.shape(self.bases[matrix.path])
-        if shape[-2:] != (matrix.m, matrix.rank):
+        layers = (math.prod(matrix.batch_shape),) if matrix.batch else ()
+        expected = (*layers, matrix.m, matrix.rank)
+        if shape[1:] != expected or not shape:
             raise ValueError(
                 f"The bases of leaf {matrix.path!r} must have shape [k, "
-                f"{matrix.m}, {matrix.rank}] (basis on the {matrix.side} side), got "
-                f"{shape}."
+                f"{', '.join(map(str, expected))}] (basis on the {matrix.side} side), "
+                f"got {shape}."
             )
-        return super().init(matrix)
+        return super().start(matrix)
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
         """Looks the basis of this epoch up."""

@@ -36,13 +36,13 @@ class power(OrthonormalProjector):
     Examples:
       >>> import lowrank_optax as lro
       >>> lro.power(rank=0.25).cold_sweeps
-      8
+      12
 
     References:
       Halko, Martinsson, Tropp, Finding structure with randomness (2011).
     """
 
-    cold_sweeps: int = 8
+    cold_sweeps: int = 12
 
     def __post_init__(self):
         """Checks the numbers."""

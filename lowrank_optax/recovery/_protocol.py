@@ -41,7 +41,7 @@ class Recovered(NamedTuple):
 class Recovery(_checks.Part):
     """Turns a direction in the subspace into a full update."""
 
-    def init(self, matrix: Matrix) -> Any:
+    def start(self, matrix: Matrix) -> Any:
         """Returns the state of one leaf (per-matrix scalars have the batch shape)."""
         raise NotImplementedError
 

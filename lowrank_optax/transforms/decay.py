@@ -90,13 +90,24 @@ def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransforma
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         def decay(u, w):
-            w = w.astype(u.dtype)
-            return u - jnp.asarray(rate * weight_decay, u.dtype) * (
-                w + u if moved else w
-            )
+            wide = jnp.promote_types(jnp.float32, jnp.promote_types(u.dtype, w.dtype))
+            before, step = w.astype(wide), u.astype(wide)
+            strength = jnp.asarray(rate * weight_decay, wide)
+            if not moved:
+                return (step - strength * before).astype(u.dtype)
+            # The weights are stored between step and decay, and so rounded twice.
+            after = _rounded(before + step, w.dtype)
+            after = _rounded(after - strength * after, w.dtype)
+            return (after - before).astype(u.dtype)
 
         return jax.tree.map(decay, updates, params), DecayState(
             jnp.asarray(optax.safe_increment(state.count))
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """Rounds to the precision of ``dtype`` (XLA drops a cast there and back)."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
