@@ -524,7 +524,8 @@ def test_authors_rule_on_full_leaves():
         size = rate * np.sqrt(1 - b2**k) / (1 - b1**k)
         moved = 1.0 - size * mu / (np.sqrt(nu) + eps)
         expected = moved * (1 - rate * decay) - 1.0
-        np.testing.assert_allclose(update, expected, rtol=1e-4)
+        # 1 - b2 in float32 is off by 5e-5, and step and decay nearly cancel.
+        np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
