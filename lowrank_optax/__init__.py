@@ -13,6 +13,7 @@ from lowrank_optax._report import SelectionReport as SelectionReport
 from lowrank_optax._report import selection_report as selection_report
 from lowrank_optax._bracket import SubspaceState as SubspaceState
 from lowrank_optax._bracket import SubspaceView as SubspaceView
+from lowrank_optax._selection import Selection as Selection
 from lowrank_optax._subspace import subspace as subspace
 
 # Transport of moments.

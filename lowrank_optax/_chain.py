@@ -158,7 +158,9 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
                 "lro.chain expected an optax.GradientTransformation between project "
                 f"and backproject, got {_name(stage)}; the whole chain: {got}."
             )
-    inner = middle[0] if len(middle) == 1 else optax.chain(*middle)
+    inner = optax.identity()
+    if middle:
+        inner = middle[0] if len(middle) == 1 else optax.chain(*middle)
     return subspace(
         first.projector,
         inner,

@@ -61,6 +61,7 @@ ROWS = {
     "galore_momentum": galore(optax.trace(0.9)),
     "galore_both": galore(side="both"),
     "galore_stacked": galore(params=stacked_params(), layer_axis=0),
+    "galore_staggered": galore(params=stacked_params(), layer_axis=0, stagger=True),
     "galore_rotate": galore(transport=lro.rotate_moments()),
     "galore_bf16": galore(
         mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16, basis_dtype=jnp.bfloat16

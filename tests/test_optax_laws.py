@@ -160,17 +160,7 @@ def boxed(tree):
 
 @pytest.mark.parametrize(
     "row",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                name == "galore_adafactor",
-                reason="the factored moments keep the names of axes they summed over",
-                strict=True,
-            ),
-        )
-        for name in ROWS
-    ],
+    ROWS,
 )
 def test_linen_boxes(row):
     gradients = [boxed(g) for g in subject(row).gradients]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowrank_optax._matrices import is_box, rebox, refill, unbox
+
 
 class MatrixFactoredRmsState(NamedTuple):
     """State of ``scale_by_matrix_factored_rms``.
@@ -57,18 +59,25 @@ def scale_by_matrix_factored_rms(
     """
 
     def init(params: Any) -> MatrixFactoredRmsState:
-        def row(p):
-            return jnp.zeros(p.shape[:-1] if p.ndim >= 2 else p.shape, p.dtype)
+        def row(leaf):
+            p = unbox(leaf)
+            axes = tuple((i,) for i in range(p.ndim))
+            if p.ndim < 2:
+                return rebox(leaf, jnp.zeros_like(p), axes)
+            return rebox(leaf, jnp.zeros(p.shape[:-1], p.dtype), axes[:-1])
 
-        def col(p):
+        def col(leaf):
+            p = unbox(leaf)
             if p.ndim < 2:
                 return optax.MaskedNode()
-            return jnp.zeros((*p.shape[:-2], p.shape[-1]), p.dtype)
+            axes = tuple((i,) for i in (*range(p.ndim - 2), p.ndim - 1))
+            shape = tuple(p.shape[i] for (i,) in axes)
+            return rebox(leaf, jnp.zeros(shape, p.dtype), axes)
 
         return MatrixFactoredRmsState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(row, params),
-            jax.tree.map(col, params),
+            jax.tree.map(row, params, is_leaf=is_box),
+            jax.tree.map(col, params, is_leaf=is_box),
         )
 
     def update(updates, state, params=None):
@@ -87,14 +96,19 @@ def scale_by_matrix_factored_rms(
             scaled = update * jax.lax.rsqrt(relative)[..., None]
             return scaled * jax.lax.rsqrt(col)[..., None, :], row, col
 
-        leaves, treedef = jax.tree.flatten(updates)
-        rows, cols = treedef.flatten_up_to(state.row), treedef.flatten_up_to(state.col)
-        out = [one(*args) for args in zip(leaves, rows, cols, strict=True)]
-        scaled, rows, cols = ([x[i] for x in out] for i in range(3))
-        state = MatrixFactoredRmsState(
-            count, treedef.unflatten(rows), treedef.unflatten(cols)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+        boxes = (
+            leaves,
+            treedef.flatten_up_to(state.row),
+            treedef.flatten_up_to(state.col),
         )
-        return treedef.unflatten(scaled), state
+        out = [one(*map(unbox, args)) for args in zip(*boxes, strict=True)]
+        new = (
+            treedef.unflatten([refill(b, x[i]) for b, x in zip(box, out, strict=True)])
+            for i, box in enumerate(boxes)
+        )
+        scaled, rows, cols = new
+        return scaled, MatrixFactoredRmsState(count, rows, cols)
 
     return optax.GradientTransformation(init, update)
 
