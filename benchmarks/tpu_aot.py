@@ -9,6 +9,7 @@ Run one at a time: two compilations on one machine slow each other.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -197,7 +198,7 @@ def _summary(sums: dict[str, tuple[int, int]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compiles every row and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="1b")
     parser.add_argument("--rank", type=int, default=512)
     parser.add_argument("--projector", choices=PROJECTORS, default="power")
@@ -207,8 +208,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
     options = parser.parse_args(arguments)
     try:
-        import libtpu
-    except ImportError:
+        compiler = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
         parser.error("the TPU's compiler is missing: pip install '.[tpu]'")
 
     topology = topologies.get_topology_desc(
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         "topology": options.topology,
         "devices": mesh.size,
         "jax": jax.__version__,
-        "libtpu": libtpu.__version__,
+        "libtpu": compiler,
         "cpu_cores": os.cpu_count(),
     }
     print(", ".join(f"{key} {value}" for key, value in header.items()), flush=True)
