@@ -138,7 +138,7 @@ def measure(tx: optax.GradientTransformation, params: Any, shardings: Any) -> di
         "state_bytes_per_device": _bytes_per_device(state),
         "temp_bytes_per_device": memory.temp_size_in_bytes,
         "argument_bytes_per_device": memory.argument_size_in_bytes,
-        **_sent(compiled.as_text()),
+        **_sent(compiled.as_text() or ""),
     }
 
 
