@@ -133,6 +133,7 @@ def test_extra_folder(tmp_path, monkeypatch):
 
 
 def test_same_file_in_two_folders_counts_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("GOLDEN_DIR", raising=False)
     before = cases.files()
     (tmp_path / SAMPLE).write_bytes((cases.DATA / SAMPLE).read_bytes())
     monkeypatch.setenv("GOLDEN_DIR", str(tmp_path))
