@@ -121,7 +121,6 @@ class Refresher:
         return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
 
     def _attempt(self, clock: Clock, at: At, gradient: Array, leaf: LeafBasis):
-        gradient = self.matrix.flip(gradient)
         peak = jnp.max(jnp.abs(gradient))
         healthy = jnp.isfinite(peak) & (peak > 0)
         keep = leaf._replace(pending=jnp.ones_like(leaf.pending))
@@ -131,7 +130,8 @@ class Refresher:
         )
 
     def _renew(self, clock: Clock, at: At, gradient: Array, leaf: LeafBasis, keep):
-        new = self.projector.refresh(self.matrix, gradient, leaf.stored, at)
+        view = self.matrix.flip(gradient)
+        new = self.projector.refresh(self.matrix, view, leaf.stored, at)
         if self.transport.aligns:
             new = self.projector.align(leaf.stored, new)
         moments = leaf.moments

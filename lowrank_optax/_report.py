@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
-import jax
 import optax
 
-from lowrank_optax._selection import LeafPlan, recording
+from lowrank_optax._selection import LeafPlan, abstract_init, recording
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
       (('kernel',), ('bias',))
     """
     with recording() as plans:
-        jax.eval_shape(tx.init, params)
+        abstract_init(tx, params)
     if not plans:
         raise ValueError(
             "selection_report found no low-rank bracket in this transformation; "

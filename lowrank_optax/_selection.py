@@ -357,3 +357,12 @@ def record(plan: Plan) -> None:
     """Hands a bracket's plan to the innermost ``recording`` block, if there is one."""
     if _RECORDS:
         _RECORDS[-1].append(plan)
+
+
+def abstract_init(tx: Any, params: Any) -> Any:
+    """Returns the shapes of ``tx.init(params)``, tracing it anew each time.
+
+    ``jax.eval_shape`` remembers a function it has traced and would then not call
+    it, and nothing would be recorded.
+    """
+    return jax.eval_shape(lambda params: tx.init(params), params)

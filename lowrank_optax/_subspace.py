@@ -14,7 +14,7 @@ import optax
 from lowrank_optax._bracket import Bracket
 from lowrank_optax._leaves import Leaves
 from lowrank_optax._meshes import under_auto_axes
-from lowrank_optax._selection import Selection
+from lowrank_optax._selection import Plan, Selection
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport, align_signs
@@ -100,15 +100,15 @@ def subspace(
     )
 
     def update(updates, state, params=None, **extra_args):
-        step = functools.partial(_step, bracket)
+        plan = bracket.plan(updates if params is None else params)
+        step = functools.partial(_step, bracket, plan)
         return under_auto_axes(step, updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(bracket.init, update)
 
 
-def _step(bracket: Bracket, updates, state, params, extra_args):
+def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
     """One step of the bracket. The comments number the lines of the design."""
-    plan = bracket.plan(updates if params is None else params)
     leaves = Leaves(bracket, plan, updates, state, params)
 
     # 1. matrix view of every projected leaf

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lowrank_optax._matrices import is_box, path_string
+from lowrank_optax._selection import abstract_init
 
 _ROLES = {
     "basis": "basis",
@@ -90,7 +91,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       >>> lro.state_bytes(lro.galore(1e-3, rank=128), shapes).by_role["basis"]
       262144
     """
-    state = jax.eval_shape(tx.init, params)
+    state = abstract_init(tx, params)
     entries: dict[tuple[str, str], int] = collections.defaultdict(int)
     for path, owner, leaf in owned_leaves(state, params):
         role = next((_ROLES[key] for key in reversed(path) if key in _ROLES), "other")

@@ -1,5 +1,6 @@
 """Shardings of an optimizer state, derived from those of the parameters."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
-from lowrank_optax._selection import broadcast_prefix, recording
+from lowrank_optax._selection import abstract_init, broadcast_prefix, recording
 from lowrank_optax.memory import owned_leaves
 
 Axes = tuple[tuple[int, ...], ...]
@@ -22,7 +23,9 @@ def state_shardings(
     An axis of the state takes the mesh axes of the parameter axis behind it: a basis
     ``[*batch, m, r]`` is sharded like the parameter's batch and projected axes, a
     projection ``[*batch, r, n]`` like its batch and kept axes; moments of full leaves
-    like the parameter. Counters and keys are replicated. Without this,
+    like the parameter. A matrix that would keep no sharding at all (the moments, where
+    the projected axis is the sharded one) takes the parameter's mesh axes on its
+    largest axis that they divide. Counters and keys are replicated. Without this,
     ``jax.jit(tx.init)(params)`` puts all state on one device, and the compiler
     replicates the bases after a step.
 
@@ -30,7 +33,8 @@ def state_shardings(
       tx: any Optax transformation, with or without brackets inside.
       params: parameters or ShapeDtypeStructs of them, Flax-boxed or not.
       param_shardings: a tree like ``params`` (a prefix will do) of ``NamedSharding``
-        or of ``PartitionSpec``, on Auto or Explicit meshes.
+        or of ``PartitionSpec``, on Auto or Explicit meshes. Only a ``NamedSharding``
+        knows its mesh, and so which axes can be divided for the last rule.
 
     Returns:
       A tree like ``tx.init(params)``, of ``NamedSharding`` (or ``PartitionSpec``, as
@@ -52,7 +56,7 @@ def state_shardings(
       True
     """
     with recording() as plans:
-        state = jax.eval_shape(tx.init, params)
+        state = abstract_init(tx, params)
     matrices = {
         leaf.path: leaf.matrix for plan in plans for leaf in plan.leaves if leaf.matrix
     }
@@ -66,6 +70,8 @@ def state_shardings(
             candidates = _layouts(shapes[owner], matrices.get(owner), side)
             axes = _agreed([axes for shape, axes in candidates if shape == leaf.shape])
             spec = _spec(axes, shardings[owner], len(shapes[owner]))
+            if owner in matrices:
+                spec = _spread(spec, leaf.shape, shardings[owner])
         out.append(_place(spec, like))
     return jax.tree.unflatten(jax.tree.structure(state), out)
 
@@ -139,6 +145,28 @@ def _spec(axes: Axes, sharding: Any, ndim: int) -> PartitionSpec:
         return names[group[0]]
 
     return PartitionSpec(*(name(group) for group in axes))
+
+
+def _spread(
+    spec: PartitionSpec, shape: tuple[int, ...], sharding: Any
+) -> PartitionSpec:
+    """Shards a matrix that kept none of its parameter's mesh axes after all.
+
+    The parameter's sharded axis is the one this array was projected along, or lacks.
+    Its mesh axes go to the largest of the last two axes that they divide.
+    """
+    if not isinstance(sharding, NamedSharding) or len(shape) < 2 or any(spec):
+        return spec
+    flat: list[str] = []
+    for name in sharding.spec:
+        flat += name if isinstance(name, tuple) else [name] if name else []
+    parts = math.prod(sharding.mesh.shape[name] for name in flat)
+    fits = [axis for axis in (-1, -2) if flat and shape[axis] % parts == 0]
+    if not fits:
+        return spec
+    place = max(fits, key=lambda axis: shape[axis]) % len(shape)
+    named = tuple(flat) if len(flat) > 1 else flat[0]
+    return PartitionSpec(*(named if i == place else None for i in range(len(shape))))
 
 
 def _place(spec: PartitionSpec, like: Any) -> Any:

@@ -36,13 +36,16 @@ def cholesky_qr(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
       Fukaya et al., Shifted Cholesky QR for computing the QR factorization of
       ill-conditioned matrices (2020).
     """
-    r = y.shape[1]
-    eye = jnp.eye(r, dtype=y.dtype)
-    for shift in _SHIFTS:
+    eye = jnp.eye(y.shape[1], dtype=y.dtype)
+    shifts = jnp.asarray(_SHIFTS, y.dtype) * jnp.finfo(y.dtype).eps
+
+    def sweep(i, y):
         gram = jnp.matmul(turn(y), y, precision=HIGHEST)
-        gram += shift * jnp.finfo(y.dtype).eps * jnp.trace(gram) * eye
+        gram += shifts[i] * jnp.trace(gram) * eye
         # Inverting the r x r factor turns the tall solve into a product. What the
         # inverse loses in orthogonality the next sweep restores; the span is exact.
         inverse = solve_triangular(jnp.linalg.cholesky(gram), eye, lower=True)
-        y = jnp.matmul(y, turn(inverse), precision=HIGHEST)
-    return y
+        return jnp.matmul(y, turn(inverse), precision=HIGHEST)
+
+    # A loop, so that one factorization is compiled and not three.
+    return jax.lax.fori_loop(0, len(_SHIFTS), sweep, y)

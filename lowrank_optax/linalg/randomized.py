@@ -18,15 +18,15 @@ def block_power(
     sweeps: int | Int[Array, ""],
     transposed: bool = False,
 ) -> Float[Array, "m r"]:
-    """Improves an orthonormal basis of the leading left singular subspace.
+    """Improves a basis of the leading left singular subspace.
 
-    One sweep is ``Y = G (G^T P) / max|G|^2``, its columns scaled to unit norm,
-    ``Y + 1e-3 P`` orthonormalized. Columns of ``Y`` that vanish (``G`` of rank below
-    r) are not scaled up, so there the old basis fills in.
+    One sweep is ``Y = G (G^T P)``, its columns scaled to unit norm, ``Y + 1e-3 P``
+    orthonormalized. Columns of ``Y`` that vanish (``G`` of rank below r) are not
+    scaled up, so there the old basis fills in.
 
     Args:
       gradient: any scale; must be finite and not zero.
-      start: orthonormal columns to start from.
+      start: columns to start from, orthonormal or random of about unit norm.
       sweeps: number of sweeps, may be traced.
       transposed: whether ``gradient`` is the transpose of a stored array (the result
         is the same, only faster when this is true).
@@ -34,19 +34,18 @@ def block_power(
     Returns:
       Orthonormal columns in the dtype of ``start``.
     """
-    peak = jnp.max(jnp.abs(gradient)).astype(start.dtype)
+    # A loop's operands are materialized: let it close over the stored order.
+    stored = gradient.T if transposed else gradient
 
     def sweep(_, basis):
-        # Scaling the thin products keeps 1e-20 and 1e15 in range without an m x n
-        # temporary. (Not low / peak / peak: XLA would divide by peak^2.)
+        # Scaling both thin products keeps gradients of 1e-20 and 1e15 in range.
         if transposed:
-            low = jnp.matmul(gradient.T, basis, precision=HIGHEST)
-            low = low / jnp.max(jnp.abs(low))
-            y = turned(jnp.matmul(turn(low), gradient.T, precision=HIGHEST)) / peak
+            low = jnp.matmul(stored, basis, precision=HIGHEST)
+            y = jnp.matmul(turn(_unit(low)), stored, precision=HIGHEST)
+            y = _unit(turned(y))
         else:
-            low = jnp.matmul(turn(basis), gradient, precision=HIGHEST)
-            low = low / jnp.max(jnp.abs(low))
-            y = jnp.matmul(gradient, turn(low), precision=HIGHEST) / peak
+            low = jnp.matmul(turn(basis), stored, precision=HIGHEST)
+            y = _unit(jnp.matmul(stored, turn(_unit(low)), precision=HIGHEST))
         norms = jnp.linalg.norm(y, axis=0)
         y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms))
         return cholesky_qr(y + _MIX * basis)
@@ -54,6 +53,5 @@ def block_power(
     return jax.lax.fori_loop(0, sweeps, sweep, start)
 
 
-def random_orthonormal(key: Array, m: int, r: int) -> Float[Array, "m r"]:
-    """Returns ``r`` orthonormal columns spanning a uniformly random subspace."""
-    return cholesky_qr(jax.random.normal(key, (m, r), jnp.float32))
+def _unit(x: Array) -> Array:
+    return x / jnp.max(jnp.abs(x))

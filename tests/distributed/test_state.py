@@ -82,9 +82,6 @@ def test_bytes_per_device():
     assert per_device_bytes(mu["norm"]) == 4 * 16 // 4
 
 
-@pytest.mark.xfail(
-    reason="moments keep no sharding when all of the parameter's is on the other axis"
-)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_fsdp_replicates_no_matrix_of_the_state(side):
     mesh = auto_mesh()
@@ -96,16 +93,16 @@ def test_fsdp_replicates_no_matrix_of_the_state(side):
         assert not sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_trees_of_partition_specs_give_the_same(layout):
+def test_trees_of_partition_specs_give_the_same():
+    # Where every matrix of the state keeps a mesh axis of its own: a PartitionSpec
+    # does not know the sizes that spreading a mesh axis over another one needs.
     mesh = auto_mesh()
-    specs = LAYOUTS[layout]
+    specs = LAYOUTS["both"]
     given = state_specs(PARAMS, specs)
     expected = state_specs(PARAMS, named(mesh, specs))
     assert jax.tree.map(lambda s: NamedSharding(mesh, s), given) == expected
 
 
-@pytest.mark.xfail(reason="a cached trace of init hides the plan from state_shardings")
 def test_asking_twice_gives_the_same():
     tx, specs = galore(projector=SVD), LAYOUTS["both"]
     first = lro.state_shardings(tx, PARAMS, specs)
@@ -162,13 +159,13 @@ HEADS = {"kernel": jnp.ones((32, 4, 16))}
             DIMENSIONS((0, 1, 2), 3),
             P(None, None, "data", "model"),
             P("model"),
-            P(),
+            P(None, ("data", "model")),
         ),
         (
             CONV,
             DIMENSIONS(2, 3),
             P(None, None, None, "model"),
-            P(),
+            P(None, None, "model"),
             P(*[None] * 3, "model"),
         ),
         # (embed, heads, head_dim), heads merged with head_dim, then heads as a batch.
