@@ -13,6 +13,7 @@ import optax
 import lowrank_optax as lro
 
 LEARNING_RATE = 1e-3
+SELECT = r"(^|/)(q|k|v|o|gate|up|down)$"  # the layer matrices
 
 
 class JaxPeer:
@@ -109,9 +110,8 @@ class TorchPeer:
 def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], Any]]:
     """Returns name -> builder, adamw first."""
 
-    def galore(form: Any) -> Callable[[Any], Any]:
-        projector = form(rank, gap)
-        options = {"projector": projector, "layer_axis": 0}
+    def galore(form: Any, **options: Any) -> Callable[[Any], Any]:
+        options |= {"projector": form(rank, gap), "layer_axis": 0, "select": SELECT}
         return lambda params: JaxPeer(lro.galore(LEARNING_RATE, **options), params)
 
     contrib = optax.contrib.galore(LEARNING_RATE, rank, gap, 0.25)
@@ -120,6 +120,8 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "optax.contrib.galore": lambda params: JaxPeer(contrib, params),
         "lro.galore svd": galore(lro.svd),
         "lro.galore power": galore(lro.power),
+        # No inner optimizer at all: what the two products cost, a floor for the rest.
+        "lro products alone": galore(lro.power, base_optimizer=optax.identity()),
     }
     if with_torch:
         named["galore-torch"] = lambda params: TorchPeer(params, rank, gap)

@@ -12,16 +12,19 @@ import os
 import pathlib
 import platform
 
-# Two threads for everybody, set before any numerical library is loaded.
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "2")
+# Two threads for everybody, set before any numerical library is loaded. LAPACK calls
+# come from XLA's own two threads, so OpenBLAS gets no more: its second pool doubled
+# the power projector's refresh, and slowed the SVDs too.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
-import jax  # noqa: E402
+import jax
 
-from benchmarks import _peers  # noqa: E402
+from benchmarks import _peers
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 512, 1376, 8, 32000  # LLaMA-60M
 MATRICES = {
