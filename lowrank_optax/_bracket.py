@@ -151,7 +151,7 @@ class Bracket:
         return tree(hidden | outside), tree(hidden | matrices)
 
     def init(self, params: Any) -> SubspaceState:
-        """Returns the state of a fresh self."""
+        """Returns the state of a fresh bracket."""
         plan = self.plan(params)
         record(plan)
         leaves = plan.treedef.flatten_up_to(params)

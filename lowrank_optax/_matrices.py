@@ -122,8 +122,9 @@ def is_box(leaf: Any) -> bool:
 
 
 def unbox(leaf: Any) -> Any:
-    """Returns the array inside a Flax box, or the leaf itself."""
-    return leaf.unbox() if is_box(leaf) else leaf
+    """Returns the array inside a Flax box, or the leaf itself (numbers as arrays)."""
+    leaf = leaf.unbox() if is_box(leaf) else leaf
+    return jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf
 
 
 def refill(leaf: Any, value: Any) -> Any:
