@@ -142,3 +142,24 @@ def test_seed_changes_random_bases_only_between_brackets():
 
     chex.assert_trees_all_equal(update(0), update(0))
     assert not jnp.allclose(update(0)["wide"], update(1)["wide"])
+
+
+@pytest.mark.parametrize("projector", [lro.power(RANK, 2), lro.svd(RANK, 2)])
+def test_double_precision_parameters(projector):
+    """With x64 the state stays float32 and stable, and updates follow the leaves."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+        tx = lro.galore(1e-2, projector=projector, layer_axis=0, weight_decay=0.1)
+        state = tx.init(params)
+        update = jax.jit(tx.update)
+        updates, after = update(params, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        chex.assert_trees_all_equal_dtypes(updates, params)
+        assert optax.tree_utils.tree_get(after, "mu")["wide"].dtype == jnp.float32
+
+
+def test_strict_dtype_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        tx = bracket(lro.scale_by_raw_adam())
+        updates, _ = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
+    chex.assert_tree_all_finite(updates)

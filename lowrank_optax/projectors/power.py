@@ -53,7 +53,7 @@ class power(OrthonormalProjector):
         """One loop serves both starts, so only one factorization is compiled."""
         start = jax.lax.cond(
             at.cold,
-            lambda: jax.random.normal(at.key, old.shape) / matrix.m**0.5,
+            lambda: jax.random.normal(at.key, old.shape, old.dtype) / matrix.m**0.5,
             lambda: old,
         )
         sweeps = jnp.where(at.cold, self.cold_sweeps, 1)
