@@ -12,8 +12,9 @@ from jaxtyping import Array
 
 from lowrank_optax import _moments
 from lowrank_optax._matrices import Matrix, is_box, rebox, refill, unbox
+from lowrank_optax._plan import Plan, make_plan, record
 from lowrank_optax._refresh import PRNG, Clock, Refresher, phases
-from lowrank_optax._selection import Plan, Selection, make_plan, record
+from lowrank_optax._selection import Selection
 from lowrank_optax.projectors import Projector, TwoSidedBasis, two_sided
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport

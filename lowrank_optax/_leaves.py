@@ -10,8 +10,8 @@ import optax
 from lowrank_optax import _moments
 from lowrank_optax._bracket import Bracket, SubspaceState, SubspaceView, cast
 from lowrank_optax._matrices import is_box, rebox, refill, unbox
+from lowrank_optax._plan import Plan
 from lowrank_optax._refresh import Clock, LeafBasis
-from lowrank_optax._selection import Plan
 from lowrank_optax.recovery import LeafView, Recovered
 
 

@@ -1,12 +1,11 @@
-"""Which leaves are projected: selection, the plan of a tree, and its report.
+"""Which leaves are projected, from which side, at which rank.
 
 Everything here is decided from shapes and paths alone, before any array exists.
 """
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +13,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import (
-    Matrix,
     MatrixDimensionNumbers,
-    is_box,
-    path_string,
-    unbox,
 )
 
 SIDES = ("short", "long", "left", "right", "both", "auto")
@@ -202,123 +197,7 @@ def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafPlan:
-    """What happens to one leaf, and why.
-
-    Attributes:
-      path: the leaf's path.
-      shape: its shape as stored.
-      matrix: its matrix view if it is projected, else None.
-      reason: why it is projected or full.
-      full_bytes: state bytes of the inner optimizer at full size.
-      low_bytes: state bytes of the bracket for this leaf (None if never considered).
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    matrix: Matrix | None
-    reason: str
-    full_bytes: int
-    low_bytes: int | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether the leaf has no elements (such leaves are hidden from the inner)."""
-        return 0 in self.shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The tree's structure and one ``LeafPlan`` per leaf, in its order."""
-
-    treedef: Any
-    leaves: tuple[LeafPlan, ...]
-
-    def matrices(self) -> list[tuple[int, Matrix]]:
-        """Returns (position, matrix) of every projected leaf."""
-        return [(i, leaf.matrix) for i, leaf in enumerate(self.leaves) if leaf.matrix]
-
-
-def make_plan(
-    tree: Any,
-    selection: Selection,
-    rank: Any,
-    state_bytes: Callable[[Matrix | tuple[int, ...]], int],
-) -> Plan:
-    """Decides for every leaf of ``tree`` whether and how it is projected.
-
-    Args:
-      tree: parameters or gradients, arrays or ShapeDtypeStructs, boxed or not.
-      selection: the selection's options.
-      rank: an int, a fraction of min(m, n), or a callable of the path.
-      state_bytes: bytes of state for a projected matrix, or for a full shape.
-
-    Returns:
-      The plan.
-
-    Raises:
-      ValueError: if a leaf selected explicitly has too large a rank or no axes.
-    """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    numbers = selection.numbers(tree, treedef)
-    shardings = selection.shardings(treedef)
-    leaves = [
-        _plan_leaf(
-            path_string(path),
-            unbox(leaf),
-            given,
-            sharding,
-            selection,
-            rank,
-            state_bytes,
-        )
-        for (path, leaf), given, sharding in zip(flat, numbers, shardings, strict=True)
-    ]
-    return Plan(treedef, tuple(leaves))
-
-
-def _plan_leaf(path, leaf, numbers, sharding, selection, rank, state_bytes) -> LeafPlan:
-    if 0 in leaf.shape:
-        return LeafPlan(path, leaf.shape, None, "no elements", 0)
-    full_bytes = state_bytes(leaf.shape)
-    reason = selection.why_full(path, leaf, numbers)
-    if reason is not None:
-        return LeafPlan(path, leaf.shape, None, reason, full_bytes)
-    matrix, reason = _make_matrix(path, leaf, numbers, sharding, selection, rank)
-    if matrix is None:
-        return LeafPlan(path, leaf.shape, None, reason, full_bytes)
-    low_bytes = state_bytes(matrix)
-    if low_bytes >= full_bytes and not selection.explicit(numbers):
-        reason = f"low rank would not save: {low_bytes} >= {full_bytes} bytes"
-        return LeafPlan(path, leaf.shape, None, reason, full_bytes, low_bytes)
-    return LeafPlan(path, leaf.shape, matrix, reason, full_bytes, low_bytes)
-
-
-def _make_matrix(path, leaf, numbers, sharding, selection, rank):
-    batch, rows, columns, reduction_is_rows = selection.axes(path, leaf, numbers)
-    draft = Matrix(path, tuple(leaf.shape), batch, rows, columns, "left", 1)
-    m, n = draft.m, draft.n
-    r = resolve_rank(rank, path, min(m, n))
-    if r > min(m, n):
-        if not selection.explicit(numbers) and not selection.clip_rank:
-            return None, f"rank {r} exceeds min(m, n)={min(m, n)}"
-        if not selection.clip_rank:
-            raise ValueError(
-                f"Leaf {path!r} of shape {tuple(leaf.shape)} is a {m} x {n} matrix and "
-                f"was selected explicitly, but rank={r} exceeds min(m, n)={min(m, n)}. "
-                "Lower the rank (a fraction such as rank=0.25 adapts to each leaf), "
-                "leave the leaf out of the selection, or pass clip_rank=True to run it "
-                "at r=min(m, n)."
-            )
-        r = min(m, n)
-    sharded = _sharded_axes(sharding, leaf, rows, columns)
-    side = selection.resolve_side(m, n, reduction_is_rows, sharded)
-    chosen = "explicitly" if selection.explicit(numbers) else "by the default rule"
-    return dataclasses.replace(draft, side=side, rank=r), f"selected {chosen}"
-
-
-def _sharded_axes(sharding, leaf, rows, columns) -> tuple[bool, bool] | None:
+def sharded_axes(sharding, leaf, rows, columns) -> tuple[bool, bool] | None:
     """Returns whether the rows and the columns are sharded, None if not known."""
     if sharding is None:
         sharding = getattr(
@@ -337,32 +216,3 @@ def _sharded_axes(sharding, leaf, rows, columns) -> tuple[bool, bool] | None:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array)
-
-
-_RECORDS: list[list[Plan]] = []
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Plan]]:
-    """Collects the plans of every bracket initialised inside the with block."""
-    plans: list[Plan] = []
-    _RECORDS.append(plans)
-    try:
-        yield plans
-    finally:
-        _RECORDS.pop()
-
-
-def record(plan: Plan) -> None:
-    """Hands a bracket's plan to the innermost ``recording`` block, if there is one."""
-    if _RECORDS:
-        _RECORDS[-1].append(plan)
-
-
-def abstract_init(tx: Any, params: Any) -> Any:
-    """Returns the shapes of ``tx.init(params)``, tracing it anew each time.
-
-    ``jax.eval_shape`` remembers a function it has traced and would then not call
-    it, and nothing would be recorded.
-    """
-    return jax.eval_shape(lambda params: tx.init(params), params)

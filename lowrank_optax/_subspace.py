@@ -14,7 +14,8 @@ import optax
 from lowrank_optax._bracket import Bracket
 from lowrank_optax._leaves import Leaves
 from lowrank_optax._meshes import under_auto_axes
-from lowrank_optax._selection import Plan, Selection
+from lowrank_optax._plan import Plan
+from lowrank_optax._selection import Selection
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport, align_signs

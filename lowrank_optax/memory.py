@@ -8,7 +8,7 @@ import jax
 import optax
 
 from lowrank_optax._matrices import is_box, path_string
-from lowrank_optax._selection import abstract_init
+from lowrank_optax._plan import abstract_init
 
 _ROLES = {
     "basis": "basis",

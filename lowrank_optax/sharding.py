@@ -9,7 +9,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
-from lowrank_optax._selection import abstract_init, broadcast_prefix, recording
+from lowrank_optax._plan import abstract_init, recording
+from lowrank_optax._selection import broadcast_prefix
 from lowrank_optax.memory import owned_leaves
 
 Axes = tuple[tuple[int, ...], ...]

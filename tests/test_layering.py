@@ -18,6 +18,7 @@ LAYERS = (
     ("_checks", "_hyperparams", "_meshes"),
     ("_matrices",),
     ("_moments", "_selection"),
+    ("_plan",),
     ("linalg", "quantization"),
     ("projectors",),
     ("transport", "recovery"),
