@@ -58,7 +58,6 @@ class SubspaceView(NamedTuple):
       previous_basis: the basis of the step before, None on full leaves.
       state_before: inner state before transport.
       state_transported: inner state after transport, before the update.
-      state_after: inner state after the update (None inside the update itself).
       matrices: the static ``Matrix`` of each projected leaf, None on full leaves.
     """
 
@@ -69,7 +68,6 @@ class SubspaceView(NamedTuple):
     previous_basis: Any
     state_before: Any
     state_transported: Any
-    state_after: Any
     matrices: Any
 
 

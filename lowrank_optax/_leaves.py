@@ -97,7 +97,6 @@ class Leaves:
             unflatten(previous),
             self.before.inner_state,
             transported,
-            None,
             unflatten(matrices),
         )
 

@@ -1,8 +1,8 @@
 """Products in the operands' stored order.
 
 XLA folds a transpose into the product it feeds or follows, and on CPU a product of
-row-major operands is up to 3x faster than one of folded transposes. So thin matrices
-are transposed for real, and the m x n ones contracted as they are stored.
+row-major operands is faster than one of folded transposes. So thin matrices are
+transposed for real, and the m x n ones contracted as they are stored.
 """
 
 import jax

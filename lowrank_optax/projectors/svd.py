@@ -15,8 +15,8 @@ class svd(OrthonormalProjector):
 
     ``P = U[:, :r]`` of ``G = U S V^T``, in float32, on the left of the matrix view.
     No rank-r subspace captures more of the gradient's energy. The cost is a full
-    SVD: hundreds of times a power step, and on a TPU minutes of compilation per
-    shape; prefer ``lro.power`` there.
+    SVD: ``benchmarks.optimizer_step`` times both refreshes. XLA's SVD also makes large
+    programs on a TPU; prefer ``lro.power`` there.
 
     Args:
       rank: an int, a fraction of min(m, n), or a callable of the leaf's path.
