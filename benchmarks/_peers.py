@@ -35,6 +35,21 @@ class JaxPeer:
         memory: Any = self.compiled.memory_analysis()
         self.temp_bytes = memory.temp_size_in_bytes
 
+        def train(state, gradients, params):
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.weights = jax.tree.map(jnp.copy, params)
+        step = jax.jit(train, donate_argnums=(0, 2))
+        self.applied = step.lower(self.state, params, self.weights).compile()
+
+    def apply(self, gradients: Any) -> float:
+        """Moves the weights by one update, as a train step does; returns seconds."""
+        start = time.perf_counter()
+        self.weights, self.state = self.applied(self.state, gradients, self.weights)
+        jax.block_until_ready((self.weights, self.state))
+        return time.perf_counter() - start
+
     def step(self, gradients: Any) -> float:
         """Runs one update and returns its seconds."""
         start = time.perf_counter()
@@ -110,9 +125,12 @@ class TorchPeer:
 def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], Any]]:
     """Returns name -> builder, adamw first."""
 
+    def low_rank(method: Any, **options: Any) -> Callable[[Any], Any]:
+        options |= {"layer_axis": 0, "select": SELECT}
+        return lambda params: JaxPeer(method(LEARNING_RATE, rank, **options), params)
+
     def galore(form: Any, **options: Any) -> Callable[[Any], Any]:
-        options |= {"projector": form(rank, gap), "layer_axis": 0, "select": SELECT}
-        return lambda params: JaxPeer(lro.galore(LEARNING_RATE, **options), params)
+        return low_rank(lro.galore, projector=form(rank, gap), **options)
 
     contrib = optax.contrib.galore(LEARNING_RATE, rank, gap, 0.25)
     named: dict[str, Callable[[Any], Any]] = {
@@ -120,6 +138,10 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "optax.contrib.galore": lambda params: JaxPeer(contrib, params),
         "lro.galore svd": galore(lro.svd),
         "lro.galore power": galore(lro.power),
+        "lro.fira": low_rank(lro.fira, update_proj_gap=gap),
+        "lro.subtrack": low_rank(lro.subtrack, update_proj_gap=gap),
+        "lro.ldadam": low_rank(lro.ldadam),
+        "lro.ldadam feedback": low_rank(lro.ldadam, error_feedback=True),
         # No inner optimizer at all: what the two products cost, a floor for the rest.
         "lro products alone": galore(lro.power, base_optimizer=optax.identity()),
     }
@@ -134,11 +156,14 @@ def measure(peers: dict[str, Any], gradients: Any, gap: int, steps: int, due: in
     The first step (compiled, but with cold bases) is reported apart.
     """
     cold = {name: peer.step(gradients) for name, peer in peers.items()}
+    applied: dict[str, list[float]] = {name: [] for name in peers}
     plain: dict[str, list[float]] = {name: [] for name in peers}
     fresh: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(steps):
         for name, peer in peers.items():
             plain[name].append(peer.step(gradients))
+            if isinstance(peer, JaxPeer):
+                applied[name].append(peer.apply(gradients))
     for _ in range(due):
         for name, peer in peers.items():
             if name != "optax.adamw":
@@ -156,11 +181,16 @@ def measure(peers: dict[str, Any], gradients: Any, gap: int, steps: int, due: in
                 "cold_ms": 1e3 * cold[name],
                 "plain_ms": 1e3 * step,
                 "refresh_ms": 1e3 * refresh,
+                "applied_ms": _milliseconds(applied[name]),
                 "mean_ms": 1e3 * ((gap - 1) * step + refresh) / gap,
                 "temp_bytes": peer.temp_bytes,
             }
         )
     return rows
+
+
+def _milliseconds(seconds: list[float]) -> float | None:
+    return 1e3 * statistics.median(seconds) if seconds else None
 
 
 def random_like(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Any]:

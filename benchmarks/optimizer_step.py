@@ -2,7 +2,9 @@
 
 All peers run in one process on the same gradients and take turns, so a busy machine
 slows all of them; the ratios are the result. Timed is the jitted ``tx.update`` with
-its state donated.
+its state donated, and "with apply" the update and ``optax.apply_updates`` in one
+program, state and parameters donated, as a train step has them: there what is done to
+the lifted matrix costs no pass of its own.
 """
 
 import argparse
@@ -49,7 +51,11 @@ COLUMNS = (
     "refresh/plain",
     "temp MiB",
     "temp/largest",
+    "with apply ms",
+    "plain/galore",
+    "apply/galore",
 )
+GALORE = "lro.galore power"
 
 
 def trees() -> dict[str, dict[str, tuple[int, ...]]]:
@@ -89,7 +95,9 @@ def run(which: str, shapes, options: argparse.Namespace) -> dict:
 
 def table(result: dict) -> str:
     """Formats one tree's rows, with their ratios, as Markdown."""
-    mean = {row["optimizer"]: row["mean_ms"] for row in result["rows"]}
+    rows = {row["optimizer"]: row for row in result["rows"]}
+    mean = {name: row["mean_ms"] for name, row in rows.items()}
+    galore = rows.get(GALORE, {})
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in result["rows"]:
         temp = row["temp_bytes"]
@@ -106,13 +114,16 @@ def table(result: dict) -> str:
             _ratio(row["refresh_ms"], row["plain_ms"]),
             "-" if temp is None else f"{temp / 2**20:.1f}",
             "-" if temp is None else _ratio(temp, result["largest_bytes"]),
+            f"{row['applied_ms']:.1f}" if row["applied_ms"] else "-",
+            _ratio(row["plain_ms"], galore.get("plain_ms")),
+            _ratio(row["applied_ms"], galore.get("applied_ms")),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _ratio(a: float, b: float | None) -> str:
-    return f"{a / b:.2f}" if b else "-"
+def _ratio(a: float | None, b: float | None) -> str:
+    return f"{a / b:.2f}" if a and b else "-"
 
 
 def main() -> None:

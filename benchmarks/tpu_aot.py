@@ -47,6 +47,7 @@ PRESETS = {
 }
 VOCABULARY = 32000
 PROJECTORS = {"power": lro.power, "svd": lro.svd, "gaussian": lro.gaussian}
+METHODS = ("fira", "subtrack", "ldadam")
 AXIS = "fsdp"
 MIB = 2**20
 
@@ -101,11 +102,10 @@ def optimizers(options: argparse.Namespace, shardings: Any) -> dict[str, Any]:
             param_shardings=shardings if side == "auto" else None,
         )
         rows[f"galore side={side}"] = lro.chain(
-            bracket,
-            optax.scale_by_adam(),
-            optax.scale_by_learning_rate(1e-2),
-            lro.backproject(0.25),
+            bracket, optax.scale_by_adam(), lro.backproject(0.25, 1e-2)
         )
+    for name in options.methods:
+        rows[name] = getattr(lro, name)(1e-2, options.rank, layer_axis=0)
     return rows
 
 
@@ -205,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--topology", default="v5e:4x4", help="such as v5e:16x16")
     parser.add_argument("--dtype", default="float32", help="of the parameters")
     parser.add_argument("--sides", nargs="+", default=["short", "auto"])
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="besides galore")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
     options = parser.parse_args(arguments)
     try:

@@ -9,6 +9,7 @@ from lowrank_optax._chain import project as project
 from lowrank_optax._hyperparams import static_args as static_args
 from lowrank_optax._matrices import Matrix as Matrix
 from lowrank_optax._matrices import MatrixDimensionNumbers as MatrixDimensionNumbers
+from lowrank_optax._moments import register_moments as register_moments
 from lowrank_optax._report import SelectionReport as SelectionReport
 from lowrank_optax._report import selection_report as selection_report
 from lowrank_optax._bracket import SubspaceState as SubspaceState
@@ -23,9 +24,19 @@ from lowrank_optax.memory import StateBytes as StateBytes
 from lowrank_optax.memory import state_bytes as state_bytes
 
 # Methods.
+from lowrank_optax.methods.fira import fira as fira
+from lowrank_optax.methods.fira import scale_by_fira as scale_by_fira
 from lowrank_optax.methods.galore import galore as galore
 from lowrank_optax.methods.galore import scale_by_galore as scale_by_galore
 from lowrank_optax.methods.galore_adafactor import galore_adafactor as galore_adafactor
+from lowrank_optax.methods.grass_jump import grass_jump as grass_jump
+from lowrank_optax.methods.grass_jump import scale_by_grass_jump as scale_by_grass_jump
+from lowrank_optax.methods.grass_walk import grass_walk as grass_walk
+from lowrank_optax.methods.grass_walk import scale_by_grass_walk as scale_by_grass_walk
+from lowrank_optax.methods.ldadam import ldadam as ldadam
+from lowrank_optax.methods.ldadam import scale_by_ldadam as scale_by_ldadam
+from lowrank_optax.methods.subtrack import scale_by_subtrack as scale_by_subtrack
+from lowrank_optax.methods.subtrack import subtrack as subtrack
 
 # Projectors.
 from lowrank_optax.projectors import At as At
@@ -33,13 +44,17 @@ from lowrank_optax.projectors import OrthonormalProjector as OrthonormalProjecto
 from lowrank_optax.projectors import Projector as Projector
 from lowrank_optax.projectors import gaussian as gaussian
 from lowrank_optax.projectors import given as given
+from lowrank_optax.projectors import grassmann as grassmann
 from lowrank_optax.projectors import power as power
+from lowrank_optax.projectors import power_iteration as power_iteration
 from lowrank_optax.projectors import svd as svd
 
 # Recovery.
 from lowrank_optax.recovery import LeafView as LeafView
 from lowrank_optax.recovery import Recovered as Recovered
 from lowrank_optax.recovery import Recovery as Recovery
+from lowrank_optax.recovery import error_feedback as error_feedback
+from lowrank_optax.recovery import recover_scale as recover_scale
 
 # Plain transformations.
 from lowrank_optax.transforms import cast_moments as cast_moments

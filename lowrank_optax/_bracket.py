@@ -82,6 +82,7 @@ class Bracket:
     full: optax.GradientTransformationExtraArgs | None
     selection: Selection
     scale: Any
+    learning_rate: Any
     dtype: Any
     stagger: bool
     seed: int
@@ -160,17 +161,20 @@ class Bracket:
         basis: list[Any] = [optax.MaskedNode()] * len(leaves)
         pending, recovery = list(basis), list(basis)
         for i, refresher in self.refreshers(plan).items():
-            matrix, start = refresher.matrix, refresher.init()
-            zeros = self.low_zeros(refresher, start.stored)
-            basis[i] = _rebox_basis(leaves[i], start.stored, matrix)
-            pending[i] = start.pending
+            matrix, first = refresher.matrix, refresher.init()
+            zeros = self.low_zeros(refresher, first.stored)
+            basis[i] = _rebox_basis(leaves[i], first.stored, matrix)
+            pending[i] = first.pending
             low[i] = rebox(leaves[i], zeros, matrix.low_axes)
             if self.recovery is not None:
-                recovery[i] = self.recovery.start(matrix)
+                start = self.recovery.start(matrix)
+                recovery[i] = _rebox_recovery(leaves[i], start, matrix)
         inner, full = self.split(plan, low)
         inner_state = self.inner.init(inner)
         if self.transport.moves and plan.matrices():
             _require_moments(inner_state)
+        if self.recovery is not None and not self.recovery.accumulates:
+            _refuse_accumulation(self.recovery, inner_state)
         return SubspaceState(
             jnp.zeros([], jnp.int32),
             _key_data(self.seed),
@@ -202,10 +206,26 @@ def _rebox_basis(leaf: Any, stored: Any, matrix: Matrix) -> Any:
     return jax.tree.map(lambda x: rebox(leaf, x, matrix.basis_axes), stored)
 
 
+def _rebox_recovery(leaf: Any, state: Any, matrix: Matrix) -> Any:
+    """Boxes what is shaped like the parameter itself; scalars stay bare."""
+    return jax.tree.map(
+        lambda x: refill(leaf, x) if x.shape == matrix.shape else x, state
+    )
+
+
 def _require_moments(inner_state: Any) -> None:
     if not any(_moments.find(inner_state).groups):
         raise ValueError(
             "This transport moves moments, but the inner optimizer's state has none "
             f"(no field {', '.join(_moments.FIELDS)}). Use an inner optimizer with "
-            "moments, such as optax.scale_by_adam(), or transport=lro.align_signs()."
+            "moments, such as optax.scale_by_adam(), or transport=lro.align_signs(). "
+            "A state type of your own can be named with lro.register_moments."
+        )
+
+
+def _refuse_accumulation(recovery: Recovery, inner_state: Any) -> None:
+    if optax.tree_utils.tree_get(inner_state, "mini_step") is not None:
+        raise ValueError(
+            f"{type(recovery).__name__} does not work around an accumulation inside "
+            "the bracket. Put optax.MultiSteps around the whole optimizer instead."
         )

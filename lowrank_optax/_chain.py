@@ -90,11 +90,14 @@ class project(_checks.Part):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class backproject(_checks.Part):
-    """Closes a bracket: lifts the direction, ``U = scale * P N``.
+    """Closes a bracket: lifts the direction, ``U = scale * P N``, and may step.
 
     Args:
       scale: factor on the lifted direction (0.25 in the GaLore paper); full leaves
         are not scaled. May be traced.
+      learning_rate: a number or schedule; everything that leaves the bracket is
+        multiplied by its negative. The same as ``optax.scale_by_learning_rate``
+        behind the bracket, without its pass over the full matrices.
 
     Examples:
       >>> import lowrank_optax as lro
@@ -103,6 +106,7 @@ class backproject(_checks.Part):
     """
 
     scale: Any = 1.0
+    learning_rate: optax.ScalarOrSchedule | None = None
 
 
 def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
@@ -167,6 +171,7 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
         transport=first.transport,
         recovery=recovery,
         scale=last.scale,
+        learning_rate=last.learning_rate,
         full=first.full,
         selection=first.selection(),
         dtype=first.dtype,

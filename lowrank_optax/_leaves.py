@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from lowrank_optax import _moments
 from lowrank_optax._bracket import Bracket, SubspaceState, SubspaceView, cast
@@ -36,6 +37,20 @@ class Leaves:
             for i, leaf in enumerate(leaves)
         ]
 
+    def enter(self, gradients: list[Any]) -> list[Any]:
+        """Lets the recovery replace the gradients of matrices."""
+        recovery, entered = self.bracket.recovery, list(gradients)
+        if recovery is not None:
+            states = self._recovery_states()
+            for i, refresher in self.refreshers.items():
+                entered[i] = recovery.enter(
+                    refresher.matrix, _unbox_tree(states[i]), gradients[i]
+                )
+        return entered
+
+    def _recovery_states(self) -> list[Any]:
+        return self.plan.treedef.flatten_up_to(self.before.recovery_state)
+
     def refresh(self, gradients: list[Any]) -> tuple[dict[int, LeafBasis], Any]:
         """Returns every projected leaf's basis, and the transported inner state."""
         treedef = self.plan.treedef
@@ -49,7 +64,7 @@ class Leaves:
                 if refresher.reads_moments
                 else ()
             )
-            leaf = LeafBasis(_unbox_basis(stored[i]), pending[i], carried)
+            leaf = LeafBasis(_unbox_tree(stored[i]), pending[i], carried)
             renewed[i] = refresher.refresh(self.clock, gradients[i], leaf)
             if self.bracket.transport.moves:
                 moved[i] = renewed[i].moments
@@ -88,7 +103,7 @@ class Leaves:
         stored = self.plan.treedef.flatten_up_to(self.before.basis)
         for i, refresher in self.refreshers.items():
             used[i], matrices[i] = bases[i], refresher.matrix
-            previous[i] = _unbox_basis(stored[i])
+            previous[i] = _unbox_tree(stored[i])
         return SubspaceView(
             unflatten(gradients),
             None if self.params is None else unflatten(self.view_params()),
@@ -133,29 +148,61 @@ class Leaves:
         ]
         return leaves, inner_state, full_state
 
-    def recover(self, gradients, projected, directions, bases, inner_state):
+    def recover(self, view: SubspaceView, gradients, directions, bases, inner_state):
         """Returns each matrix' terms of the update, and the recovery's new state."""
         recovery, treedef = self.bracket.recovery, self.plan.treedef
         if recovery is None:
             scale = self.bracket.scale
             discard = {i: Recovered(scale * directions[i]) for i in self.refreshers}
             return discard, ()
-        groups = _moments.find(inner_state).groups
-        states = treedef.flatten_up_to(self.before.recovery_state)
+        groups = [
+            _moments.find(state).groups
+            for state in (inner_state, view.state_transported, view.state_before)
+        ]
+        states = self._recovery_states()
+        projected = treedef.flatten_up_to(view.projected)
+        stored = treedef.flatten_up_to(self.before.basis)
         recovered = {}
         for i, refresher in self.refreshers.items():
-            view = LeafView(
-                gradients[i],
-                projected[i],
-                directions[i],
-                bases[i],
-                _moments.of_leaf(groups, treedef, i),
-                self.clock.count,
+            after, carried, previous = (
+                _moments.of_leaf(group, treedef, i) for group in groups
             )
-            recovered[i], states[i] = recovery.update(
-                refresher.matrix, states[i], view, self.bracket.scale
+            leaf = LeafView(
+                gradient=gradients[i],
+                projected=projected[i],
+                direction=directions[i],
+                basis=bases[i],
+                previous_basis=_unbox_tree(stored[i]),
+                moments=after,
+                carried_moments=carried,
+                previous_moments=previous,
+                orthonormal=refresher.projector.orthonormal,
+                up=functools.partial(refresher.projector.up, refresher.matrix),
+                count=self.clock.count,
             )
+            before = _unbox_tree(states[i])
+            recovered[i], state = recovery.update(
+                refresher.matrix, before, leaf, self.bracket.scale
+            )
+            state = _when_stepped(inner_state, state, before)
+            states[i] = _refill_tree(states[i], state)
         return recovered, treedef.unflatten(states)
+
+    def descend(self, recovered, directions) -> tuple[dict[int, Recovered], list[Any]]:
+        """Multiplies by the negative learning rate, matrices where they are small."""
+        rate = self.bracket.learning_rate
+        if rate is None:
+            return recovered, directions
+        gain = -jnp.asarray(rate(self.before.count) if callable(rate) else rate)
+
+        def step(x: Array) -> Array:
+            return x * gain.astype(x.dtype)
+
+        recovered = {i: Recovered(*jax.tree.map(step, r)) for i, r in recovered.items()}
+        return recovered, [
+            x if i in recovered or isinstance(x, optax.MaskedNode) else step(x)
+            for i, x in enumerate(directions)
+        ]
 
     def up(self, bases, recovered: dict[int, Recovered], gradients) -> dict[int, Any]:
         """Lifts the directions: ``P low + G * phi + addend``."""
@@ -168,7 +215,9 @@ class Leaves:
                 terms.append(gradients[i].astype(phi.dtype) * phi)
             if addend is not None:
                 terms.append(addend)
-            lifted[i] = functools.reduce(jnp.add, terms)
+            # Summed in stored order: a sum of transposes is one more pass for XLA.
+            flip = refresher.matrix.flip
+            lifted[i] = flip(functools.reduce(jnp.add, map(flip, terms)))
         return lifted
 
     def undo(self, lifted: dict[int, Any], directions: list[Any]) -> Any:
@@ -188,12 +237,11 @@ class Leaves:
         stored = treedef.flatten_up_to(self.before.basis)
         pending = treedef.flatten_up_to(self.before.pending)
         for i, leaf in renewed.items():
-            stored[i] = _refill_basis(stored[i], leaf.stored)
+            stored[i] = _refill_tree(stored[i], leaf.stored)
             pending[i] = leaf.pending
-        steps = optax.tree_utils.tree_get(inner_state, "mini_step")
         later = jnp.asarray(optax.safe_increment(self.before.count))
         return SubspaceState(
-            later if steps is None else jnp.where(steps == 0, later, self.before.count),
+            _when_stepped(inner_state, later, self.before.count),
             self.before.key,
             treedef.unflatten(stored),
             treedef.unflatten(pending),
@@ -203,11 +251,19 @@ class Leaves:
         )
 
 
-def _unbox_basis(stored: Any) -> Any:
+def _when_stepped(inner_state: Any, after: Any, before: Any) -> Any:
+    """Returns ``before`` in the middle of an accumulation."""
+    steps = optax.tree_utils.tree_get(inner_state, "mini_step")
+    if steps is None:
+        return after
+    return jax.tree.map(lambda a, b: jnp.where(steps == 0, a, b), after, before)
+
+
+def _unbox_tree(stored: Any) -> Any:
     return jax.tree.map(unbox, stored, is_leaf=is_box)
 
 
-def _refill_basis(stored: Any, value: Any) -> Any:
+def _refill_tree(stored: Any, value: Any) -> Any:
     return jax.tree.map(refill, stored, value, is_leaf=is_box)
 
 

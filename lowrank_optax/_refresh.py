@@ -159,7 +159,8 @@ class Refresher:
             return jax.random.fold_in(jax.random.fold_in(key, layer), epoch)
 
         cold = jnp.zeros(len(self.phase), jnp.bool_)
-        return At(jax.vmap(fold)(layer, epoch), epoch, layer, cold)
+        count = jnp.broadcast_to(clock.count, cold.shape)
+        return At(jax.vmap(fold)(layer, epoch), epoch, layer, cold, (), count)
 
 
 def phases(matrices: list[Matrix], gap: int, stagger: bool) -> list[tuple[int, ...]]:

@@ -28,6 +28,7 @@ def subspace(
     transport: Transport | None = None,
     recovery: Recovery | None = None,
     scale: Any = 1.0,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     full: optax.GradientTransformation | optax.MultiSteps | None = None,
     selection: Selection | None = None,
     dtype: Any = jnp.float32,
@@ -53,6 +54,9 @@ def subspace(
       transport: what a change of basis does to the moments; None aligns signs.
       recovery: what the update gets from outside the subspace; None discards it.
       scale: factor on the lifted direction (not on full leaves); may be traced.
+      learning_rate: a number or schedule whose negative multiplies everything that
+        leaves the bracket, as ``optax.scale_by_learning_rate`` behind it would, but
+        where the matrices are small; None leaves it out.
       full: another transformation for the leaves that are not projected, for
         inners that accept matrices only.
       selection: which leaves are projected; None is the default rule.
@@ -95,6 +99,7 @@ def subspace(
         None if full is None else _transformation("full", full),
         selection or Selection(),
         scale,
+        learning_rate,
         dtype,
         stagger,
         seed,
@@ -112,8 +117,8 @@ def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
     """One step of the bracket. The comments number the lines of the design."""
     leaves = Leaves(bracket, plan, updates, state, params)
 
-    # 1. matrix view of every projected leaf
-    gradients = leaves.view(updates)
+    # 1. matrix view of every projected leaf, and what the recovery adds to it
+    gradients = leaves.enter(leaves.view(updates))
     # 2. a new basis where one is due, and 3. the moments carried over to it
     with jax.named_scope("lowrank/refresh"):
         renewed, transported = leaves.refresh(gradients)
@@ -125,11 +130,12 @@ def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
     with jax.named_scope("lowrank/inner"):
         view = leaves.subspace_view(gradients, bases, projected, transported)
         directions, inner_state, full_state = leaves.inner(view, bases, extra_args)
-    # 6. recover, 7. backproject
+    # 6. recover (and step, if the learning rate is ours), 7. backproject
     with jax.named_scope("lowrank/backproject"):
         recovered, recovery_state = leaves.recover(
-            gradients, projected, directions, bases, inner_state
+            view, gradients, directions, bases, inner_state
         )
+        recovered, directions = leaves.descend(recovered, directions)
         lifted = leaves.up(bases, recovered, gradients)
     # 8. undo the matrix view, 9. back to the gradient's dtype, 10. store
     new_updates = leaves.undo(lifted, directions)

@@ -18,6 +18,7 @@ _ROLES = {
     "nu": "nu",
     "row": "nu",
     "col": "nu",
+    "recovery_state": "recovery",
     "v_row": "nu",
     "v_col": "nu",
 }
@@ -40,7 +41,7 @@ class StateBytes:
 
     @property
     def by_role(self) -> dict[str, int]:
-        """Bytes of the bases, first moments, second moments, and the rest."""
+        """Bytes of bases, first and second moments, recovery, and the rest."""
         return self._sum(1)
 
     @property
@@ -56,7 +57,7 @@ class StateBytes:
 
     def __str__(self) -> str:
         """Returns the table."""
-        roles = ("basis", "mu", "nu", "other")
+        roles = ("basis", "mu", "nu", "recovery", "other")
         rows: list[tuple[str, ...]] = [("parameter", *roles, "total")]
         for path, total in self.by_parameter.items():
             sizes = [self.entries.get((path, role), 0) for role in roles]
@@ -81,8 +82,8 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       params: parameters or ShapeDtypeStructs of them.
 
     Returns:
-      The bytes per role ("basis", "mu", "nu", "other") and parameter. ``total`` is
-      the sum over the real state's arrays, exactly.
+      The bytes per role ("basis", "mu", "nu", "recovery", "other") and parameter.
+      ``total`` is the sum over the real state's arrays, exactly.
 
     Examples:
       >>> import jax, jax.numpy as jnp

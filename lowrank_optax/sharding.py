@@ -53,7 +53,7 @@ def state_shardings(
       >>> specs = lro.state_shardings(tx, params, {"kernel": P("data", "model")})
       >>> specs.basis["kernel"] == P("model", None)
       True
-      >>> specs.inner_state[0].mu["kernel"] == P(None, "data")
+      >>> specs.inner_state.mu["kernel"] == P(None, "data")
       True
     """
     with recording() as plans:
@@ -68,7 +68,11 @@ def state_shardings(
         spec = PartitionSpec()
         if owner is not None:
             side = keys[-1] if keys[-1:] in (("left",), ("right",)) else None
-            candidates = _layouts(shapes[owner], matrices.get(owner), side)
+            whole = "recovery_state" in keys  # as error feedback: the leaf's own shape
+            matrix = (
+                None if whole and leaf.shape == shapes[owner] else matrices.get(owner)
+            )
+            candidates = _layouts(shapes[owner], matrix, side)
             axes = _agreed([axes for shape, axes in candidates if shape == leaf.shape])
             spec = _spec(axes, shardings[owner], len(shapes[owner]))
             if owner in matrices:

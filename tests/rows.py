@@ -42,6 +42,21 @@ def stacked_params():
     }
 
 
+def row(method, *, params=None, **options):
+    """A method around Adam or `base_optimizer`, refreshed every GAP steps."""
+    adam = optax.scale_by_adam()
+    if method is lro.ldadam:  # which follows the gradient at every step
+        adam = optax.scale_by_adam(0.908, 0.99)
+    else:
+        options["update_proj_gap"] = GAP
+    if options.get("error_feedback"):
+        adam = None  # no accumulation inside
+    make = functools.partial(method, learning_rate=1e-2, rank=2, **options)
+    return Row(make, params, options.get("base_optimizer", adam))
+
+
+RAW = optax.chain(lro.scale_by_raw_adam(), lro.scale_by_bias_correction())
+
 # Exact SVD where the projector is not the point: it compiles fastest.
 ROWS = {
     "galore_power": galore(projector=lro.power(2, GAP)),
@@ -54,7 +69,7 @@ ROWS = {
             update_proj_gap=GAP,
             conventions="authors",
         ),
-        inner=optax.chain(lro.scale_by_raw_adam(), lro.scale_by_bias_correction()),
+        inner=RAW,
     ),
     "galore_gaussian": galore(projector=lro.gaussian(2, GAP)),
     "galore_lion": galore(optax.scale_by_lion()),
@@ -73,6 +88,38 @@ ROWS = {
             projector=lro.svd(2, GAP),
             select="kernel",
         )
+    ),
+    "fira": row(lro.fira, projector=lro.svd(2, GAP)),
+    "fira_authors": row(lro.fira, conventions="authors", base_optimizer=RAW),
+    "fira_stacked": row(lro.fira, params=stacked_params(), layer_axis=0),
+    "fira_both": row(lro.fira, side="both", granularity="tensor"),
+    "subtrack": row(lro.subtrack, weight_decay=0.1),
+    "subtrack_eta": row(
+        lro.subtrack,
+        step=0.1,
+        max_angle=0.5,
+        conventions="authors",
+        base_optimizer=RAW,
+    ),
+    "subtrack_stacked": row(
+        lro.subtrack, params=stacked_params(), layer_axis=0, stagger=True
+    ),
+    "subtrack_bf16": row(
+        lro.subtrack,
+        mu_dtype=jnp.bfloat16,
+        nu_dtype=jnp.bfloat16,
+        basis_dtype=jnp.bfloat16,
+    ),
+    "grass_walk": row(lro.grass_walk),
+    "grass_jump": row(lro.grass_jump),
+    "ldadam": row(lro.ldadam),
+    "ldadam_feedback": row(lro.ldadam, error_feedback=True),
+    "ldadam_stacked": row(
+        lro.ldadam,
+        params=stacked_params(),
+        layer_axis=0,
+        error_feedback=True,
+        error_dtype=jnp.bfloat16,
     ),
 }
 

@@ -103,7 +103,8 @@ class TrainConfig:
     """model and recipe: tiny, 9m, 20m, 35m, 40m, 60m, 71m, 100m, 130m, 250m, 350m,
     1b, 3b, 7b or 13b"""
     optimizer: str = "galore"
-    """name in the registry of examples/llama/optimizers.py: adamw or galore"""
+    """name in the registry of examples/llama/optimizers.py: adamw, galore, fira,
+    subtrack, grass_walk, grass_jump or ldadam (without error feedback)"""
 
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
@@ -135,13 +136,14 @@ class TrainConfig:
     warmup: int | None = None
     """linear warm-up of the learning rate, steps; left out: a tenth of --steps"""
     lr: float | None = None
-    """peak learning rate, per step"""
+    """peak learning rate, per step; left out: GaLore's, of the preset, whatever the
+    optimizer (subtrack's and ldadam's papers take 0.001)"""
     final_lr: float = 0.1
     """learning rate at the end of the cosine, as a fraction of the peak"""
-    b1: float = 0.9
-    """decay of the first moment, per step"""
-    b2: float = 0.999
-    """decay of the second moment, per step"""
+    b1: float | None = None
+    """decay of the first moment, per step; left out: 0.9, ldadam 0.908"""
+    b2: float | None = None
+    """decay of the second moment, per step; left out: 0.999, ldadam 0.99"""
     eps: float = 1e-8
     """added to the root of the second moment, same unit as a gradient"""
     weight_decay: float = 0.0
@@ -149,11 +151,13 @@ class TrainConfig:
     clip: float | None = None
     """largest global norm of the gradient; 0: no clipping"""
     rank: int | None = None
-    """rank of the projection (galore), columns"""
+    """rank of the projection (all but adamw), columns"""
     update_proj_gap: int | None = None
-    """steps between two refreshes of the projection (galore)"""
-    scale: float = 0.25
-    """factor on the update of projected matrices (galore)"""
+    """steps between two refreshes of the projection (all but adamw; ldadam refreshes
+    at every step)"""
+    scale: float | None = None
+    """factor on the update inside the subspace of projected matrices (all but adamw);
+    left out: 0.25, ldadam 1"""
     max_skips: int = 10
     """stop when this many steps in a row had a gradient that was not finite"""
 
@@ -198,13 +202,21 @@ class Resolved(TrainConfig):
     steps: int = 0
     warmup: int = 0
     lr: float = 0.0
+    b1: float = 0.0
+    b2: float = 0.0
     clip: float = 0.0
     rank: int = 0
     update_proj_gap: int = 0
+    scale: float = 0.0
     eval_every: int = 0
     eval_tokens: int = 0
     eval_batch_size: int = 0
     checkpoint_every: int = 0
+
+
+# What a recipe leaves to the method, and the methods whose authors differ.
+_METHOD = {"b1": 0.9, "b2": 0.999, "scale": 0.25}
+_METHODS = {"ldadam": {"b1": 0.908, "b2": 0.99, "scale": 1.0}}
 
 
 # A checkpoint written under another value of these does not fit; the rest (learning
@@ -225,6 +237,7 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
     defaults: dict[str, Any] = dataclasses.asdict(preset.recipe)
     dtype = defaults.pop("dtype")
     defaults |= {"param_dtype": dtype, "compute_dtype": dtype}
+    defaults |= _METHOD | _METHODS.get(config.optimizer, {})
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     values = defaults | given
     values.setdefault("warmup", values["steps"] // 10)

@@ -34,24 +34,45 @@ def adamw(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
-def galore(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
-    return lro.galore(
-        lr,
-        rank=config.rank,
-        update_proj_gap=config.update_proj_gap,
-        scale=config.scale,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay or None,
-        mask=is_decayed if config.weight_decay else None,
-        layer_axis=0,
-        mu_dtype=config.param_dtype,  # as the papers, and as Optax's AdamW
-        nu_dtype=config.param_dtype,
-    )
+def low_rank(config: Resolved) -> dict[str, Any]:
+    """What every low-rank method takes from the flags."""
+    return {
+        "rank": config.rank,
+        "scale": config.scale,
+        "b1": config.b1,
+        "b2": config.b2,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay or None,
+        "mask": is_decayed if config.weight_decay else None,
+        "layer_axis": 0,
+        "mu_dtype": config.param_dtype,  # as the papers, and as Optax's AdamW
+        "nu_dtype": config.param_dtype,
+        "seed": config.seed,
+    }
 
 
-OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "galore": galore}
+def at_gaps(method: Callable[..., optax.GradientTransformation]) -> Factory:
+    """The factory of a method whose basis changes every `--update-proj-gap` steps."""
+
+    def make(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+        return method(lr, update_proj_gap=config.update_proj_gap, **low_rank(config))
+
+    return make
+
+
+def ldadam(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+    return lro.ldadam(lr, **low_rank(config))
+
+
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw": adamw,
+    "galore": at_gaps(lro.galore),
+    "fira": at_gaps(lro.fira),
+    "subtrack": at_gaps(lro.subtrack),
+    "grass_walk": at_gaps(lro.grass_walk),
+    "grass_jump": at_gaps(lro.grass_jump),
+    "ldadam": ldadam,
+}
 
 
 def learning_rate(config: Resolved) -> optax.Schedule:

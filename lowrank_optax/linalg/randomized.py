@@ -1,11 +1,13 @@
 """Leading singular subspaces by block power iteration."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lowrank_optax.linalg.layout import turn, turned
-from lowrank_optax.linalg.orthogonalize import HIGHEST, cholesky_qr
+from lowrank_optax.linalg.layout import as_stored, correlate, project
+from lowrank_optax.linalg.orthogonalize import cholesky_qr
 
 # How much of the old basis is mixed into the new one before it is orthonormalized:
 # it gives directions to a gradient of rank below r, at a negligible loss of energy.
@@ -34,23 +36,22 @@ def block_power(
     Returns:
       Orthonormal columns in the dtype of ``start``.
     """
-    # A loop's operands are materialized: let it close over the stored order.
-    stored = gradient.T if transposed else gradient
+    stored = as_stored(gradient, transposed)
 
     def sweep(_, basis):
         # Scaling both thin products keeps gradients of 1e-20 and 1e15 in range.
-        if transposed:
-            low = jnp.matmul(stored, basis, precision=HIGHEST)
-            y = jnp.matmul(turn(_unit(low)), stored, precision=HIGHEST)
-            y = _unit(turned(y))
-        else:
-            low = jnp.matmul(turn(basis), stored, precision=HIGHEST)
-            y = _unit(jnp.matmul(stored, turn(_unit(low)), precision=HIGHEST))
+        low = _unit(project(stored, basis, transposed))
+        y = _unit(correlate(stored, low, transposed))
         norms = jnp.linalg.norm(y, axis=0)
         y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms))
         return cholesky_qr(y + _MIX * basis)
 
     return jax.lax.fori_loop(0, sweeps, sweep, start)
+
+
+def random_start(key: Array, m: int, rank: int, dtype: Any) -> Float[Array, "m r"]:
+    """Returns a Gaussian ``[m, r]`` with columns of about unit norm."""
+    return jax.random.normal(key, (m, rank), dtype) / m**0.5
 
 
 def _unit(x: Array) -> Array:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.linalg.orthogonalize import HIGHEST
+from lowrank_optax.linalg.layout import HIGHEST
 
 
 class Rotation(NamedTuple):
@@ -20,6 +20,19 @@ class Rotation(NamedTuple):
         if self.right is None:
             return low
         return jnp.matmul(low, self.right.T, precision=HIGHEST)
+
+    @property
+    def diagonal(self) -> Array:
+        """The factor with which every coordinate stays where it is."""
+        left = jnp.diagonal(self.left)[:, None]
+        return left if self.right is None else left * jnp.diagonal(self.right)
+
+    def apply_rest(self, low: Array) -> Array:
+        """Returns ``apply(low) - diagonal * low``, without cancellation on one side."""
+        if self.right is not None:
+            return self.apply(low) - self.diagonal * low
+        rest = self.left - jnp.diag(jnp.diagonal(self.left))
+        return jnp.matmul(rest, low, precision=HIGHEST)
 
     def squared(self) -> "Rotation":
         """Returns the rotation with squared entries, for variances."""

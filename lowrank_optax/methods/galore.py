@@ -1,26 +1,20 @@
 """GaLore: gradient low-rank projection."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 from jaxtyping import Array
 
-from lowrank_optax import _checks
 from lowrank_optax._chain import backproject, chain, project
+from lowrank_optax.methods import _recipe
+from lowrank_optax.methods._options import ProjectOptions, takes_project_options
 from lowrank_optax.projectors import Projector, power, svd
-from lowrank_optax.transforms import (
-    cast_moments,
-    decay_after,
-    decay_before,
-    scale_by_bias_correction,
-    scale_by_raw_adam,
-)
+from lowrank_optax.transforms import scale_by_bias_correction
 from lowrank_optax.transport import Transport, keep_moments
 
-CONVENTIONS = ("optax", "authors")
 
-
+@takes_project_options
 def scale_by_galore(
     rank: Any = 128,
     *,
@@ -32,16 +26,11 @@ def scale_by_galore(
     base_optimizer: optax.GradientTransformation | None = None,
     projector: Projector | None = None,
     transport: Transport | None = None,
-    side: str = "short",
-    select: Any = None,
-    weight_dimension_numbers: Any = None,
-    layer_axis: int | None = None,
-    clip_rank: bool = False,
-    stagger: bool = False,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     basis_dtype: Any = None,
     conventions: str = "optax",
+    **options: Unpack[ProjectOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of GaLore, without learning rate and weight decay.
 
@@ -55,16 +44,11 @@ def scale_by_galore(
       base_optimizer: the inner transformation in place of Adam.
       projector: how bases are formed.
       transport: what a new basis does to the moments.
-      side: the side of the stored matrix that is projected.
-      select: which leaves are projected.
-      weight_dimension_numbers: which axes form the matrix.
-      layer_axis: the axis of stacked leaves that counts layers.
-      clip_rank: clip ranks above min(m, n).
-      stagger: spread the refreshes over the gap.
       mu_dtype: storage dtype of the first moment.
       nu_dtype: storage dtype of the second moment.
       basis_dtype: storage dtype of the basis.
       conventions: "optax" or "authors".
+      **options: as in ``lro.project``.
 
     Returns:
       The transformation.
@@ -81,15 +65,15 @@ def scale_by_galore(
       >>> state[0].inner_state.nu["kernel"].shape
       (4, 64)
     """
-    bracket = _open(
-        rank, update_proj_gap, projector, transport, basis_dtype, conventions,
-        side=side, select=select, weight_dimension_numbers=weight_dimension_numbers,
-        layer_axis=layer_axis, clip_rank=clip_rank, stagger=stagger,
-    )  # fmt: skip
-    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, conventions)
+    authors = _recipe.is_authors(conventions)
+    bracket = open_bracket(
+        rank, update_proj_gap, projector, transport, basis_dtype, authors, options
+    )
+    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors)
     return chain(bracket, inner, backproject(scale))
 
 
+@takes_project_options
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,
@@ -104,16 +88,11 @@ def galore(
     base_optimizer: optax.GradientTransformation | None = None,
     projector: Projector | None = None,
     transport: Transport | None = None,
-    side: str = "short",
-    select: Any = None,
-    weight_dimension_numbers: Any = None,
-    layer_axis: int | None = None,
-    clip_rank: bool = False,
-    stagger: bool = False,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     basis_dtype: Any = None,
     conventions: str = "optax",
+    **options: Unpack[ProjectOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""GaLore: Adam on the gradient's leading singular subspace.
 
@@ -152,17 +131,14 @@ def galore(
         rank and gap.
       transport: what a new basis does to the moments; None aligns the basis' signs
         with the old basis (nothing in authors' mode).
-      side: "short", "long", "left", "right", "both" or "auto"; see ``lro.project``.
-      select: which leaves are projected; None is the default rule of
-        ``lro.project``.
-      weight_dimension_numbers: which axes form the matrix; see ``lro.project``.
-      layer_axis: the axis of stacked ``[L, m, n]`` leaves that counts layers.
-      clip_rank: run leaves whose rank exceeds min(m, n) at r = min(m, n).
-      stagger: spread the refreshes of different matrices over the gap.
       mu_dtype: storage dtype of the first moment; None is float32.
       nu_dtype: storage dtype of the second moment; None is float32.
       basis_dtype: storage dtype of the basis; None is float32.
       conventions: "optax", or "authors" to reproduce the released code.
+      **options: which leaves are projected and from which side: ``side``, ``select``,
+        ``min_size``, ``weight_dimension_numbers``, ``layer_axis``, ``clip_rank``,
+        ``param_shardings``, ``full``, ``dtype``, ``stagger`` and ``seed``, as in
+        ``lro.project``.
 
     Returns:
       The transformation.
@@ -198,46 +174,32 @@ def galore(
       * A square matrix is projected on its input axis (a torch weight's right side,
         a Flax kernel's left).
     """
-    bracket = _open(
-        rank, update_proj_gap, projector, transport, basis_dtype, conventions,
-        side=side, select=select, weight_dimension_numbers=weight_dimension_numbers,
-        layer_axis=layer_axis, clip_rank=clip_rank, stagger=stagger,
-    )  # fmt: skip
-    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, conventions)
-    step = optax.scale_by_learning_rate(learning_rate)
-    tx = chain(bracket, inner, step, backproject(scale))
-    if weight_decay is None:
-        return tx
-    decay = decay_after if conventions == "authors" else decay_before
-    return optax.chain(tx, decay(learning_rate, weight_decay, mask))
+    authors = _recipe.is_authors(conventions)
+    bracket = open_bracket(
+        rank, update_proj_gap, projector, transport, basis_dtype, authors, options
+    )
+    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors)
+    tx = chain(bracket, inner, backproject(scale, learning_rate))
+    return _recipe.decay(tx, learning_rate, weight_decay, mask, conventions)
 
 
-def _open(
-    rank, update_proj_gap, projector, transport, basis_dtype, conventions, **options
+def open_bracket(
+    rank, update_proj_gap, projector, transport, basis_dtype, authors: bool, options
 ) -> project:
-    _checks.choice("conventions", conventions, CONVENTIONS)
+    """Opens a bracket on the gradient's leading singular subspace."""
     if projector is None:
-        form = svd if conventions == "authors" else power
-        projector = form(rank, update_proj_gap)
+        projector = (svd if authors else power)(rank, update_proj_gap)
     if basis_dtype is not None:
         projector = dataclasses.replace(projector, basis_dtype=basis_dtype)
-    if transport is None and conventions == "authors":
+    if transport is None and authors:
         transport = keep_moments()
     return project(projector, transport=transport, **options)
 
 
-def _inner(
-    base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, conventions
-) -> optax.GradientTransformation:
-    if base_optimizer is not None:
-        inner = base_optimizer
-    elif conventions == "authors":
-        inner = optax.chain(
-            scale_by_raw_adam(b1, b2, 1e-6 if eps is None else eps),
-            scale_by_bias_correction(b1, b2),
-        )
-    else:
-        inner = optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps)
-    if mu_dtype is None and nu_dtype is None:
-        return inner
-    return cast_moments(inner, mu_dtype, nu_dtype)
+def _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors: bool):
+    # Nothing limits the direction, so the bias can be corrected inside, where it is
+    # small; the moments' dtypes belong to Adam alone, and its bias to it.
+    inner = _recipe.adam(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors)
+    if base_optimizer is None and authors:
+        return optax.chain(inner, scale_by_bias_correction(b1, b2))
+    return inner

@@ -1,23 +1,25 @@
 """GaLore with Adafactor inside: factored second moments in the subspace."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from lowrank_optax._chain import backproject, chain
-from lowrank_optax.methods.galore import _open
+from lowrank_optax.methods import _recipe
+from lowrank_optax.methods._options import ProjectOptions, takes_project_options
+from lowrank_optax.methods.galore import open_bracket
 from lowrank_optax.projectors import Projector
 from lowrank_optax.transforms import (
     clip_by_matrix_rms,
-    decay_before,
     scale_by_matrix_factored_rms,
     scale_by_parameter_rms,
 )
 from lowrank_optax.transport import Transport
 
 
+@takes_project_options
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule | None = None,
     rank: Any = 128,
@@ -34,14 +36,9 @@ def galore_adafactor(
     mask: Any = None,
     projector: Projector | None = None,
     transport: Transport | None = None,
-    side: str = "short",
-    select: Any = None,
-    weight_dimension_numbers: Any = None,
-    layer_axis: int | None = None,
-    clip_rank: bool = False,
-    stagger: bool = False,
     basis_dtype: Any = None,
     conventions: str = "optax",
+    **options: Unpack[ProjectOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""GaLore on Adafactor: moments of ``r + n`` numbers per matrix, and the basis.
 
@@ -75,14 +72,9 @@ def galore_adafactor(
       mask: leaves to decay, as in ``optax.masked``.
       projector: see ``lro.galore``, like all arguments below.
       transport: what a new basis does to the momentum.
-      side: the side of the stored matrix that is projected.
-      select: which leaves are projected.
-      weight_dimension_numbers: which axes form the matrix.
-      layer_axis: the axis of stacked leaves that counts layers.
-      clip_rank: clip ranks above min(m, n).
-      stagger: spread the refreshes over the gap.
       basis_dtype: storage dtype of the basis.
       conventions: "optax", or "authors" for the SVD and its signs.
+      **options: as in ``lro.project``.
 
     Returns:
       The transformation.
@@ -108,11 +100,10 @@ def galore_adafactor(
         ``conventions="authors"`` restores the SVD.
       * The factors are per matrix of a stack.
     """
-    bracket = _open(
-        rank, update_proj_gap, projector, transport, basis_dtype, conventions,
-        side=side, select=select, weight_dimension_numbers=weight_dimension_numbers,
-        layer_axis=layer_axis, clip_rank=clip_rank, stagger=stagger,
-    )  # fmt: skip
+    authors = _recipe.is_authors(conventions)
+    bracket = open_bracket(
+        rank, update_proj_gap, projector, transport, basis_dtype, authors, options
+    )
     rate: Any = _relative_step if learning_rate is None else learning_rate
     inner = [
         scale_by_matrix_factored_rms(decay_rate, eps),
@@ -124,9 +115,7 @@ def galore_adafactor(
     if momentum is not None:
         inner.append(optax.ema(momentum, debias=False))
     tx = chain(bracket, *inner, backproject(scale))
-    if weight_decay is None:
-        return tx
-    return optax.chain(tx, decay_before(rate, weight_decay, mask))
+    return _recipe.decay(tx, rate, weight_decay, mask)
 
 
 def _relative_step(count: Array) -> Array:

@@ -9,5 +9,9 @@ from lowrank_optax.projectors._two_sided import TwoSidedBasis as TwoSidedBasis
 from lowrank_optax.projectors._two_sided import two_sided as two_sided
 from lowrank_optax.projectors.gaussian import gaussian as gaussian
 from lowrank_optax.projectors.given import given as given
+from lowrank_optax.projectors.grassmann import grassmann as grassmann
 from lowrank_optax.projectors.power import power as power
+from lowrank_optax.projectors.power_iteration import (
+    power_iteration as power_iteration,
+)
 from lowrank_optax.projectors.svd import svd as svd

@@ -8,8 +8,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
-from lowrank_optax.linalg.layout import turn, turned
-from lowrank_optax.linalg.orthogonalize import HIGHEST
+from lowrank_optax.linalg.layout import HIGHEST, turn, turned, wide
 from lowrank_optax.linalg.rotation import Rotation
 
 
@@ -23,6 +22,7 @@ class At(NamedTuple):
       cold: True until the matrix has had its first basis (and after a failed
         refresh), when there is no old basis worth starting from.
       moments: the matrix' moments, for projectors with ``reads_moments``.
+      count: steps of the inner optimizer taken so far.
     """
 
     key: Any
@@ -30,6 +30,7 @@ class At(NamedTuple):
     layer: Any
     cold: Any
     moments: Any = ()
+    count: Any = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Projector(_checks.Part):
 
     stores_basis = True
     reads_moments = False
+    orthonormal = False  # up to float32's rounding, that is
 
     def __post_init__(self):
         """Checks the numbers that fix shapes."""
@@ -110,10 +112,16 @@ class OrthonormalProjector(Projector):
     """A projector that stores the orthonormal basis itself.
 
     Attributes:
-      basis_dtype: storage dtype of the basis; it is computed in float32.
+      basis_dtype: storage dtype of the basis; it is computed in float32, or in
+        float64 if that is stored.
     """
 
     basis_dtype: Any = jnp.float32
+
+    @property
+    def orthonormal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the storage dtype keeps it so."""
+        return bool(jnp.finfo(self.basis_dtype).eps <= jnp.finfo(jnp.float32).eps)
 
     def start(self, matrix: Matrix) -> Array:
         """Starts from the first r unit vectors: valid, and never used for long."""
@@ -121,12 +129,12 @@ class OrthonormalProjector(Projector):
 
     def refresh(self, matrix: Matrix, gradient: Array, stored: Array, at: At) -> Array:
         """Computes the basis in float32 and rounds it to the storage dtype."""
-        old = stored.astype(jnp.float32)
-        new = self.compute(matrix, gradient.astype(jnp.float32), old, at)
+        old = wide(stored)
+        new = self.compute(matrix, gradient.astype(old.dtype), old, at)
         return new.astype(self.basis_dtype)
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
-        """Returns the new basis ``[m, r]`` in float32."""
+        """Returns the new basis ``[m, r]`` in the dtype of ``old``."""
         raise NotImplementedError
 
     def align(self, old: Array, new: Array) -> Array:
@@ -136,5 +144,4 @@ class OrthonormalProjector(Projector):
 
     def rotation(self, old: Array, new: Array) -> Rotation:
         """Returns ``C = P_new^T P_old``."""
-        old, new = old.astype(jnp.float32), new.astype(jnp.float32)
-        return Rotation(jnp.matmul(new.T, old, precision=HIGHEST))
+        return Rotation(jnp.matmul(wide(new).T, wide(old), precision=HIGHEST))

@@ -36,6 +36,11 @@ class TwoSided(Projector):
         """As the one-sided projector."""
         return self.left.stores_basis
 
+    @property
+    def orthonormal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the one-sided projector."""
+        return self.left.orthonormal
+
     def start(self, matrix: Matrix) -> TwoSidedBasis:
         """Stores what both sides store."""
         return TwoSidedBasis(

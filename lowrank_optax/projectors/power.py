@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
-from lowrank_optax.linalg.randomized import block_power
+from lowrank_optax.linalg.randomized import block_power, random_start
 from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 
 
@@ -53,7 +53,7 @@ class power(OrthonormalProjector):
         """One loop serves both starts, so only one factorization is compiled."""
         start = jax.lax.cond(
             at.cold,
-            lambda: jax.random.normal(at.key, old.shape, old.dtype) / matrix.m**0.5,
+            lambda: random_start(at.key, matrix.m, matrix.rank, old.dtype),
             lambda: old,
         )
         sweeps = jnp.where(at.cold, self.cold_sweeps, 1)

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.svd import leading_singular_vectors
 from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 
 
@@ -39,7 +39,6 @@ class svd(OrthonormalProjector):
     """
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
-        """Returns ``U[:, :r]``; scaling by max|G| keeps LAPACK in range."""
+        """Returns ``U[:, :r]``."""
         del old, at
-        scaled = gradient / jnp.max(jnp.abs(gradient))
-        return jnp.linalg.svd(scaled, full_matrices=False)[0][:, : matrix.rank]
+        return leading_singular_vectors(gradient, matrix.rank)

@@ -87,7 +87,7 @@ def scale_by_bias_correction(
     def update(updates, state, params=None):
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
-        steps = count.astype(jnp.float32)
+        steps = count.astype(float)  # float64 where that is enabled
         factor = jnp.sqrt(1.0 - b2**steps) / (1.0 - b1**steps)
         updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         return updates, ScaleByBiasCorrectionState(count)

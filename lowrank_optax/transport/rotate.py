@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._moments import Group
+from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.transport._protocol import Transport
 
@@ -30,7 +31,8 @@ class rotate_moments(Transport):
       b2: decay of its second moment.
       form: "debiased" (default) leaves a motionless basis without effect; "paper"
         is SubTrack++'s formula as printed, which applies the correction twice and
-        makes the next steps several times too large.
+        makes the next steps several times too large; "off" keeps the moments, as
+        ``lro.align_signs``.
 
     Raises:
       ValueError: if ``form`` is unknown, or (at init) if the inner optimizer has no
@@ -50,34 +52,48 @@ class rotate_moments(Transport):
     b2: float | Array = 0.999
     form: str = "debiased"
 
-    moves = True
-
     def __post_init__(self):
         """Checks the form."""
-        _checks.choice("form", self.form, ("debiased", "paper"))
+        _checks.choice("form", self.form, ("debiased", "paper", "off"))
+
+    @property
+    def moves(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether there is anything to do."""
+        return self.form != "off"
 
     def move(
         self, moments: tuple[Group, ...], rotation: Rotation, count: Array
     ) -> tuple[Group, ...]:
         """Rotates every group of moments of one matrix."""
-        steps = jnp.maximum(count, 1).astype(jnp.float32)
-        return tuple(self._move(group, rotation, steps) for group in moments)
+        return tuple(self._move(group, rotation, count) for group in moments)
 
-    def _move(self, group: Group, rotation: Rotation, steps: Array) -> Group:
+    def _move(self, group: Group, rotation: Rotation, count: Array) -> Group:
+        old = {field: wide(group[field]) for field in group}
         moved = {
-            field: rotation.apply(group[field].astype(jnp.float32))
+            field: rotation.apply(old[field])
             for field in ("mu", "trace", "ema")
             if field in group
         }
-        if "nu" in group:
-            seen1, seen2 = 1.0 - self.b1**steps, 1.0 - self.b2**steps
-            nu, squared = group["nu"].astype(jnp.float32), rotation.squared()
-            if "mu" not in group:
-                moved["nu"] = squared.apply(nu)
-            else:
-                mu, turned = group["mu"].astype(jnp.float32), moved["mu"]
-                if self.form == "debiased":
-                    mu, turned, nu = mu / seen1, turned / seen1, nu / seen2
-                variance = squared.apply(nu - mu**2)
-                moved["nu"] = seen2 * jnp.abs(variance + turned**2)
+        if "nu" in group and "mu" not in group:
+            moved["nu"] = rotation.squared().apply(old["nu"])
+        elif "nu" in group:
+            mu, nu = old["mu"], old["nu"]
+            steps = jnp.maximum(count, 1).astype(nu.dtype)
+            seen = 1.0 - self.b2**steps
+            if self.form == "debiased":
+                mu, nu = mu / (1.0 - self.b1**steps), nu / seen
+            moved["nu"] = seen * jnp.abs(_second_moment(rotation, mu, nu))
         return {field: moved[field].astype(group[field].dtype) for field in group}
+
+
+def _second_moment(rotation: Rotation, mu: Array, nu: Array) -> Array:
+    """Returns ``C2 (nu - mu * mu) + (C mu) * (C mu)``.
+
+    The squares of mu on the diagonal cancel, and nu may be far smaller: with
+    ``C = D + O``, D the diagonal, it is ``D2 nu + O2 (nu - mu * mu) + 2 D mu * (O mu) +
+    (O mu) * (O mu)``.
+    """
+    squared, stays = rotation.squared(), rotation.diagonal
+    off = rotation.apply_rest(mu)
+    spread = squared.apply_rest(nu - mu**2)
+    return stays**2 * nu + spread + (2.0 * stays * mu + off) * off

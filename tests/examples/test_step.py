@@ -8,11 +8,14 @@ import numpy as np
 import optax
 import pytest
 
+import lowrank_optax as lro
 from examples.llama import optimizers
 from examples.llama.batches import as_batch
 from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model, init_params
 from examples.llama.step import make_steps, mean_gradient, split_rows
+
+LOW_RANK = [name for name in optimizers.OPTIMIZERS if name != "adamw"]
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +113,27 @@ def test_schedule(micro_preset):
         assert float(lr(step)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_galore_leaves_embeddings_head_and_norms_full(micro_preset, params):
-    config = settings(micro_preset, optimizer="galore")
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_leaves_embeddings_head_and_norms_full(name, micro_preset, params):
+    config = settings(micro_preset, optimizer=name)
     small = optimizers.state_bytes(optimizers.build_optimizer(config), params)
     full = optimizers.state_bytes(optax.adamw(1e-3), params)
     rank, layers, d, f = 8, 2, 32, 48
     # Two moments of r x n and a basis of m x r instead of two of m x n.
     attention = 4 * layers * 4 * (2 * d * d - (2 * rank * d + d * rank))
     mlp = 3 * layers * 4 * (2 * d * f - (2 * rank * f + d * rank))
-    # What else it keeps (counters, the key, which bases are pending) is small.
+    # What else it keeps (counters, the key, which bases are pending, a norm for every
+    # matrix that is recovered) is small.
     assert full - small == pytest.approx(attention + mlp, abs=200)
 
 
+@pytest.mark.parametrize("name", LOW_RANK)
 @pytest.mark.parametrize(
     ("preset", "dtype"), [("9m", "float32"), ("9m", "bfloat16"), ("7b", "bfloat16")]
 )
-def test_galore_saves_memory_in_both_types(preset, dtype):
-    config, model = resolve(
-        TrainConfig(preset=preset, param_dtype=dtype, compute_dtype=dtype)
-    )
+def test_low_rank_saves_memory_in_both_types(preset, dtype, name):
+    types = {"param_dtype": dtype, "compute_dtype": dtype}
+    config, model = resolve(TrainConfig(preset=preset, optimizer=name, **types))
     params = abstract_model(model)[1]
     tx = optimizers.build_optimizer(config)
     adamw_bytes = optimizers.state_bytes(optax.adamw(1e-3), params)
@@ -137,6 +142,34 @@ def test_galore_saves_memory_in_both_types(preset, dtype):
     _, after = jax.eval_shape(tx.update, params, state, params)
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     assert before == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after)
+
+
+def trajectory(tx, steps=4):
+    """Updates of one stack of layers by gradients that do not depend on them."""
+    params = {"layers": {"kernel": jnp.zeros((2, 12, 8))}}
+    shape = (steps, 2, 12, 8)
+    gradients = {"layers": {"kernel": jax.random.normal(jax.random.key(0), shape)}}
+
+    def step(state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return state, updates["layers"]["kernel"]
+
+    return jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("subtrack", {"b1": 0.8, "b2": 0.9, "scale": 0.5}), ("ldadam", {})],
+)
+def test_flags_reach_the_method_and_its_own_defaults_stand(micro_preset, name, flags):
+    # Four steps: two bases of subtrack, and every flag shows from the second one on.
+    config = settings(micro_preset, optimizer=name, rank=2, warmup=0, seed=3, **flags)
+    gap = {} if name == "ldadam" else {"update_proj_gap": config.update_proj_gap}
+    expected = getattr(lro, name)(
+        optimizers.learning_rate(config), rank=2, layer_axis=0, seed=3, **gap, **flags
+    )
+    found = trajectory(optimizers.build_optimizer(config))
+    np.testing.assert_array_equal(found, trajectory(expected))
 
 
 def test_unknown_names(micro_preset):

@@ -22,9 +22,9 @@ _SIDES = {
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # 25 steps of float32, in another order of summation: at most 4e-6 was measured.
-_PARAMS = within(1e-5)
+PARAMS = within(1e-5)
 # As a share of a moment's norm; at most 1.4e-7 was measured.
-_MOMENTS = within_share(1e-5)
+MOMENTS = within_share(1e-5)
 
 # In bfloat16: 2 % of the distance that the parameter travels in the whole run, in the
 # norm of a matrix. Entry by entry it could not be: a weight of size 0.5 is stored in
@@ -41,7 +41,7 @@ def galore_adamw(case: Case) -> Replay:
     dtype = _DTYPES[config["dtype"]]
     base = None if config["bias_correction"] else lro.scale_by_raw_adam(b1, b2, eps)
     tx = lro.galore(
-        _learning_rate(config),
+        learning_rate(config),
         b1=b1,
         b2=b2,
         eps=eps,
@@ -49,14 +49,14 @@ def galore_adamw(case: Case) -> Replay:
         mu_dtype=dtype,
         nu_dtype=dtype,
         basis_dtype=dtype,
-        **_bracket(case),
+        **bracket(case),
     )
     half = dtype == jnp.bfloat16
     return Replay(
         tx,
-        _PARAMS_BF16 if half else _PARAMS,
-        functools.partial(_adam_finals, case),
-        _MOMENTS_BF16 if half else _MOMENTS,
+        _PARAMS_BF16 if half else PARAMS,
+        functools.partial(adam_finals, case),
+        _MOMENTS_BF16 if half else MOMENTS,
         dtype,
         dtype,
     )
@@ -75,19 +75,19 @@ def galore_adafactor(case: Case) -> Replay:
         momentum=momentum,
         multiply_by_parameter_scale=config["scale_parameter"],
         min_parameter_scale=min_scale,
-        **_bracket(case),
+        **bracket(case),
     )
     dtype = _DTYPES[config["dtype"]]
     return Replay(
         tx,
-        _PARAMS_BF16 if dtype == jnp.bfloat16 else _PARAMS,
+        _PARAMS_BF16 if dtype == jnp.bfloat16 else PARAMS,
         functools.partial(_adafactor_finals, case, momentum is not None),
-        _MOMENTS,
+        MOMENTS,
         dtype,
     )
 
 
-def _bracket(case: Case) -> dict[str, Any]:
+def bracket(case: Case) -> dict[str, Any]:
     """The arguments that both methods share."""
     config = case.config
     projected = set(config["projected_params"])
@@ -135,7 +135,7 @@ def _bases(case: Case) -> dict[str, Any]:
     return bases
 
 
-def _learning_rate(config: Config) -> optax.ScalarOrSchedule:
+def learning_rate(config: Config) -> optax.ScalarOrSchedule:
     """The recorded schedule, where there is one, goes before the number."""
     rate, recorded = config["learning_rate"], config.get("lr_schedule")
     if recorded is None:
@@ -146,7 +146,7 @@ def _learning_rate(config: Config) -> optax.ScalarOrSchedule:
 
 def _adafactor_rate(config: Config) -> optax.ScalarOrSchedule | None:
     """Adafactor's own steps where the learning rate is relative."""
-    rate, warm = _learning_rate(config), config.get("warmup_init", False)
+    rate, warm = learning_rate(config), config.get("warmup_init", False)
     if not config["relative_step"]:
         return rate
     if not warm:
@@ -166,7 +166,7 @@ def _turned(case: Case) -> set[str]:
     return {n for n in names if on_the_right(kind, case.params(n).shape[1:])}
 
 
-def _adam_finals(case: Case, state: Any) -> dict[str, jax.Array]:
+def adam_finals(case: Case, state: Any) -> dict[str, jax.Array]:
     turned, finals = _turned(case), {}
     for field, recorded in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
         moments: Any = optax.tree_utils.tree_get(state, field)

@@ -31,6 +31,15 @@ def within_share(share: float) -> Measure:
     return measure
 
 
+def within_travel(share: float) -> Measure:
+    """Largest difference of an entry, as a share of the reference's largest entry."""
+
+    def measure(got, want, reference):
+        return float(np.abs(got - want).max() / (share * np.abs(reference).max()))
+
+    return measure
+
+
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """How a case is run again and judged.
@@ -42,6 +51,7 @@ class Replay:
       moments: tolerance on those.
       dtype: dtype of the parameters.
       gradient_dtype: dtype the gradients are handed over in.
+      x64: whether float64 is enabled for the run.
     """
 
     tx: optax.GradientTransformation
@@ -50,10 +60,16 @@ class Replay:
     moments: Measure
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
+    x64: bool = False
 
 
 def run(case: Case, replay: Replay) -> tuple[dict[int, dict[str, Any]], Any]:
     """Returns the parameters after every recorded step, and the last state."""
+    with jax.enable_x64(replay.x64):
+        return _run(case, replay)
+
+
+def _run(case: Case, replay: Replay) -> tuple[dict[int, dict[str, Any]], Any]:
     params = {
         name: jnp.asarray(case.params(name)[0], replay.dtype) for name in case.names
     }
@@ -90,7 +106,8 @@ def complaints(case: Case, replay: Replay) -> list[str]:
             error = replay.params(got, want, recorded[-1] - recorded[0])
             if not error <= 1.0:
                 found.append(f"{name} after step {k}: {error:.2f} of the tolerance")
-    finals = {f"final_{key}": x for key, x in replay.finals(state).items()}
+    with jax.enable_x64(replay.x64):
+        finals = {f"final_{key}": x for key, x in replay.finals(state).items()}
     recorded = {key: x for key, x in case.arrays.items() if key.startswith("final_")}
     if set(recorded) != set(finals):
         raise ValueError(f"Recorded {sorted(recorded)}, replayed {sorted(finals)}.")

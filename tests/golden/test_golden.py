@@ -5,6 +5,7 @@ found in the folder GOLDEN_DIR; their gradient files may lie beside them, in the
 folder, or in GRADIENTS_DIR.
 """
 
+import collections
 import dataclasses
 import json
 
@@ -13,7 +14,8 @@ import pytest
 
 from tests.golden import cases
 from tests.golden.registry import METHODS
-from tests.golden.replay import complaints
+from tests.golden.replay import complaints, run
+from tests.golden.tracking import subtrackpp
 
 
 @pytest.mark.parametrize("path", cases.files(), ids=lambda path: path.stem)
@@ -33,11 +35,39 @@ def test_trajectory(path):
 def test_data_folder_is_complete_and_small():
     paths = list(cases.DATA.glob("*.npz"))
     configs = [config for path in paths if (config := cases.read_config(path))]
-    methods = [config["method"] for config in configs]
-    assert methods.count("galore_adamw") == 14
-    assert methods.count("galore_adafactor") == 8
+    methods = collections.Counter(config["method"] for config in configs)
+    assert methods == {
+        "galore_adamw": 14,
+        "galore_adafactor": 8,
+        "fira_adamw": 2,
+        "subtrackpp": 8,
+        "ldadam": 3,
+    }
     assert {config["gradients"] for config in configs} <= {path.name for path in paths}
     assert sum(path.stat().st_size for path in paths) <= 8 * 2**20
+
+
+def test_a_paper_case_in_float32():
+    """The float64 replays of the paper's cases say nothing about the usual dtype."""
+    case = cases.load(cases.DATA / "subtrackpp_paper_r4_k5_pa_rs_debiased.npz")
+    assert not complaints(case, subtrackpp(case, x64=False))
+
+
+def test_the_transposed_gradients_give_the_transposed_run():
+    """Wide matrices turned around are tracked as tall ones."""
+    case = cases.load(cases.DATA / "subtrackpp_official_r8_k5_rs_s025.npz")
+    replay = METHODS[case.method](case)
+    wide, _ = run(case, replay)
+    turned = dataclasses.replace(
+        case,
+        arrays={**case.arrays, "params_wide": case.params("wide").swapaxes(1, 2)},
+        gradients={**case.gradients, "wide": case.gradients["wide"].swapaxes(1, 2)},
+    )
+    tall, _ = run(turned, replay)
+    for step, params in wide.items():
+        # The same sums in another order, through 25 steps of Adam.
+        np.testing.assert_allclose(tall[step]["wide"].T, params["wide"], atol=1e-5)
+    assert np.abs(wide[25]["wide"] - wide[0]["wide"]).max() > 0.1
 
 
 # The harness itself: each test below breaks one thing that it has to notice.

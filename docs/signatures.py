@@ -1,0 +1,61 @@
+"""Shows a method with all its arguments and defaults, as `help()` does.
+
+Methods pass most of their arguments on as `**options` and list them in
+`__signature__`, which reading the source alone does not find.
+"""
+
+import importlib
+from typing import Any
+
+import griffe
+
+
+class Signatures(griffe.Extension):
+    """Completes the parameters of the functions in `lowrank_optax.methods`."""
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Puts into the parameters what the running function lists in addition."""
+        del kwargs
+        if pkg.path != "lowrank_optax":
+            return
+        shared = options_of(pkg["_chain.project"])
+        for function in pkg["methods._tracked"].functions.values():
+            if not function.is_alias:
+                shared |= named(function)
+        for module in pkg["methods"].modules.values():
+            complete(module, shared)
+
+
+def complete(module: griffe.Module, known: dict[str, griffe.Parameter]) -> None:
+    """A method's options come from the same module's direction, or are shared."""
+    live = importlib.import_module(module.path)
+    functions = [f for f in module.functions.values() if not f.is_alias]
+    for function in functions:
+        known = known | named(function)
+    for function in functions:
+        signature = getattr(getattr(live, function.name), "__signature__", None)
+        if signature is None:
+            continue
+        own = named(function)
+        rest = [p for p in function.parameters if p.name not in own]
+        merged = [own.get(name) or known[name] for name in signature.parameters]
+        function.parameters = griffe.Parameters(*merged, *rest)
+
+
+def named(function: griffe.Function) -> dict[str, griffe.Parameter]:
+    """The parameters save `**options`."""
+    kept = (p for p in function.parameters if p.name != "options")
+    return {parameter.name: parameter for parameter in kept}
+
+
+def options_of(part: griffe.Class) -> dict[str, griffe.Parameter]:
+    """The fields of a dataclass as keyword arguments."""
+    return {
+        name: griffe.Parameter(
+            name,
+            annotation=field.annotation,
+            kind=griffe.ParameterKind.keyword_only,
+            default=field.value,
+        )
+        for name, field in part.attributes.items()
+    }

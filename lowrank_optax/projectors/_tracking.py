@@ -1,0 +1,51 @@
+"""Projectors whose basis follows the gradient from one refresh to the next."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array
+
+from lowrank_optax import _checks
+from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.randomized import block_power, random_start
+from lowrank_optax.linalg.svd import leading_singular_vectors
+from lowrank_optax.projectors._protocol import At, OrthonormalProjector
+
+COLD_SWEEPS = 12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrackingProjector(OrthonormalProjector):
+    """Starts from the gradient's leading singular subspace, then follows it.
+
+    Attributes:
+      cold_start: how the first basis is found: "power", a randomized range finder of
+        12 sweeps that costs no SVD, or "svd", the singular vectors themselves.
+    """
+
+    cold_start: str = dataclasses.field(default="power", kw_only=True)
+
+    def __post_init__(self):
+        """Checks the choice."""
+        super().__post_init__()
+        _checks.choice("cold_start", self.cold_start, ("power", "svd"))
+
+    def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+        """Starts or follows; a branch's operands are taken in stored order."""
+        stored = matrix.flip(gradient)
+        return jax.lax.cond(
+            at.cold,
+            lambda: self.find(matrix, matrix.flip(stored), at),
+            lambda: self.follow(matrix, matrix.flip(stored), old, at),
+        )
+
+    def find(self, matrix: Matrix, gradient: Array, at: At) -> Array:
+        """Returns the first basis ``[m, r]``."""
+        if self.cold_start == "svd":
+            return leading_singular_vectors(gradient, matrix.rank)
+        start = random_start(at.key, matrix.m, matrix.rank, gradient.dtype)
+        return block_power(gradient, start, COLD_SWEEPS, matrix.transposed)
+
+    def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+        """Returns the next basis."""
+        raise NotImplementedError

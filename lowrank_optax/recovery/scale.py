@@ -1,0 +1,190 @@
+"""Recovery scaling: the residual, stepped as far as the subspace was (Fira)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lowrank_optax import _checks
+from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.layout import HIGHEST, turn, wide
+from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
+
+# The residual's norm is a difference, of which float32 leaves nothing below 1e-4.
+_ZERO = 1e-3
+
+# Below this share of |G phi|^2 the residual's norm needs P^T P as it is: taking it as
+# the identity then costs digits. Above, its error of 1e-6 does not show.
+_SMALL = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class recover_scale(Recovery):
+    r"""Adds the residual, scaled as the inner optimizer scaled the projection.
+
+    With ``R = P^T G`` and the inner optimizer's direction ``N``, both ``[r, n]``, for
+    every column j of the matrix view (the long side of the matrix by default)::
+
+        phi_j  = |N_j| / (|R_j| + 1e-8)
+        Lambda = (G - P R) diag(phi)                       residual="paper"
+        Lambda = (G - scale P R) diag(phi)                 residual="authors"
+        Lambda <- Lambda min(1, growth_limit |Lambda_before| / |Lambda|)
+        update = scale P N + Lambda
+
+    No residual is formed: ``scale P N + (G - P R) diag(phi) = P (scale N - R diag(phi))
+    + G diag(phi)``, and for the limiter ``|Lambda|^2 = sum_j phi_j^2 (|G_j|^2 -
+    2 |R_j|^2 + R_j^T (P^T P) R_j)``, summed in float32 for whatever basis is used.
+
+    The state is one float32 per matrix, ``|Lambda|`` after limiting. The first Lambda
+    is not limited. A Lambda below 1e-3 of ``|G diag(phi)|``, where that difference
+    loses its digits, or of ``|N|``, counts as zero: the step goes without it, and the
+    next one is again a first. So neither a gradient inside the span nor one that
+    vanished for a step holds the following ones down.
+
+    Args:
+      of: "residual", or "gradient" for APOLLO's rule: the update is
+        ``scale G diag(phi)`` and N only sets its size.
+      granularity: one phi per "column", or one per matrix: "tensor".
+      growth_limit: largest ratio of one ``|Lambda|`` to the one before it (1.01 in
+        both papers); None for no limit and no state. May be traced.
+      residual: "paper", or "authors" for the released codes', which take only the
+        scaled part of ``P R`` off the gradient.
+
+    Raises:
+      ValueError: if a choice is unknown, or at init if columns are asked for with
+        ``side="both"``, where the projection has no column for each of G's.
+
+    Examples:
+      >>> import optax
+      >>> import lowrank_optax as lro
+      >>> tx = lro.chain(
+      ...     lro.project(lro.power(rank=4)),
+      ...     optax.scale_by_adam(),
+      ...     lro.recover_scale(growth_limit=1.01),
+      ...     lro.backproject(scale=0.25),
+      ... )
+
+    References:
+      Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+      Constraint? (2024), https://arxiv.org/abs/2410.01623
+
+    Differences from the authors' code:
+      * ``residual="paper"`` is the default; the codes' residual still holds
+        ``(1 - scale)`` of the gradient inside the subspace.
+      * Their residual is formed, and a step without gradient holds Lambda down for
+        hundreds of steps: the reset is ours.
+    """
+
+    of: str = "residual"
+    granularity: str = "column"
+    growth_limit: float | Array | None = 1.01
+    residual: str = "paper"
+
+    def __post_init__(self):
+        """Checks the choices."""
+        _checks.choice("of", self.of, ("residual", "gradient"))
+        _checks.choice("granularity", self.granularity, ("column", "tensor"))
+        _checks.choice("residual", self.residual, ("paper", "authors"))
+
+    def start(self, matrix: Matrix) -> Any:
+        """Returns the norms of the last Lambda, 0 for none."""
+        if matrix.side == "both" and self.granularity == "column":
+            raise ValueError(
+                f'recover_scale(granularity="column") cannot serve leaf '
+                f'{matrix.path!r} with side="both": its projection is r x r and has '
+                'no column for each column of the gradient. Use granularity="tensor".'
+            )
+        if self.growth_limit is None:
+            return ()
+        return jnp.zeros(matrix.batch_shape, jnp.float32)
+
+    def update(
+        self, matrix: Matrix, state: Any, view: LeafView, scale: Any
+    ) -> tuple[Recovered, Any]:
+        """Returns ``low`` and ``phi`` of ``P low + G phi``."""
+        direction, projected = wide(view.direction), wide(view.projected)
+        taken = scale if self.residual == "authors" else 1.0
+        taken = 0.0 if self.of == "gradient" else taken
+        phi = self._norm(direction) / (self._norm(projected) + 1e-8)
+        if self.growth_limit is not None:
+            gradient = self._sum_gradient(matrix, view.gradient)
+            norm, least = self._size(view, gradient, projected, direction, phi, taken)
+            factor, state = _limit(norm, least, state, self.growth_limit)
+            phi = phi * factor[..., None, None]
+        if self.of == "gradient":
+            return Recovered(None, scale * phi), state
+        return Recovered(scale * direction - taken * phi * projected, phi), state
+
+    def _norm(self, x: Array) -> Array:
+        """Returns norms of columns ``[..., 1, n]``, or of matrices ``[..., 1, 1]``."""
+        return jnp.sqrt(self._sum(jnp.square(wide(x))))
+
+    def _sum(self, x: Array) -> Array:
+        axes = -2 if self.granularity == "column" else (-2, -1)
+        return jnp.sum(x, axes, keepdims=True)
+
+    def _sum_gradient(self, matrix: Matrix, gradient: Array) -> Array:
+        """Returns ``_sum(G * G)``, summed in stored order: see ``linalg.layout``."""
+        squares = jnp.square(wide(matrix.flip(gradient)))
+        if self.granularity == "tensor":
+            return self._sum(squares)
+        axis = -1 if matrix.transposed else -2
+        return matrix.flip(jnp.sum(squares, axis, keepdims=True))
+
+    def _size(
+        self,
+        view: LeafView,
+        gradient: Array,
+        projected: Array,
+        direction: Array,
+        phi: Array,
+        taken: Any,
+    ) -> tuple[Array, Array]:
+        """Returns ``|Lambda|`` and what it has to exceed, per matrix."""
+
+        def total(x: Array) -> Array:
+            return jnp.sum(jnp.square(phi) * x, (-2, -1))
+
+        whole = total(gradient)
+        floor = jnp.maximum(whole, jnp.sum(jnp.square(direction), (-2, -1)))
+        squared = whole
+        if self.of == "residual":
+            along = total(self._sum(jnp.square(projected)))
+            inside = jnp.square(taken) * along
+
+            def exact() -> Array:
+                regrammed = projected * _regram(view.basis, projected)
+                return jnp.square(taken) * total(self._sum(regrammed))
+
+            rest = whole - 2.0 * taken * along
+            if view.orthonormal:
+                small = rest + inside < _SMALL * whole
+                inside = jax.lax.cond(jnp.any(small), exact, lambda: inside)
+            else:
+                inside = exact()
+            squared = rest + inside
+        return jnp.sqrt(jnp.maximum(squared, 0.0)), _ZERO * jnp.sqrt(floor)
+
+
+def _limit(
+    norm: Array, least: Array, before: Array, growth: Any
+) -> tuple[Array, Array]:
+    """Returns the factor on Lambda, and its norm with it (0 counts as none)."""
+    largest = jnp.where(before > 0, growth * before, jnp.inf)
+    counts = norm > least  # False where a NaN is involved
+    limited = jnp.where(counts, jnp.minimum(norm, largest), 0.0)
+    factor = jnp.where(counts, limited / jnp.where(counts, norm, 1.0), 0.0)
+    return factor, limited.astype(before.dtype)
+
+
+def _regram(basis: Any, low: Array) -> Array:
+    """Returns ``(P^T P) R``, on both sides where there are two bases."""
+    left, *right = (wide(b) for b in jax.tree.leaves(basis))
+    low = jnp.matmul(_gram(left), low, precision=HIGHEST)
+    return jnp.matmul(low, _gram(right[0]), precision=HIGHEST) if right else low
+
+
+def _gram(basis: Array) -> Array:
+    return jnp.matmul(turn(basis), basis, precision=HIGHEST)
