@@ -184,8 +184,8 @@ def earlier(out: pathlib.Path | None, settings: dict) -> list[dict]:
 def main() -> None:
     """Runs what is missing, one line each, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="length of a run")
-    parser.add_argument("--gap", type=int, default=15, help="steps between two bases")
+    parser.add_argument("--steps", type=int, default=120, help="length of a run")
+    parser.add_argument("--gap", type=int, default=10, help="steps between two bases")
     parser.add_argument("--lr", type=float, help="low-rank rows (default: the preset)")
     parser.add_argument("--angle", type=float, default=0.1, help="of a walk, radians")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])

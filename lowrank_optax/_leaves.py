@@ -10,7 +10,14 @@ from jaxtyping import Array
 
 from lowrank_optax import _moments
 from lowrank_optax._bracket import Bracket, SubspaceState, SubspaceView, cast
-from lowrank_optax._matrices import is_box, rebox, refill, unbox
+from lowrank_optax._matrices import (
+    is_box,
+    rebox,
+    refill,
+    refill_tree,
+    unbox,
+    unbox_tree,
+)
 from lowrank_optax._plan import Plan
 from lowrank_optax._refresh import Clock, LeafBasis
 from lowrank_optax.recovery import LeafView, Recovered
@@ -44,7 +51,7 @@ class Leaves:
             states = self._recovery_states()
             for i, refresher in self.refreshers.items():
                 entered[i] = recovery.enter(
-                    refresher.matrix, _unbox_tree(states[i]), gradients[i]
+                    refresher.matrix, unbox_tree(states[i]), gradients[i]
                 )
         return entered
 
@@ -64,7 +71,7 @@ class Leaves:
                 if refresher.reads_moments
                 else ()
             )
-            leaf = LeafBasis(_unbox_tree(stored[i]), pending[i], carried)
+            leaf = LeafBasis(unbox_tree(stored[i]), pending[i], carried)
             renewed[i] = refresher.refresh(self.clock, gradients[i], leaf)
             if self.bracket.transport.moves:
                 moved[i] = renewed[i].moments
@@ -103,7 +110,7 @@ class Leaves:
         stored = self.plan.treedef.flatten_up_to(self.before.basis)
         for i, refresher in self.refreshers.items():
             used[i], matrices[i] = bases[i], refresher.matrix
-            previous[i] = _unbox_tree(stored[i])
+            previous[i] = unbox_tree(stored[i])
         return SubspaceView(
             unflatten(gradients),
             None if self.params is None else unflatten(self.view_params()),
@@ -172,7 +179,7 @@ class Leaves:
                 projected=projected[i],
                 direction=directions[i],
                 basis=bases[i],
-                previous_basis=_unbox_tree(stored[i]),
+                previous_basis=unbox_tree(stored[i]),
                 moments=after,
                 carried_moments=carried,
                 previous_moments=previous,
@@ -180,12 +187,12 @@ class Leaves:
                 up=functools.partial(refresher.projector.up, refresher.matrix),
                 count=self.clock.count,
             )
-            before = _unbox_tree(states[i])
+            before = unbox_tree(states[i])
             recovered[i], state = recovery.update(
                 refresher.matrix, before, leaf, self.bracket.scale
             )
             state = _when_stepped(inner_state, state, before)
-            states[i] = _refill_tree(states[i], state)
+            states[i] = refill_tree(states[i], state)
         return recovered, treedef.unflatten(states)
 
     def descend(self, recovered, directions) -> tuple[dict[int, Recovered], list[Any]]:
@@ -237,7 +244,7 @@ class Leaves:
         stored = treedef.flatten_up_to(self.before.basis)
         pending = treedef.flatten_up_to(self.before.pending)
         for i, leaf in renewed.items():
-            stored[i] = _refill_tree(stored[i], leaf.stored)
+            stored[i] = refill_tree(stored[i], leaf.stored)
             pending[i] = leaf.pending
         later = jnp.asarray(optax.safe_increment(self.before.count))
         return SubspaceState(
@@ -257,14 +264,6 @@ def _when_stepped(inner_state: Any, after: Any, before: Any) -> Any:
     if steps is None:
         return after
     return jax.tree.map(lambda a, b: jnp.where(steps == 0, a, b), after, before)
-
-
-def _unbox_tree(stored: Any) -> Any:
-    return jax.tree.map(unbox, stored, is_leaf=is_box)
-
-
-def _refill_tree(stored: Any, value: Any) -> Any:
-    return jax.tree.map(refill, stored, value, is_leaf=is_box)
 
 
 def _check_trees(plan: Plan, updates: Any) -> None:

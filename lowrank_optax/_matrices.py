@@ -132,6 +132,16 @@ def refill(leaf: Any, value: Any) -> Any:
     return leaf.replace_boxed(value) if is_box(leaf) else value
 
 
+def unbox_tree(tree: Any) -> Any:
+    """``unbox`` for what a leaf's state may be, such as a pair of bases."""
+    return jax.tree.map(unbox, tree, is_leaf=is_box)
+
+
+def refill_tree(tree: Any, value: Any) -> Any:
+    """``refill`` likewise."""
+    return jax.tree.map(refill, tree, value, is_leaf=is_box)
+
+
 def rebox(leaf: Any, value: Any, axes: tuple[tuple[int, ...], ...]) -> Any:
     """Puts ``value`` into a box like ``leaf``'s, each axis under its own name.
 

@@ -28,7 +28,7 @@ class Moments(NamedTuple):
     rebuild: Callable[[tuple[Group, ...]], Any]
 
 
-def register_moments(state_type: type, read: Read, write: Write) -> None:
+def register_moments(state_type: Any, read: Read, write: Write) -> None:
     """Tells transports where a state type of your own keeps its moments.
 
     States that are NamedTuples with fields ``mu``, ``nu``, ``trace`` or ``ema`` are

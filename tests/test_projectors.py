@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.testing import assert_orthonormal
+from lowrank_optax import _moments
+from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
 
 M, N, R, GAP = 8, 12, 3, 2
 
@@ -35,7 +37,11 @@ def run(tx, gradients, jit=True):
     return out
 
 
-ORTHONORMAL = {"svd": lro.svd, "power": lro.power}
+ORTHONORMAL = {
+    "svd": lro.svd,
+    "power": lro.power,
+    "grassmann": functools.partial(lro.grassmann, cold_start="svd"),
+}
 orthonormal = pytest.mark.parametrize("make", ORTHONORMAL.values(), ids=ORTHONORMAL)
 
 
@@ -319,3 +325,134 @@ def test_rotation_keeps_the_lifted_momentum_in_a_full_basis():
     for gradient, (updates, _) in zip(gradients, run(tx, gradients), strict=True):
         momentum = 0.9 * momentum + np.asarray(gradient["w"])
         np.testing.assert_allclose(updates["w"], momentum, atol=1e-4)
+
+
+def still_and_moving(transport, inner=None, steps=6, **options):
+    """A basis found once, and gradients of its span or of any: states of both runs."""
+    projector = lro.grassmann(R, 1, cold_start="svd")
+    tx = bracket(projector, inner or optax.scale_by_adam(), transport=transport)
+    update = jax.jit(tx.update)
+    start = update({"w": noise(0)}, tx.init({"w": noise(0)}))[1]
+    runs = []
+    for still in (True, False):
+        state = start
+        for step in range(1, steps):
+            inside = start.basis["w"] @ noise(step, (R, N))
+            gradient = inside if still else noise(step)
+            state = update({"w": gradient}, state)[1]
+        same = np.array_equal(state.basis["w"], start.basis["w"])
+        assert same == still
+        runs.append(state.inner_state)
+    return runs
+
+
+def test_a_motionless_tracked_basis_moves_no_moment():
+    """C = S^T S there: the identity but for float32, which stays below 1e-6."""
+    kept, _ = still_and_moving(lro.keep_moments())
+    turned, _ = still_and_moving(lro.rotate_moments())
+    np.testing.assert_allclose(turned.mu["w"], kept.mu["w"], atol=1e-6)
+    np.testing.assert_allclose(turned.nu["w"], kept.nu["w"], rtol=2e-5, atol=1e-9)
+    # The printed formula shrinks the second moment of a basis that did not move.
+    paper, _ = still_and_moving(lro.rotate_moments(form="paper"))
+    np.testing.assert_allclose(paper.mu["w"], kept.mu["w"], atol=1e-6)
+    assert np.median(paper.nu["w"] / kept.nu["w"]) < 0.5
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_the_identity_changes_nothing_in_the_debiased_form(count):
+    b1, b2 = 0.9, 0.999
+    g = noise(0, (count % 50 + 2, R, N))
+    mu, nu = jnp.zeros((R, N)), jnp.zeros((R, N))
+    for one in g:
+        mu, nu = b1 * mu + (1 - b1) * one, b2 * nu + (1 - b2) * one**2
+    group, still = {"mu": mu, "nu": nu}, lro.Rotation(jnp.eye(R))
+    (debiased,) = lro.rotate_moments(b1, b2).move((group,), still, jnp.int32(count))
+    np.testing.assert_array_equal(debiased["mu"], mu)
+    # (nu - mu^2) + mu^2 of what was divided and multiplied: a few roundings of the
+    # larger of the two, which here is nu but for its start.
+    np.testing.assert_allclose(debiased["nu"], nu, rtol=1e-5, atol=1e-6 * nu.max())
+    paper = lro.rotate_moments(b1, b2, "paper")
+    ((changed),) = paper.move((group,), still, jnp.int32(count))
+    if count < 1000:
+        assert np.abs(changed["nu"] / nu - 1).min() > 0.5
+
+
+def test_form_off_never_touches_a_moment():
+    off, kept = (
+        still_and_moving(transport)
+        for transport in (lro.rotate_moments(form="off"), lro.align_signs())
+    )
+    assert_bit_equal(off, kept)
+    # Nor does it ask for one.
+    tx = bracket(lro.svd(R), optax.identity(), transport=lro.rotate_moments(form="off"))
+    tx.init({"w": noise(0)})
+
+
+class HalfVelocity(NamedTuple):
+    """A momentum under another name, stored as half of itself."""
+
+    velocity: Any
+
+
+def heavy_ball(decay=0.9):
+    """`optax.trace` with a state of its own."""
+
+    def update(updates, state, params=None):
+        del params
+        full = jax.tree.map(lambda u, v: u + decay * 2 * v, updates, state.velocity)
+        return full, HalfVelocity(jax.tree.map(lambda f: 0.5 * f, full))
+
+    return optax.GradientTransformation(
+        lambda params: HalfVelocity(jax.tree.map(jnp.zeros_like, params)), update
+    )
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Registrations end with the test."""
+    monkeypatch.setattr(_moments, "_REGISTERED", dict(_moments._REGISTERED))
+
+
+def test_registered_moments_turn_as_known_ones(registry):
+    lro.register_moments(
+        HalfVelocity,
+        read=lambda s: {"trace": jax.tree.map(lambda v: 2 * v, s.velocity)},
+        write=lambda s, m: HalfVelocity(jax.tree.map(lambda v: 0.5 * v, m["trace"])),
+    )
+    tree = {"w": noise(0), "stack": noise(1, (2, N, M))}
+    gradients = [jax.tree.map(lambda g, i=i: jnp.sin(i + g), tree) for i in range(4)]
+    own, known, unmoved = (
+        run(bracket(lro.svd(R, 1), inner, transport=transport), gradients)[-1]
+        for inner, transport in (
+            (heavy_ball(), lro.rotate_moments()),
+            (optax.trace(0.9), lro.rotate_moments()),
+            (optax.trace(0.9), lro.align_signs()),
+        )
+    )
+    for name in tree:
+        velocity = 2 * own[1].inner_state.velocity[name]
+        np.testing.assert_allclose(velocity, known[1].inner_state.trace[name], 1e-5)
+        np.testing.assert_allclose(own[0][name], known[0][name], atol=1e-5)
+        assert not np.allclose(own[0][name], unmoved[0][name], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [heavy_ball(), optax.identity(), lro.scale_by_matrix_factored_rms()],
+    ids=["unregistered", "stateless", "factored"],
+)
+def test_a_transport_without_moments_is_an_error(inner):
+    tx = bracket(lro.svd(R), inner, transport=lro.rotate_moments())
+    with pytest.raises(ValueError, match=r"moves moments, but .*register_moments"):
+        tx.init({"w": noise(0)})
+
+
+def test_wrong_registrations(registry):
+    with pytest.raises(TypeError, match="class of an optimizer"):
+        lro.register_moments(heavy_ball(), lambda s: {}, lambda s, m: s)
+    lro.register_moments(
+        HalfVelocity, lambda s: {"velocity": s.velocity}, lambda s, m: s
+    )
+    tx = bracket(lro.svd(R), heavy_ball(), transport=lro.rotate_moments())
+    with pytest.raises(ValueError, match=r"HalfVelocity returned \['velocity'\]"):
+        tx.init({"w": noise(0)})

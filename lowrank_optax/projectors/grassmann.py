@@ -10,7 +10,7 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg import grassmann as geometry
-from lowrank_optax.linalg.orthogonalize import cholesky_qr
+from lowrank_optax.linalg.orthogonalize import cholesky_qr, newton_schulz
 from lowrank_optax.projectors._protocol import At
 from lowrank_optax.projectors._tracking import TrackingProjector
 
@@ -99,15 +99,19 @@ class grassmann(TrackingProjector):
             return _draw(matrix, at, old.dtype)
         if matrix.rank >= matrix.m:
             return old  # the whole space: nowhere to turn
-        seen = geometry.see(gradient, old, matrix.transposed)
+        basis = old
+        if not self.orthonormal:
+            # What rounding left of its own span would pass for a tangent.
+            basis = newton_schulz(newton_schulz(old))
+        seen = geometry.see(gradient, basis, matrix.transposed)
         if self.move == "track":
-            geodesic = geometry.descent(old, seen)
+            geodesic = geometry.descent(basis, seen)
         else:
-            geodesic = geometry.random_direction(at.key, old)
+            geodesic = geometry.random_direction(at.key, basis)
         angle = self.damping * self._angle(geodesic, seen)
         if self.max_angle is not None:
             angle = jnp.clip(angle, -self.max_angle, self.max_angle)
-        turned = geometry.turn_along(geodesic, old, angle)
+        turned = geometry.turn_along(geodesic, basis, angle)
         return jnp.where(geodesic.slope > 0, turned, old)
 
     def _angle(self, geodesic: geometry.Geodesic, seen: geometry.Seen) -> Array:

@@ -12,7 +12,7 @@ from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.layout import HIGHEST, turn, wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
-# The residual's norm is a difference, of which float32 leaves nothing below 1e-4.
+# The residual's norm is a difference, of which float32 leaves little below 1e-3.
 _ZERO = 1e-3
 
 # Below this share of |G phi|^2 the residual's norm needs P^T P as it is: taking it as
@@ -35,7 +35,10 @@ class recover_scale(Recovery):
 
     No residual is formed: ``scale P N + (G - P R) diag(phi) = P (scale N - R diag(phi))
     + G diag(phi)``, and for the limiter ``|Lambda|^2 = sum_j phi_j^2 (|G_j|^2 -
-    2 |R_j|^2 + R_j^T (P^T P) R_j)``, summed in float32 for whatever basis is used.
+    2 |R_j|^2 + R_j^T (P^T P) R_j)``, in float32. ``P^T P`` counts as the identity
+    where the basis is orthonormal up to float32's rounding and Lambda is above a tenth
+    of ``|G diag(phi)|``; else it is formed. Where Lambda is a small share s of that,
+    its norm is known to about ``1e-8 / s^2``.
 
     The state is one float32 per matrix, ``|Lambda|`` after limiting. The first Lambda
     is not limited. A Lambda below 1e-3 of ``|G diag(phi)|``, where that difference
@@ -106,11 +109,10 @@ class recover_scale(Recovery):
         """Returns ``low`` and ``phi`` of ``P low + G phi``."""
         direction, projected = wide(view.direction), wide(view.projected)
         taken = scale if self.residual == "authors" else 1.0
-        taken = 0.0 if self.of == "gradient" else taken
         phi = self._norm(direction) / (self._norm(projected) + 1e-8)
         if self.growth_limit is not None:
-            gradient = self._sum_gradient(matrix, view.gradient)
-            norm, least = self._size(view, gradient, projected, direction, phi, taken)
+            squares = _squares(matrix, view.gradient)
+            norm, least = self._size(view, squares, projected, direction, phi, taken)
             factor, state = _limit(norm, least, state, self.growth_limit)
             phi = phi * factor[..., None, None]
         if self.of == "gradient":
@@ -119,53 +121,57 @@ class recover_scale(Recovery):
 
     def _norm(self, x: Array) -> Array:
         """Returns norms of columns ``[..., 1, n]``, or of matrices ``[..., 1, 1]``."""
-        return jnp.sqrt(self._sum(jnp.square(wide(x))))
-
-    def _sum(self, x: Array) -> Array:
         axes = -2 if self.granularity == "column" else (-2, -1)
-        return jnp.sum(x, axes, keepdims=True)
-
-    def _sum_gradient(self, matrix: Matrix, gradient: Array) -> Array:
-        """Returns ``_sum(G * G)``, summed in stored order: see ``linalg.layout``."""
-        squares = jnp.square(wide(matrix.flip(gradient)))
-        if self.granularity == "tensor":
-            return self._sum(squares)
-        axis = -1 if matrix.transposed else -2
-        return matrix.flip(jnp.sum(squares, axis, keepdims=True))
+        return jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
 
     def _size(
         self,
         view: LeafView,
-        gradient: Array,
+        squares: Array,
         projected: Array,
         direction: Array,
         phi: Array,
         taken: Any,
     ) -> tuple[Array, Array]:
-        """Returns ``|Lambda|`` and what it has to exceed, per matrix."""
+        """Returns ``|Lambda|`` and what it has to exceed, per matrix.
 
-        def total(x: Array) -> Array:
-            return jnp.sum(jnp.square(phi) * x, (-2, -1))
+        Differences are taken column by column: sums over all columns have lost the
+        digits that a small one needs.
+        """
 
-        whole = total(gradient)
+        def total(columns: Array) -> Array:
+            return jnp.sum(jnp.square(phi) * columns, (-2, -1))
+
+        whole = total(squares)
         floor = jnp.maximum(whole, jnp.sum(jnp.square(direction), (-2, -1)))
-        squared = whole
-        if self.of == "residual":
-            along = total(self._sum(jnp.square(projected)))
-            inside = jnp.square(taken) * along
+        if self.of == "gradient":
+            return jnp.sqrt(whole), _ZERO * jnp.sqrt(floor)
+        if squares.shape[-1] != projected.shape[-1]:  # side="both" has no such columns
+            squares = jnp.sum(squares, -1, keepdims=True)
+            projected = projected.reshape(*projected.shape[:-2], -1, 1)
 
-            def exact() -> Array:
-                regrammed = projected * _regram(view.basis, projected)
-                return jnp.square(taken) * total(self._sum(regrammed))
+        def residual(inside: Array) -> Array:
+            along = jnp.sum(jnp.square(projected), -2, keepdims=True)
+            return total(squares - 2.0 * taken * along + jnp.square(taken) * inside)
 
-            rest = whole - 2.0 * taken * along
-            if view.orthonormal:
-                small = rest + inside < _SMALL * whole
-                inside = jax.lax.cond(jnp.any(small), exact, lambda: inside)
-            else:
-                inside = exact()
-            squared = rest + inside
+        def exact() -> Array:
+            low = _regram(view.basis, wide(view.projected)).reshape(projected.shape)
+            return residual(jnp.sum(projected * low, -2, keepdims=True))
+
+        squared = residual(jnp.sum(jnp.square(projected), -2, keepdims=True))
+        if view.orthonormal:
+            small = jnp.any(squared < _SMALL * whole)
+            squared = jax.lax.cond(small, exact, lambda: squared)
+        else:
+            squared = exact()
         return jnp.sqrt(jnp.maximum(squared, 0.0)), _ZERO * jnp.sqrt(floor)
+
+
+def _squares(matrix: Matrix, gradient: Array) -> Array:
+    """Returns ``|G_j|^2 [..., 1, n]``, summed in stored order (``linalg.layout``)."""
+    axis = -1 if matrix.transposed else -2
+    stored = wide(matrix.flip(gradient))
+    return matrix.flip(jnp.sum(jnp.square(stored), axis, keepdims=True))
 
 
 def _limit(
