@@ -70,22 +70,21 @@ def descent(
     """Returns the steepest rank-1 descent of ``F(S) = min_A |S A - G|^2``.
 
     With ``A = S^T G`` and ``R = G - S A``, ``dF/dS = -2 R A^T``. The residual is never
-    formed: ``R A^T = G A^T - S (A A^T)``, projected once more to be orthogonal to S
-    in floating point. Its leading singular pair is u, v; ``slope = 2 sigma``.
+    formed: ``R A^T = (I - S S^T) G A^T``. Its leading singular pair is u, v, and
+    ``slope = 2 sigma``; u is projected once more, to be orthogonal to S in floating
+    point.
 
     Args:
       basis: the subspace.
       seen: the gradient and its projection on this subspace.
     """
-    gram = jnp.matmul(seen.low, turn(seen.low), precision=HIGHEST)
-    inside = jnp.matmul(basis, gram, precision=HIGHEST)
-    outside = correlate(seen.stored, seen.low, seen.transposed) / seen.peak
-    tangent = horizontal(basis, outside - inside)
+    product = correlate(seen.stored, seen.low, seen.transposed) / seen.peak
+    tangent = horizontal(basis, product)
     v = leading_direction(tangent)
-    moved = jnp.matmul(tangent, v[:, None], precision=HIGHEST)
+    moved = horizontal(basis, jnp.matmul(tangent, v[:, None], precision=HIGHEST))
     sigma = jnp.linalg.norm(moved)
     u = moved / jnp.maximum(sigma, _TINY)
-    follow = sigma > _ROUNDING * jnp.trace(gram)
+    follow = sigma > _ROUNDING * jnp.sum(jnp.square(seen.low))
     return Geodesic(u, v[:, None], jnp.where(follow, 2.0 * sigma, 0.0))
 
 

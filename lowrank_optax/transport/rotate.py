@@ -71,29 +71,31 @@ class rotate_moments(Transport):
         old = {field: wide(group[field]) for field in group}
         moved = {
             field: rotation.apply(old[field])
-            for field in ("mu", "trace", "ema")
+            for field in ("trace", "ema")
             if field in group
         }
-        if "nu" in group and "mu" not in group:
+        mixed = rotation.apply_rest(old["mu"]) if "mu" in group else None
+        if mixed is not None:
+            moved["mu"] = rotation.diagonal * old["mu"] + mixed
+        if "nu" in group and mixed is None:
             moved["nu"] = rotation.squared().apply(old["nu"])
-        elif "nu" in group:
+        elif "nu" in group and mixed is not None:
             mu, nu = old["mu"], old["nu"]
             steps = jnp.maximum(count, 1).astype(nu.dtype)
-            seen = 1.0 - self.b2**steps
+            seen1, seen2 = 1.0 - self.b1**steps, 1.0 - self.b2**steps
             if self.form == "debiased":
-                mu, nu = mu / (1.0 - self.b1**steps), nu / seen
-            moved["nu"] = seen * jnp.abs(_second_moment(rotation, mu, nu))
+                mu, nu, mixed = mu / seen1, nu / seen2, mixed / seen1
+            moved["nu"] = seen2 * jnp.abs(_second_moment(rotation, mu, nu, mixed))
         return {field: moved[field].astype(group[field].dtype) for field in group}
 
 
-def _second_moment(rotation: Rotation, mu: Array, nu: Array) -> Array:
+def _second_moment(rotation: Rotation, mu: Array, nu: Array, mixed: Array) -> Array:
     """Returns ``C2 (nu - mu * mu) + (C mu) * (C mu)``.
 
     The squares of mu on the diagonal cancel, and nu may be far smaller: with
     ``C = D + O``, D the diagonal, it is ``D2 nu + O2 (nu - mu * mu) + 2 D mu * (O mu) +
-    (O mu) * (O mu)``.
+    (O mu) * (O mu)``; ``mixed`` is ``O mu``.
     """
     squared, stays = rotation.squared(), rotation.diagonal
-    off = rotation.apply_rest(mu)
     spread = squared.apply_rest(nu - mu**2)
-    return stays**2 * nu + spread + (2.0 * stays * mu + off) * off
+    return stays**2 * nu + spread + (2.0 * stays * mu + mixed) * mixed
