@@ -29,7 +29,7 @@ def adam(
     mu_dtype,
     nu_dtype,
     authors: bool,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Returns what stands in the bracket: the user's choice, or Adam.
 
     In the authors' form Adam's bias correction is missing: ``correct_bias`` makes up
@@ -41,9 +41,9 @@ def adam(
         inner = scale_by_raw_adam(b1, b2, 1e-6 if eps is None else eps)
     else:
         inner = optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps)
-    if mu_dtype is None and nu_dtype is None:
-        return inner
-    return cast_moments(inner, mu_dtype, nu_dtype)
+    if mu_dtype is not None or nu_dtype is not None:
+        inner = cast_moments(inner, mu_dtype, nu_dtype)
+    return optax.with_extra_args_support(inner)
 
 
 def correct_bias(
@@ -53,7 +53,7 @@ def correct_bias(
     b2,
     authors: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Corrects the authors' Adam behind the bracket, where their limiters stop."""
+    """Corrects the authors' Adam: behind the bracket, if it has a limiter."""
     if base_optimizer is not None or not authors:
         return direction
     return optax.chain(direction, scale_by_bias_correction(b1, b2))

@@ -10,7 +10,6 @@ from lowrank_optax._chain import backproject, chain, project
 from lowrank_optax.methods import _recipe
 from lowrank_optax.methods._options import ProjectOptions, takes_project_options
 from lowrank_optax.projectors import Projector, power, svd
-from lowrank_optax.transforms import scale_by_bias_correction
 from lowrank_optax.transport import Transport, keep_moments
 
 
@@ -197,9 +196,6 @@ def open_bracket(
 
 
 def _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors: bool):
-    # Nothing limits the direction, so the bias can be corrected inside, where it is
-    # small; the moments' dtypes belong to Adam alone, and its bias to it.
+    # Nothing limits the direction, so its bias is corrected inside, where it is small.
     inner = _recipe.adam(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors)
-    if base_optimizer is None and authors:
-        return optax.chain(inner, scale_by_bias_correction(b1, b2))
-    return inner
+    return _recipe.correct_bias(inner, base_optimizer, b1, b2, authors)
