@@ -203,7 +203,10 @@ def _rebox_basis(leaf: Any, stored: Any, matrix: Matrix) -> Any:
         return TwoSidedBasis(
             *(_rebox_basis(leaf, x, matrix.seen_from(side)) for x, side in sides)
         )
-    return jax.tree.map(lambda x: rebox(leaf, x, matrix.basis_axes), stored)
+    shape = (*matrix.batch_shape, matrix.m, matrix.rank)
+    return jax.tree.map(
+        lambda x: rebox(leaf, x, matrix.basis_axes) if x.shape == shape else x, stored
+    )
 
 
 def _rebox_recovery(leaf: Any, state: Any, matrix: Matrix) -> Any:

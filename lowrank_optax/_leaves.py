@@ -61,8 +61,6 @@ class Leaves:
     def refresh(self, gradients: list[Any]) -> tuple[dict[int, LeafBasis], Any]:
         """Returns every projected leaf's basis, and the transported inner state."""
         treedef = self.plan.treedef
-        stored = treedef.flatten_up_to(self.before.basis)
-        pending = treedef.flatten_up_to(self.before.pending)
         moments = _moments.find(self.before.inner_state)
         renewed, moved = {}, {}
         for i, refresher in self.refreshers.items():
@@ -71,7 +69,7 @@ class Leaves:
                 if refresher.reads_moments
                 else ()
             )
-            leaf = LeafBasis(unbox_tree(stored[i]), pending[i], carried)
+            leaf = self.before_refresh[i]._replace(moments=carried)
             renewed[i] = refresher.refresh(self.clock, gradients[i], leaf)
             if self.bracket.transport.moves:
                 moved[i] = renewed[i].moments
@@ -85,6 +83,25 @@ class Leaves:
         return {
             i: refresher.basis(self.clock, renewed[i].stored)
             for i, refresher in self.refreshers.items()
+        }
+
+    @functools.cached_property
+    def previous_bases(self) -> dict[int, Any]:
+        """The bases as they stood before this step, ``()`` where none is stored."""
+        return {
+            i: refresher.basis(self.clock, self.before_refresh[i].stored)
+            if refresher.projector.stores_basis
+            else ()
+            for i, refresher in self.refreshers.items()
+        }
+
+    @functools.cached_property
+    def before_refresh(self) -> dict[int, LeafBasis]:
+        """What was stored of each projected leaf before this step."""
+        stored = self.plan.treedef.flatten_up_to(self.before.basis)
+        pending = self.plan.treedef.flatten_up_to(self.before.pending)
+        return {
+            i: LeafBasis(unbox_tree(stored[i]), pending[i]) for i in self.refreshers
         }
 
     def down(self, bases: dict[int, Any], leaves: list[Any]) -> list[Any]:
@@ -107,10 +124,9 @@ class Leaves:
         unflatten = self.plan.treedef.unflatten
         none: list[Any] = [None] * len(gradients)
         used, previous, matrices = list(none), list(none), list(none)
-        stored = self.plan.treedef.flatten_up_to(self.before.basis)
         for i, refresher in self.refreshers.items():
             used[i], matrices[i] = bases[i], refresher.matrix
-            previous[i] = unbox_tree(stored[i])
+            previous[i] = self.previous_bases[i]
         return SubspaceView(
             unflatten(gradients),
             None if self.params is None else unflatten(self.view_params()),
@@ -168,7 +184,6 @@ class Leaves:
         ]
         states = self._recovery_states()
         projected = treedef.flatten_up_to(view.projected)
-        stored = treedef.flatten_up_to(self.before.basis)
         recovered = {}
         for i, refresher in self.refreshers.items():
             after, carried, previous = (
@@ -179,7 +194,7 @@ class Leaves:
                 projected=projected[i],
                 direction=directions[i],
                 basis=bases[i],
-                previous_basis=unbox_tree(stored[i]),
+                previous_basis=self.previous_bases[i],
                 moments=after,
                 carried_moments=carried,
                 previous_moments=previous,
@@ -237,6 +252,25 @@ class Leaves:
                 leaf = unbox(like)
             leaves.append(refill(like, cast(leaf, unbox(like).dtype)))
         return self.plan.treedef.unflatten(leaves)
+
+    def advance(
+        self, renewed: dict[int, LeafBasis], gradients, view: SubspaceView, inner_state
+    ) -> dict[int, LeafBasis]:
+        """Moves the bases that move after use, when the inner optimizer stepped."""
+        projected = self.plan.treedef.flatten_up_to(view.projected)
+        moved = dict(renewed)
+        for i, refresher in self.refreshers.items():
+            if refresher.projector.advances:
+                after = refresher.advance(
+                    self.clock,
+                    gradients[i],
+                    projected[i],
+                    self.before_refresh[i],
+                    renewed[i],
+                )
+                stored = _when_stepped(inner_state, after.stored, renewed[i].stored)
+                moved[i] = after._replace(stored=stored)
+        return moved
 
     def state(self, renewed, inner_state, full_state, recovery_state) -> SubspaceState:
         """Returns the new state; time passes when an accumulation completes."""

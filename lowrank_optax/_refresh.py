@@ -71,7 +71,8 @@ class Refresher:
         batch = self.matrix.batch_shape
         one = self.projector.start(self.matrix)
         stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
-        return LeafBasis(stored, jnp.ones(batch, jnp.bool_))
+        pending = jnp.ones(batch, jnp.bool_) if self.projector.stores_basis else ()
+        return LeafBasis(stored, pending)
 
     def refresh(self, clock: Clock, gradient: Array, leaf: LeafBasis) -> LeafBasis:
         """Renews the matrices that are due and healthy; the rest stay as they are."""
@@ -112,11 +113,39 @@ class Refresher:
         def form(at, stored):
             return self.projector.basis(self.matrix, stored, at)
 
+        return self._each(form, clock, stored)
+
+    def advance(
+        self,
+        clock: Clock,
+        gradient: Array,
+        projected: Array,
+        before: LeafBasis,
+        leaf: LeafBasis,
+    ) -> LeafBasis:
+        """Moves the bases after use, but for those that were found in this step."""
+
+        def move(at, gradient, projected, cold, stored):
+            peak = jnp.max(jnp.abs(gradient))
+            healthy = jnp.isfinite(peak) & (peak > 0) & ~cold
+            new = self.projector.advance(
+                self.matrix, stored, gradient, projected, at
+            )
+            good = healthy & _finite(new)
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, stored)
+
+        stored = self._each(
+            move, clock, gradient, projected, before.pending, leaf.stored
+        )
+        return leaf._replace(stored=stored)
+
+    def _each(self, function: Any, clock: Clock, *trees: Any) -> Any:
+        """Maps ``function(at, ...)`` over the leaf's matrices."""
         at = self._at(clock)
         if not self.matrix.batch:
-            return form(jax.tree.map(lambda x: x[0], at), stored)
-        flat = jax.tree.map(lambda x: _flat(self, x), stored)
-        out = jax.vmap(form)(at, flat)
+            return function(jax.tree.map(lambda x: x[0], at), *trees)
+        flat = jax.tree.map(lambda x: _flat(self, x), trees)
+        out = jax.vmap(function)(at, *flat)
         batch = self.matrix.batch_shape
         return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
 
@@ -138,10 +167,8 @@ class Refresher:
         if self.transport.moves:
             rotation = self.projector.rotation(leaf.stored, new)
             moments = self.transport.move(moments, rotation, clock.count)
-        good = jnp.all(
-            jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)])
-        )
         renewed = LeafBasis(new, jnp.zeros_like(leaf.pending), moments)
+        good = _finite(new)
         return jax.tree.map(lambda a, b: jnp.where(good, a, b), renewed, keep)
 
     def _shift(self) -> Array:
@@ -171,6 +198,13 @@ def phases(matrices: list[Matrix], gap: int, stagger: bool) -> list[tuple[int, .
         tuple(int(start + i) * gap // total if stagger else 0 for i in range(count))
         for start, count in zip(starts, counts, strict=False)
     ]
+
+
+def _finite(stored: Any) -> Array:
+    """Returns whether every number of one matrix' stored tree is finite."""
+    return jnp.all(
+        jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(stored)])
+    )
 
 
 def _flat(refresher: Refresher, x: Array) -> Array:

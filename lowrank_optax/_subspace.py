@@ -91,6 +91,12 @@ def subspace(
             f"{type(projector).__name__} keeps no basis, so there is no rotation to "
             "carry moments along. Use transport=lro.keep_moments()."
         )
+    if transport.gathers and not projector.selects:
+        raise ValueError(
+            f"{type(transport).__name__} carries over the basis vectors that two bases "
+            f"share, and those of lro.{type(projector).__name__} share none. Use "
+            "transport=lro.rotate_moments(), or a projector such as lro.dct."
+        )
     bracket = Bracket(
         projector,
         _transformation("inner", inner),
@@ -137,8 +143,11 @@ def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
         )
         recovered, directions = leaves.descend(recovered, directions)
         lifted = leaves.up(bases, recovered, gradients)
-    # 8. undo the matrix view, 9. back to the gradient's dtype, 10. store
+    # 8. undo the matrix view, 9. back to the gradient's dtype
     new_updates = leaves.undo(lifted, directions)
+    # 10. move the bases that move after use, and store
+    with jax.named_scope("lowrank/advance"):
+        renewed = leaves.advance(renewed, gradients, view, inner_state)
     return new_updates, leaves.state(renewed, inner_state, full_state, recovery_state)
 
 

@@ -23,6 +23,9 @@ _ROLES = {
     "v_col": "nu",
 }
 
+# Fields of a bracket's state that hold a tree of their own for every parameter.
+_PER_PARAMETER = ("basis", "pending", "recovery_state")
+
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
@@ -41,7 +44,9 @@ class StateBytes:
 
     @property
     def by_role(self) -> dict[str, int]:
-        """Bytes of bases, first and second moments, recovery, and the rest."""
+        """Bytes of what the projector stores (its own optimizer's state included),
+        of first and second moments, of the recovery, and of the rest.
+        """
         return self._sum(1)
 
     @property
@@ -95,7 +100,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     state = abstract_init(tx, params)
     entries: dict[tuple[str, str], int] = collections.defaultdict(int)
     for path, owner, leaf in owned_leaves(state, params):
-        role = next((_ROLES[key] for key in reversed(path) if key in _ROLES), "other")
+        role = next((_ROLES[key] for key in path if key in _ROLES), "other")
         entries[owner or "", role] += leaf.size * leaf.dtype.itemsize
     return StateBytes(dict(entries))
 
@@ -105,8 +110,8 @@ def owned_leaves(
 ) -> list[tuple[tuple[str, ...], str | None, Any]]:
     """Pairs every leaf of a state with the parameter it belongs to.
 
-    A state leaf belongs to the parameter whose path its own path ends with (or, in
-    a basis of two sides, contains right behind the field).
+    A state leaf belongs to the parameter whose path its own path ends with, or, in
+    fields that hold a tree for every parameter, has right behind the field.
 
     Args:
       state: an optimizer state or the shapes of one.
@@ -128,11 +133,17 @@ def owned_leaves(
 
 
 def _owner(keys, paths, longest) -> tuple[tuple[str, ...], str | None]:
-    for end in (len(keys), len(keys) - 1):
-        for length in range(min(longest, end), -1, -1):
-            owner = paths.get(keys[end - length : end])
-            if owner is not None and (length or not keys[end:]):
-                return keys[: end - length], owner
+    field = next((i for i, key in enumerate(keys) if key in _PER_PARAMETER), None)
+    if field is not None:
+        start = field + 1
+        for length in range(min(longest, len(keys) - start), -1, -1):
+            owner = paths.get(keys[start : start + length])
+            if owner is not None:
+                return (*keys[:start], *keys[start + length :]), owner
+    for length in range(min(longest, len(keys)), -1, -1):
+        owner = paths.get(keys[len(keys) - length :])
+        if owner is not None:
+            return keys[: len(keys) - length], owner
     return keys, None
 
 

@@ -72,7 +72,8 @@ def state_shardings(
             matrix = (
                 None if whole and leaf.shape == shapes[owner] else matrices.get(owner)
             )
-            candidates = _layouts(shapes[owner], matrix, side)
+            stored = "basis" in keys
+            candidates = _layouts(shapes[owner], matrix, side, stored)
             axes = _agreed([axes for shape, axes in candidates if shape == leaf.shape])
             spec = _spec(axes, shardings[owner], len(shapes[owner]))
             if owner in matrices:
@@ -104,20 +105,22 @@ def _ok(sharding: Any) -> bool:
 
 
 def _layouts(
-    shape: tuple[int, ...], matrix: Matrix | None, side: str | None
+    shape: tuple[int, ...], matrix: Matrix | None, side: str | None, stored: bool
 ) -> Iterator[tuple[tuple[int, ...], Axes]]:
-    """Yields the shapes a state array of a parameter may have, and their axes."""
+    """Yields the shapes a state array of a parameter may have, and their axes.
+
+    ``stored``: whether it belongs to the basis, as its optimizer's moments do.
+    """
     if matrix is None:
         yield from _factors(shape, tuple((axis,) for axis in range(len(shape))))
         return
-    if side is not None:
-        matrix = matrix.seen_from(side)
-        yield (*matrix.batch_shape, matrix.m, matrix.rank), matrix.basis_axes
-        return
     batch = matrix.batch_shape
-    kept = matrix.rank if matrix.side == "both" else matrix.n
-    yield (*batch, matrix.m, matrix.rank), matrix.basis_axes
-    yield from _factors((*batch, matrix.rank, kept), matrix.low_axes)
+    if stored:
+        seen = matrix if side is None else matrix.seen_from(side)
+        yield from _factors((*batch, seen.m, seen.rank), seen.basis_axes)
+    else:
+        kept = matrix.rank if matrix.side == "both" else matrix.n
+        yield from _factors((*batch, matrix.rank, kept), matrix.low_axes)
     yield batch, matrix.basis_axes[: len(batch)]
 
 

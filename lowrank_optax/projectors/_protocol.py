@@ -37,11 +37,11 @@ class At(NamedTuple):
 class Projector(_checks.Part):
     """How one matrix ``[m, n]`` is seen through ``r`` numbers per column.
 
-    A subclass says what it stores (``start``), how that is renewed (``refresh``) and
-    how the stored thing becomes the basis ``P [m, r]`` that is used (``basis``). All
-    methods are pure; ``refresh`` is called for one matrix at a time, the rest with
-    leading batch axes. The bracket decides when, guards against zero and non-finite
-    gradients, and runs stacks.
+    A subclass says what it stores (``start``, any tree of arrays), how that is renewed
+    before use (``refresh``) or moved after it (``advance``), and how it becomes the
+    basis ``P [m, r]`` that is used (``basis``). All methods are pure; those three see
+    one matrix at a time, ``down`` and ``up`` leading batch axes. The bracket decides
+    when, guards against zero and non-finite gradients, and runs stacks.
 
     Attributes:
       rank: an int, a fraction of min(m, n), or a callable of the leaf's path.
@@ -53,6 +53,8 @@ class Projector(_checks.Part):
 
     stores_basis = True
     reads_moments = False
+    advances = False  # whether the basis moves after use
+    selects = False  # whether rotations between its bases are 0-1 selections
     orthonormal = False  # up to float32's rounding, that is
 
     def __post_init__(self):
@@ -71,6 +73,13 @@ class Projector(_checks.Part):
     def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
         """Returns what is stored from now on; ``gradient`` is finite and not zero."""
         raise NotImplementedError
+
+    def advance(
+        self, matrix: Matrix, stored: Any, gradient: Array, projected: Array, at: At
+    ) -> Any:
+        """Returns what is stored after ``projected = P^T G`` was used."""
+        del matrix, gradient, projected, at
+        return stored
 
     def basis(self, matrix: Matrix, stored: Any, at: At) -> Any:
         """Returns the basis used this step, for one matrix."""

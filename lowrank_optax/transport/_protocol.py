@@ -17,10 +17,12 @@ class Transport(_checks.Part):
       aligns: whether the new basis' signs follow the old basis.
       moves: whether ``move`` changes the moments (else they are left alone and
         never enter the refresh).
+      gathers: whether it needs bases that share vectors (``Projector.selects``).
     """
 
     aligns = True
     moves = False
+    gathers = False
 
     def move(
         self, moments: tuple[Group, ...], rotation: Rotation, count: Array
