@@ -14,3 +14,10 @@ from lowrank_optax.transforms.factored import (
 from lowrank_optax.transforms.factored import (
     scale_by_parameter_rms as scale_by_parameter_rms,
 )
+from lowrank_optax.transforms.lion import (
+    scale_by_lion_interpolation as scale_by_lion_interpolation,
+)
+from lowrank_optax.transforms.natural import (
+    scale_by_natural_gradient as scale_by_natural_gradient,
+)
+from lowrank_optax.transforms.orthogonalize import orthogonalize as orthogonalize

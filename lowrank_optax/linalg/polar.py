@@ -1,0 +1,42 @@
+"""Polar factors: the nearest matrices with orthonormal rows or columns."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowrank_optax.linalg.layout import HIGHEST
+from lowrank_optax.linalg.scaling import unit_peak
+
+
+def polar_svd(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """Returns ``U V^T`` of ``X = U S V^T``, without the directions where S vanishes.
+
+    A singular value below ``eps sqrt(max(m, n))`` of the largest counts as zero: what
+    rounding makes of a zero one is several times less.
+    """
+    left, values, right = jnp.linalg.svd(unit_peak(x)[0], full_matrices=False)
+    least = jnp.finfo(x.dtype).eps * max(x.shape[-2:]) ** 0.5 * values[..., :1]
+    left = jnp.where((values <= least)[..., None, :], 0.0, left)
+    return jnp.matmul(left, right, precision=HIGHEST)
+
+
+def polar_newton_schulz(
+    x: Float[Array, "*b m n"], steps: int
+) -> Float[Array, "*b m n"]:
+    """Returns what ``steps`` of ``Y <- (3 I - Y Y^T) Y / 2`` make of ``X / |X|``.
+
+    A step takes every singular value s to ``s (3 - s^2) / 2``: 1.5 s where s is
+    small, quadratically close to 1 near 1.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    y, _ = unit_peak(x)
+    size = jnp.sqrt(jnp.sum(y * y, (-2, -1), keepdims=True))
+    y = y / jnp.where(size == 0, 1.0, size)
+    y = jnp.swapaxes(y, -1, -2) if tall else y
+
+    def sweep(_, y):
+        gram = jnp.einsum("...ij,...kj->...ik", y, y, precision=HIGHEST)
+        return 1.5 * y - 0.5 * jnp.matmul(gram, y, precision=HIGHEST)
+
+    y = jax.lax.fori_loop(0, steps, sweep, y)
+    return jnp.swapaxes(y, -1, -2) if tall else y

@@ -1,0 +1,57 @@
+"""A damped solve with a matrix of low rank, through its small Gram matrix."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lowrank_optax.linalg.layout import HIGHEST
+from lowrank_optax.linalg.scaling import unit_peak
+
+
+def split(x: Float[Array, "*b r n"]) -> tuple[Array, Array]:
+    """Returns ``X / |X|`` and ``|X|`` of every matrix; zero is zero times zero."""
+    x, factor = unit_peak(x)
+    size = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
+    norm = jnp.minimum(factor * size, jnp.finfo(x.dtype).max)
+    return x / jnp.where(size == 0, 1.0, size), norm[..., 0, 0]
+
+
+def solve_member(
+    units: Float[Array, "*b s r n"],
+    norms: Float[Array, "*b s"],
+    member: Int[Array, ""],
+    damping: float | Float[Array, ""],
+) -> Float[Array, "*b r n"]:
+    r"""Returns ``(damping I + H H^T)^{-1} h_k`` for one of H's own columns.
+
+    The columns of ``H`` are ``h_i = norms_i * vec(units_i)``. As ``h_k = H e_k``,
+    the result is ``H (damping I + H^T H)^{-1} e_k``: unlike Woodbury's form, no
+    difference of large numbers. With ``a_i = sqrt(damping + |h_i|^2)`` the matrix is
+    solved as ``D M D``, ``D = diag(a)``, where M has a unit diagonal whatever the
+    scales of damping and columns, so nothing overflows or vanishes.
+
+    Args:
+      units: columns of about unit norm, or zero.
+      norms: their lengths.
+      member: the index k.
+      damping: positive. In the coordinate of a column it acts as at least
+        ``8 eps s a_i^2``, which exceeds the Gram matrix' rounding error, so that its
+        Cholesky factor exists.
+
+    Returns:
+      One matrix, in the dtype of ``norms``.
+    """
+    s, dtype = norms.shape[-1], norms.dtype
+    units, root = units.astype(dtype), jnp.sqrt(jnp.asarray(damping, dtype))
+    a = jnp.hypot(root, norms)
+    a = jnp.where(a > 0, a, 1.0)
+    share, rest = norms / a, jnp.square(root / a)
+    rest = jnp.maximum(rest, 8 * s * float(jnp.finfo(dtype).eps))
+    cosines = jnp.einsum("...irn,...jrn->...ij", units, units, precision=HIGHEST)
+    mixed = share[..., :, None] * cosines * share[..., None, :]
+    mixed += rest[..., :, None] * jnp.eye(s, dtype=dtype)
+    one = jnp.broadcast_to(jnp.arange(s) == member, norms.shape).astype(dtype)
+    factor = jnp.linalg.cholesky(mixed)
+    weights = jax.scipy.linalg.cho_solve((factor, True), one[..., None])[..., 0]
+    weights = weights * share / jnp.take(a, member, axis=-1)[..., None]
+    return jnp.einsum("...s,...srn->...rn", weights, units, precision=HIGHEST)
