@@ -12,16 +12,20 @@ import numpy as np
 class MatrixDimensionNumbers(NamedTuple):
     """Which axes of a leaf form the matrix; axes not named are batch axes.
 
-    The fields are Optax's own (``optax.contrib.MuonDimensionNumbers``), and any
-    object with these two attributes is accepted in its place.
+    The first two fields are Optax's own (``optax.contrib.MuonDimensionNumbers``), and
+    any object with these two attributes is accepted in its place.
 
     Attributes:
       reduction_axis: the axis (or axes) a layer sums over, its input.
       output_axis: the axis (or axes) a layer produces, its output.
+      shared_axis: axes over which one basis serves, such as the positions of a
+        convolution kernel: the matrices along them lie side by side. With
+        ``side="both"`` this is a Tucker-2 decomposition.
     """
 
     reduction_axis: int | tuple[int, ...] = 0
     output_axis: int | tuple[int, ...] = 1
+    shared_axis: int | tuple[int, ...] = ()
 
 
 @jax.tree_util.register_static
@@ -37,6 +41,9 @@ class Matrix:
       columns: stored axes that form its columns.
       side: "left" (basis on the rows), "right" (on the columns) or "both".
       rank: number of basis vectors r.
+      shared: axes over which one basis serves; they stand before those of the kept
+        axis, n (of the columns with "both").
+      reduction_is_rows: whether the rows are what a layer sums over.
     """
 
     path: str
@@ -46,6 +53,8 @@ class Matrix:
     columns: tuple[int, ...]
     side: str
     rank: int
+    shared: tuple[int, ...] = ()
+    reduction_is_rows: bool = True
 
     @property
     def transposed(self) -> bool:
@@ -58,27 +67,45 @@ class Matrix:
         return tuple(self.shape[axis] for axis in self.batch)
 
     @property
+    def blocks(self) -> int:
+        """How many matrices lie side by side in the view."""
+        return self._size(self.shared)
+
+    @property
     def m(self) -> int:
         """Size of the projected axis in the view."""
-        return self._size(self.columns if self.transposed else self.rows)
+        return self._size(self._projected)
 
     @property
     def n(self) -> int:
         """Size of the other axis in the view."""
-        return self._size(self.rows if self.transposed else self.columns)
+        return self._size(self._kept)
 
     @property
     def basis_axes(self) -> tuple[tuple[int, ...], ...]:
         """For each axis of a basis ``[*batch, m, r]`` the stored axes behind it."""
-        projected = self.columns if self.transposed else self.rows
-        return (*((axis,) for axis in self.batch), projected, ())
+        return (*((axis,) for axis in self.batch), self._projected, ())
 
     @property
     def low_axes(self) -> tuple[tuple[int, ...], ...]:
         """For each axis of ``[*batch, r, n]`` the stored axes behind it."""
-        kept = self.rows if self.transposed else self.columns
-        kept = () if self.side == "both" else kept
+        kept = self.shared if self.side == "both" else self._kept
         return (*((axis,) for axis in self.batch), (), kept)
+
+    @property
+    def _projected(self) -> tuple[int, ...]:
+        return self.columns if self.transposed else self.rows
+
+    @property
+    def _kept(self) -> tuple[int, ...]:
+        return (*self.shared, *(self.rows if self.transposed else self.columns))
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """The stored axes in the order of the view, before it is flipped."""
+        if self.transposed:
+            return (*self.batch, *self._kept, *self._projected)
+        return (*self.batch, *self._projected, *self._kept)
 
     def _size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
@@ -87,12 +114,19 @@ class Matrix:
         """Returns the same matrix with its basis on another side."""
         return dataclasses.replace(self, side=side)
 
+    def other_side(self, view: jax.Array) -> jax.Array:
+        """Turns the view of ``side="both"`` into the one ``seen_from("right")``."""
+        blocks = view.reshape((*view.shape[:-1], self.blocks, -1))
+        blocks = jnp.moveaxis(blocks, -3, -1)  # [..., blocks, n, m]
+        blocks = jnp.swapaxes(blocks, -3, -2)
+        return blocks.reshape((*blocks.shape[:-2], -1))
+
     def view(self, leaf: jax.Array) -> jax.Array:
         """Returns the leaf as ``[*batch, m, n]``."""
-        order = (*self.batch, *self.rows, *self.columns)
+        order = self._order
         matrix = leaf if order == tuple(range(leaf.ndim)) else leaf.transpose(order)
-        shape = (*self.batch_shape, self._size(self.rows), self._size(self.columns))
-        return self.flip(matrix.reshape(shape))
+        sizes = (self.n, self.m) if self.transposed else (self.m, self.n)
+        return self.flip(matrix.reshape((*self.batch_shape, *sizes)))
 
     def flip(self, matrix: jax.Array) -> jax.Array:
         """Swaps the last two axes if the view does: stored order and back."""
@@ -101,7 +135,7 @@ class Matrix:
     def undo(self, matrix: jax.Array) -> jax.Array:
         """Inverse of ``view``: ``[*batch, m, n]`` back to the stored shape."""
         matrix = self.flip(matrix)
-        order = (*self.batch, *self.rows, *self.columns)
+        order = self._order
         leaf = matrix.reshape(tuple(self.shape[axis] for axis in order))
         if order == tuple(range(leaf.ndim)):
             return leaf

@@ -105,7 +105,9 @@ def _plan_leaf(path, leaf, numbers, sharding, selection, rank, state_bytes) -> L
 
 
 def _make_matrix(path, leaf, numbers, sharding, selection, rank):
-    batch, rows, columns, reduction_is_rows = selection.axes(path, leaf, numbers)
+    batch, shared, rows, columns, reduction_is_rows = selection.axes(
+        path, leaf, numbers
+    )
     draft = Matrix(path, tuple(leaf.shape), batch, rows, columns, "left", 1)
     m, n = draft.m, draft.n
     r = resolve_rank(rank, path, min(m, n))
@@ -124,7 +126,14 @@ def _make_matrix(path, leaf, numbers, sharding, selection, rank):
     sharded = sharded_axes(sharding, leaf, rows, columns)
     side = selection.resolve_side(m, n, reduction_is_rows, sharded)
     chosen = "explicitly" if selection.explicit(numbers) else "by the default rule"
-    return dataclasses.replace(draft, side=side, rank=r), f"selected {chosen}"
+    matrix = dataclasses.replace(
+        draft,
+        side=side,
+        rank=r,
+        shared=shared,
+        reduction_is_rows=reduction_is_rows,
+    )
+    return matrix, f"selected {chosen}"
 
 
 _RECORDS: list[list[Plan]] = []

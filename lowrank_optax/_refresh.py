@@ -38,10 +38,13 @@ class Clock(NamedTuple):
 
 
 class LeafBasis(NamedTuple):
-    """What a refresh may change of one leaf, each with leading batch axes."""
+    """What a refresh may change of one leaf, each with leading batch axes.
+
+    A projector that stores nothing has nothing pending either, ``()``.
+    """
 
     stored: Any
-    pending: Array
+    pending: Any
     moments: Any = ()
 
 
@@ -123,14 +126,16 @@ class Refresher:
         before: LeafBasis,
         leaf: LeafBasis,
     ) -> LeafBasis:
-        """Moves the bases after use, but for those that were found in this step."""
+        """Moves the bases after use, but for those that were found in this step.
+
+        (Or early in the accumulation that ends with the bracket's first step.)
+        """
+        began = clock.count > 0
 
         def move(at, gradient, projected, cold, stored):
             peak = jnp.max(jnp.abs(gradient))
-            healthy = jnp.isfinite(peak) & (peak > 0) & ~cold
-            new = self.projector.advance(
-                self.matrix, stored, gradient, projected, at
-            )
+            healthy = jnp.isfinite(peak) & (peak > 0) & ~cold & began
+            new = self.projector.advance(self.matrix, stored, gradient, projected, at)
             good = healthy & _finite(new)
             return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, stored)
 

@@ -105,24 +105,26 @@ class Selection:
         return None
 
     def axes(self, path: str, leaf: Any, numbers: Any):
-        """Returns (batch, rows, columns, reduction_is_rows) of a candidate leaf."""
+        """Returns (batch, shared, rows, columns, reduction_is_rows) of a leaf."""
         everything = tuple(range(leaf.ndim))
         if numbers is None:
             numbers = self._default_numbers(path, leaf)
         reduction = _axes_tuple(numbers.reduction_axis, leaf.ndim, path)
         output = _axes_tuple(numbers.output_axis, leaf.ndim, path)
-        named = (*reduction, *output)
+        shared = _axes_tuple(getattr(numbers, "shared_axis", ()), leaf.ndim, path)
+        named = (*reduction, *output, *shared)
         if not reduction or not output or len(set(named)) != len(named):
             raise ValueError(
                 f"Leaf {path!r} of shape {leaf.shape}: reduction_axis and output_axis "
-                f"must name disjoint, non-empty axes, got {numbers}."
+                "must name disjoint, non-empty axes (and shared_axis others), got "
+                f"{numbers}."
             )
         batch = tuple(axis for axis in everything if axis not in named)
         reduction_is_rows = min(reduction) < min(output)
         rows, columns = (
             (reduction, output) if reduction_is_rows else (output, reduction)
         )
-        return batch, rows, columns, reduction_is_rows
+        return batch, shared, rows, columns, reduction_is_rows
 
     def _default_numbers(self, path: str, leaf: Any) -> MatrixDimensionNumbers:
         if leaf.ndim == 2:

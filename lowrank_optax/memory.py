@@ -44,8 +44,9 @@ class StateBytes:
 
     @property
     def by_role(self) -> dict[str, int]:
-        """Bytes of what the projector stores (its own optimizer's state included),
-        of first and second moments, of the recovery, and of the rest.
+        """Bytes of bases, first and second moments, recovery, and the rest.
+
+        "basis" is all that the projector stores, an optimizer's state included.
         """
         return self._sum(1)
 

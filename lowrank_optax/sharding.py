@@ -119,7 +119,7 @@ def _layouts(
         seen = matrix if side is None else matrix.seen_from(side)
         yield from _factors((*batch, seen.m, seen.rank), seen.basis_axes)
     else:
-        kept = matrix.rank if matrix.side == "both" else matrix.n
+        kept = matrix.blocks * matrix.rank if matrix.side == "both" else matrix.n
         yield from _factors((*batch, matrix.rank, kept), matrix.low_axes)
     yield batch, matrix.basis_axes[: len(batch)]
 

@@ -5,6 +5,8 @@ row-major operands is faster than one of folded transposes. So thin matrices are
 transposed for real, and the m x n ones contracted as they are stored.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -52,3 +54,10 @@ def correlate(
         low = jax.lax.optimization_barrier(low)
         return turned(jnp.matmul(low, stored, precision=HIGHEST))
     return jnp.matmul(stored, turn(low), precision=HIGHEST)
+
+
+def by_blocks(low: Array, right: Array, precision: Any = None) -> Array:
+    """Returns ``[X_1 Q, X_2 Q, ...]`` of blocks ``low = [X_1, X_2, ...]``."""
+    blocks = low.reshape((*low.shape[:-1], -1, right.shape[-2]))
+    out = jnp.einsum("...rkn,...ns->...rks", blocks, right, precision=precision)
+    return out.reshape((*low.shape[:-1], -1))

@@ -8,10 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from lowrank_optax.linalg.layout import as_stored, correlate, project
 from lowrank_optax.linalg.orthogonalize import cholesky_qr
+from lowrank_optax.linalg.scaling import unit_peak
 
 # How much of the old basis is mixed into the new one before it is orthonormalized:
 # it gives directions to a gradient of rank below r, at a negligible loss of energy.
 _MIX = 1e-3
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def block_power(
@@ -27,7 +29,7 @@ def block_power(
     scaled up, so there the old basis fills in.
 
     Args:
-      gradient: any scale; must be finite and not zero.
+      gradient: any scale; must be finite. A zero gradient returns the start's span.
       start: columns to start from, orthonormal or random of about unit norm.
       sweeps: number of sweeps, may be traced.
       transposed: whether ``gradient`` is the transpose of a stored array (the result
@@ -40,10 +42,10 @@ def block_power(
 
     def sweep(_, basis):
         # Scaling both thin products keeps gradients of 1e-20 and 1e15 in range.
-        low = _unit(project(stored, basis, transposed))
-        y = _unit(correlate(stored, low, transposed))
+        low, _ = unit_peak(project(stored, basis, transposed))
+        y, _ = unit_peak(correlate(stored, low, transposed))
         norms = jnp.linalg.norm(y, axis=0)
-        y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms))
+        y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms) + _TINY)
         return cholesky_qr(y + _MIX * basis)
 
     return jax.lax.fori_loop(0, sweeps, sweep, start)
@@ -52,7 +54,3 @@ def block_power(
 def random_start(key: Array, m: int, rank: int, dtype: Any) -> Float[Array, "m r"]:
     """Returns a Gaussian ``[m, r]`` with columns of about unit norm."""
     return jax.random.normal(key, (m, rank), dtype) / m**0.5
-
-
-def _unit(x: Array) -> Array:
-    return x / jnp.max(jnp.abs(x))

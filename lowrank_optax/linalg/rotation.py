@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.linalg.layout import HIGHEST
+from lowrank_optax.linalg.layout import HIGHEST, by_blocks
 
 
 class Rotation(NamedTuple):
@@ -19,18 +19,20 @@ class Rotation(NamedTuple):
         low = jnp.matmul(self.left, low, precision=HIGHEST)
         if self.right is None:
             return low
-        return jnp.matmul(low, self.right.T, precision=HIGHEST)
+        return by_blocks(low, self.right.T, HIGHEST)
 
-    @property
-    def diagonal(self) -> Array:
-        """The factor with which every coordinate stays where it is."""
+    def diagonal(self, low: Array) -> Array:
+        """Returns the factors with which coordinates like ``low`` stay in place."""
         left = jnp.diagonal(self.left)[:, None]
-        return left if self.right is None else left * jnp.diagonal(self.right)
+        if self.right is None:
+            return left
+        blocks = low.shape[-1] // self.right.shape[-1]
+        return left * jnp.tile(jnp.diagonal(self.right), blocks)
 
     def apply_rest(self, low: Array) -> Array:
         """Returns ``apply(low) - diagonal * low``, without cancellation on one side."""
         if self.right is not None:
-            return self.apply(low) - self.diagonal * low
+            return self.apply(low) - self.diagonal(low) * low
         rest = self.left - jnp.diag(jnp.diagonal(self.left))
         return jnp.matmul(rest, low, precision=HIGHEST)
 

@@ -66,6 +66,10 @@ class Projector(_checks.Part):
         """Returns the projectors of the rows and of the columns for side="both"."""
         return self, self
 
+    def both(self) -> "Projector | None":
+        """Returns a two-sided projector that is more than one for each side."""
+        return None
+
     def start(self, matrix: Matrix) -> Any:
         """Returns what is stored for ONE matrix before its first refresh."""
         raise NotImplementedError
@@ -117,8 +121,8 @@ class Projector(_checks.Part):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class OrthonormalProjector(Projector):
-    """A projector that stores the orthonormal basis itself.
+class BasisProjector(Projector):
+    """A projector that stores the basis itself.
 
     Attributes:
       basis_dtype: storage dtype of the basis; it is computed in float32, or in
@@ -126,11 +130,6 @@ class OrthonormalProjector(Projector):
     """
 
     basis_dtype: Any = jnp.float32
-
-    @property
-    def orthonormal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the storage dtype keeps it so."""
-        return bool(jnp.finfo(self.basis_dtype).eps <= jnp.finfo(jnp.float32).eps)
 
     def start(self, matrix: Matrix) -> Array:
         """Starts from the first r unit vectors: valid, and never used for long."""
@@ -154,3 +153,13 @@ class OrthonormalProjector(Projector):
     def rotation(self, old: Array, new: Array) -> Rotation:
         """Returns ``C = P_new^T P_old``."""
         return Rotation(jnp.matmul(wide(new).T, wide(old), precision=HIGHEST))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OrthonormalProjector(BasisProjector):
+    """A projector that stores the basis itself, and whose bases are orthonormal."""
+
+    @property
+    def orthonormal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the storage dtype keeps it so."""
+        return bool(jnp.finfo(self.basis_dtype).eps <= jnp.finfo(jnp.float32).eps)

@@ -9,13 +9,13 @@ from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.randomized import block_power, random_start
 from lowrank_optax.linalg.svd import leading_singular_vectors
-from lowrank_optax.projectors._protocol import At, OrthonormalProjector
+from lowrank_optax.projectors._protocol import At, BasisProjector
 
 COLD_SWEEPS = 12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrackingProjector(OrthonormalProjector):
+class TrackingProjector(BasisProjector):
     """Starts from the gradient's leading singular subspace, then follows it.
 
     Attributes:
@@ -25,10 +25,12 @@ class TrackingProjector(OrthonormalProjector):
 
     cold_start: str = dataclasses.field(default="power", kw_only=True)
 
+    starts = ("power", "svd")
+
     def __post_init__(self):
         """Checks the choice."""
         super().__post_init__()
-        _checks.choice("cold_start", self.cold_start, ("power", "svd"))
+        _checks.choice("cold_start", self.cold_start, self.starts)
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
         """Starts or follows; a branch's operands are taken in stored order."""

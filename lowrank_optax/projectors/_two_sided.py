@@ -4,10 +4,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.layout import by_blocks, turn
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 
@@ -52,7 +52,10 @@ class TwoSided(Projector):
         return TwoSidedBasis(
             self.left.refresh(matrix, gradient, stored.left, at),
             self.right.refresh(
-                matrix.seen_from("right"), gradient.T, stored.right, _other_key(at)
+                matrix.seen_from("right"),
+                matrix.other_side(gradient),
+                stored.right,
+                _other_key(at),
             ),
         )
 
@@ -76,18 +79,21 @@ class TwoSided(Projector):
         return Rotation(left.left, right.left)
 
     def down(self, matrix: Matrix, basis: Any, x: Array) -> Array:
-        """Returns ``P^T X Q``."""
+        """Returns ``P^T X Q``, for every block of X."""
         rows = self.left.down(matrix, basis.left, x)
-        return jnp.einsum("...rn,...ns->...rs", rows, basis.right.astype(rows.dtype))
+        return by_blocks(rows, basis.right.astype(rows.dtype))
 
     def up(self, matrix: Matrix, basis: Any, low: Array) -> Array:
-        """Returns ``P N Q^T``."""
-        rows = jnp.einsum("...rs,...ns->...rn", low, basis.right.astype(low.dtype))
+        """Returns ``P N Q^T``, for every block of N."""
+        rows = by_blocks(low, turn(basis.right).astype(low.dtype))
         return self.left.up(matrix, basis.left, rows)
 
 
-def two_sided(projector: Projector) -> TwoSided:
-    """Returns the two-sided form of a projector."""
+def two_sided(projector: Projector) -> Projector:
+    """Returns the two-sided form of a projector: its own, or one part per side."""
+    own = projector.both()
+    if own is not None:
+        return own
     left, right = projector.sides()
     return TwoSided(projector.rank, projector.update_proj_gap, left, right)
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax._matrices import Matrix
-from lowrank_optax.projectors._protocol import At, OrthonormalProjector
+from lowrank_optax.projectors._protocol import At, BasisProjector
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class given(OrthonormalProjector):
+class given(BasisProjector):
     """Uses bases that the caller supplies, one per refresh.
 
     At epoch k (step ``k * update_proj_gap``) a leaf takes ``bases[path][k]``, and
@@ -41,11 +41,6 @@ class given(OrthonormalProjector):
     """
 
     bases: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def orthonormal(self) -> bool:
-        """Nobody knows."""
-        return False
 
     def sides(self) -> tuple["given", "given"]:
         """Splits pairs of bases into the two sides."""

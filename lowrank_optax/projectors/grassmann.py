@@ -11,14 +11,14 @@ from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg import grassmann as geometry
 from lowrank_optax.linalg.orthogonalize import cholesky_qr, newton_schulz
-from lowrank_optax.projectors._protocol import At
+from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 from lowrank_optax.projectors._tracking import TrackingProjector
 
 MOVES = ("track", "walk", "jump")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class grassmann(TrackingProjector):
+class grassmann(TrackingProjector, OrthonormalProjector):
     r"""Turns the old subspace a little at every refresh.
 
     With basis ``S [m, r]``, gradient ``G [m, n]`` and the subspace's cost

@@ -1,6 +1,7 @@
 """The leading singular subspace by warm-started block power steps (the default)."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,16 @@ class power(OrthonormalProjector):
       update_proj_gap: steps from one refresh to the next, the first at step 0.
       basis_dtype: storage dtype of the basis.
       cold_sweeps: sweeps of the first refresh.
+      blocks: into how many equal parts the kept axis falls, such as the heads of an
+        attention kernel: an int, or a callable of the leaf's path. The basis is then
+        formed from one part, at ``1 / blocks`` of the cost, and serves them all
+        (GaLore+). An axis that ``blocks`` does not divide counts as one part.
+      block: which part: "first", or "mean" for the average of all.
 
     Raises:
-      TypeError: if ``rank``, ``update_proj_gap`` or ``cold_sweeps`` is not a Python
-        number.
-      ValueError: if one is out of range.
+      TypeError: if ``rank``, ``update_proj_gap``, ``cold_sweeps`` or ``blocks`` is not
+        a Python number.
+      ValueError: if one is out of range or ``block`` is unknown.
 
     Examples:
       >>> import lowrank_optax as lro
@@ -40,17 +46,26 @@ class power(OrthonormalProjector):
 
     References:
       Halko, Martinsson, Tropp, Finding structure with randomness (2011).
+      GaLore+: Boosting Low-Rank Adaptation for LLMs with Cross-Head Projection (2024),
+      https://arxiv.org/abs/2412.19820
     """
 
     cold_sweeps: int = 12
+    _: dataclasses.KW_ONLY
+    blocks: int | Callable[[str], int] = 1
+    block: str = "first"
 
     def __post_init__(self):
         """Checks the numbers."""
         super().__post_init__()
         _checks.positive_int("cold_sweeps", self.cold_sweeps)
+        _checks.choice("block", self.block, ("first", "mean"))
+        if not callable(self.blocks):
+            _checks.positive_int("blocks", self.blocks)
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
         """One loop serves both starts, so only one factorization is compiled."""
+        gradient = self._part(matrix, gradient)
         start = jax.lax.cond(
             at.cold,
             lambda: random_start(at.key, matrix.m, matrix.rank, old.dtype),
@@ -58,3 +73,13 @@ class power(OrthonormalProjector):
         )
         sweeps = jnp.where(at.cold, self.cold_sweeps, 1)
         return block_power(gradient, start, sweeps, matrix.transposed)
+
+    def _part(self, matrix: Matrix, gradient: Array) -> Array:
+        """Returns the part of the gradient that the basis is formed from."""
+        blocks = self.blocks
+        if callable(blocks):
+            blocks = _checks.positive_int("blocks", blocks(matrix.path))
+        if blocks == 1 or matrix.n % blocks:
+            return gradient
+        parts = gradient.reshape((matrix.m, blocks, -1))
+        return parts[:, 0] if self.block == "first" else jnp.mean(parts, 1)

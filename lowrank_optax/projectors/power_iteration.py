@@ -16,7 +16,7 @@ from lowrank_optax.linalg.layout import (
     wide,
 )
 from lowrank_optax.linalg.orthogonalize import cholesky_qr, independence
-from lowrank_optax.projectors._protocol import At
+from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 from lowrank_optax.projectors._tracking import TrackingProjector
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -28,7 +28,7 @@ _DEPENDENT = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class power_iteration(TrackingProjector):
+class power_iteration(TrackingProjector, OrthonormalProjector):
     r"""Follows a mixture of momentum and gradient, one block power sweep a step.
 
     With old basis ``U [m, r]``, gradient ``A [m, n]`` and first moment ``mu [r, n]``

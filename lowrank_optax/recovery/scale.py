@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
-from lowrank_optax.linalg.layout import HIGHEST, turn, wide
+from lowrank_optax.linalg.layout import HIGHEST, by_blocks, turn, wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 # The residual's norm is a difference, of which float32 leaves little below 1e-3.
@@ -189,7 +189,7 @@ def _regram(basis: Any, low: Array) -> Array:
     """Returns ``(P^T P) R``, on both sides where there are two bases."""
     left, *right = (wide(b) for b in jax.tree.leaves(basis))
     low = jnp.matmul(_gram(left), low, precision=HIGHEST)
-    return jnp.matmul(low, _gram(right[0]), precision=HIGHEST) if right else low
+    return by_blocks(low, _gram(right[0]), HIGHEST) if right else low
 
 
 def _gram(basis: Array) -> Array:

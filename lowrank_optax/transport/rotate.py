@@ -22,6 +22,7 @@ class rotate_moments(Transport):
         mu    <- C mu                 (and the same for trace and ema)
         nu    <- (1 - b2^t) |C2 (v^ - m^ * m^) + (C m^) * (C m^)|      "debiased"
         nu    <- (1 - b2^t) |C2 (nu - mu * mu) + (C mu) * (C mu)|      "paper"
+        nu    <- (C sqrt(nu)) * (C sqrt(nu))                           "root"
 
     ``v^ - m^ m^`` is a variance, and variances of independent coordinates rotate
     with the squares. Where a state has ``nu`` but no ``mu``, ``nu <- C2 nu``.
@@ -31,7 +32,8 @@ class rotate_moments(Transport):
       b2: decay of its second moment.
       form: "debiased" (default) leaves a motionless basis without effect; "paper"
         is SubTrack++'s formula as printed, which applies the correction twice and
-        makes the next steps several times too large; "off" keeps the moments, as
+        makes the next steps several times too large; "root" is COAP's, which treats
+        the roots as a vector although they have no sign; "off" keeps the moments, as
         ``lro.align_signs``.
 
     Raises:
@@ -54,7 +56,7 @@ class rotate_moments(Transport):
 
     def __post_init__(self):
         """Checks the form."""
-        _checks.choice("form", self.form, ("debiased", "paper", "off"))
+        _checks.choice("form", self.form, ("debiased", "paper", "root", "off"))
 
     @property
     def moves(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -76,8 +78,10 @@ class rotate_moments(Transport):
         }
         mixed = rotation.apply_rest(old["mu"]) if "mu" in group else None
         if mixed is not None:
-            moved["mu"] = rotation.diagonal * old["mu"] + mixed
-        if "nu" in group and mixed is None:
+            moved["mu"] = rotation.diagonal(mixed) * old["mu"] + mixed
+        if "nu" in group and self.form == "root":
+            moved["nu"] = jnp.square(rotation.apply(jnp.sqrt(old["nu"])))
+        elif "nu" in group and mixed is None:
             moved["nu"] = rotation.squared().apply(old["nu"])
         elif "nu" in group and mixed is not None:
             mu, nu = old["mu"], old["nu"]
@@ -96,6 +100,6 @@ def _second_moment(rotation: Rotation, mu: Array, nu: Array, mixed: Array) -> Ar
     ``C = D + O``, D the diagonal, it is ``D2 nu + O2 (nu - mu * mu) + 2 D mu * (O mu) +
     (O mu) * (O mu)``; ``mixed`` is ``O mu``.
     """
-    squared, stays = rotation.squared(), rotation.diagonal
+    squared, stays = rotation.squared(), rotation.diagonal(mu)
     spread = squared.apply_rest(nu - mu**2)
     return stays**2 * nu + spread + (2.0 * stays * mu + mixed) * mixed

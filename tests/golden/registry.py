@@ -1,7 +1,11 @@
 """Which methods the golden cases replay: a new method is one entry."""
 
+from tests.golden.apollo import apollo
+from tests.golden.coap import coap, coap_tucker2
+from tests.golden.dct import dct_adamw
 from tests.golden.fira import fira_adamw
 from tests.golden.galore import galore_adafactor, galore_adamw
+from tests.golden.osd import online_subspace_descent
 from tests.golden.tracking import ldadam, subtrackpp
 
 # `method` in a case's config -> function (case) -> Replay.
@@ -11,4 +15,9 @@ METHODS = {
     "fira_adamw": fira_adamw,
     "subtrackpp": subtrackpp,
     "ldadam": ldadam,
+    "apollo": apollo,
+    "coap": coap,
+    "coap_tucker2": coap_tucker2,
+    "dct_adamw": dct_adamw,
+    "online_subspace_descent": online_subspace_descent,
 }

@@ -42,6 +42,10 @@ def test_data_folder_is_complete_and_small():
         "fira_adamw": 2,
         "subtrackpp": 8,
         "ldadam": 3,
+        "apollo": 4,
+        "coap": 2,
+        "dct_adamw": 3,
+        "online_subspace_descent": 4,
     }
     assert {config["gradients"] for config in configs} <= {path.name for path in paths}
     assert sum(path.stat().st_size for path in paths) <= 8 * 2**20

@@ -1,0 +1,168 @@
+"""A basis that descends an online PCA loss by an optimizer of its own."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.layout import wide
+from lowrank_optax.linalg.orthogonalize import cholesky_qr
+from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient
+from lowrank_optax.linalg.randomized import random_start
+from lowrank_optax.projectors._protocol import At
+from lowrank_optax.projectors._tracking import TrackingProjector
+
+NEVER = 2**31 - 1
+LEARNING_RATE = 0.005
+
+
+class OnlineBasis(NamedTuple):
+    """A basis ``[m, r]`` and the state of the optimizer that moves it."""
+
+    vectors: Array
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class online_pca(TrackingProjector):
+    r"""Moves the basis after every step, down the loss of principal components.
+
+    With ``Gh = G / |G|`` (G itself without ``normalize``), after the gradient was
+    projected on P and the direction lifted by it::
+
+        L(P) = |P P^T Gh - Gh|^2 + ortho_penalty |P^T P - I|^2
+        P <- P + basis_learning_rate * basis_optimizer(dL/dP)
+
+    The derivative costs one product with G, ``2 m n r`` operations, and nothing of
+    size m x n: ``P^T G`` is the projection that was used anyway. No factorization
+    after the first basis. P is not kept orthonormal; it is held near by the loss, whose
+    minimum is any orthonormal basis of the leading subspace.
+
+    Every matrix has a state of the basis optimizer to itself, and one that needs
+    parameters gets P. A basis that would not be finite stays as it was.
+
+    Args:
+      rank: an int, a fraction of min(m, n), or a callable of the leaf's path.
+      update_proj_gap: steps from one re-orthonormalization to the next; by default it
+        never comes. P then becomes its own orthonormal factor; one without full rank
+        is found anew, like the first.
+      basis_dtype: storage dtype of the basis.
+      basis_optimizer: any Optax optimizer; None is ``optax.adamw(1.0)`` with
+        ``weight_decay=0.01``, as released.
+      basis_learning_rate: a number or a schedule of the bracket's steps, by which what
+        ``basis_optimizer`` returns is multiplied; None is 0.005 (the released 1/200)
+        for the default optimizer, and 1 for one given, which brings its own.
+      ortho_penalty: weight of ``|P^T P - I|^2`` (0 as released).
+      normalize: divide the gradient by its norm, so that its scale does not matter.
+      cold_start: how the first basis is found: "power", "svd" (released), or "random",
+        an orthonormal basis that has seen no gradient.
+
+    Raises:
+      TypeError: if ``rank`` or ``update_proj_gap`` is not a Python number, or
+        ``basis_optimizer`` no transformation.
+      ValueError: if one is out of range, or at init with ``side="both"``.
+
+    Examples:
+      >>> import optax
+      >>> import lowrank_optax as lro
+      >>> projector = lro.online_pca(rank=16, basis_optimizer=optax.sgd(0.1))
+      >>> projector.advances
+      True
+
+    References:
+      Liang et al., Memory-Efficient LLM Training with Online Subspace Descent (2024),
+      https://arxiv.org/abs/2408.12857
+    """
+
+    update_proj_gap: Any = NEVER
+    _: dataclasses.KW_ONLY
+    basis_optimizer: Any = None
+    basis_learning_rate: optax.ScalarOrSchedule | None = None
+    ortho_penalty: float | Array = 0.0
+    normalize: bool = True
+
+    advances = True
+    starts = ("power", "svd", "random")
+
+    def __post_init__(self):
+        """Checks the choices."""
+        super().__post_init__()
+        given = self.basis_optimizer
+        if given is not None and not isinstance(given, optax.GradientTransformation):
+            raise TypeError(
+                "`basis_optimizer` must be an optax.GradientTransformation such as "
+                f"optax.sgd(0.1), got {type(given).__name__}."
+            )
+
+    def start(self, matrix: Matrix) -> OnlineBasis:
+        """Starts the basis, and the optimizer on it."""
+        if matrix.side == "both":
+            raise ValueError(
+                f"lro.online_pca moves the basis of leaf {matrix.path!r} by its "
+                'projection on that basis alone, so it has no side="both". Use '
+                '"short", "long", "left" or "right".'
+            )
+        basis = super().start(matrix)
+        return OnlineBasis(basis, self._optimizer().init(wide(basis)))
+
+    def refresh(self, matrix: Matrix, gradient: Array, stored: OnlineBasis, at: At):
+        """Finds the first basis, or makes the basis orthonormal again."""
+        basis = super().refresh(matrix, gradient, stored.vectors, at)
+        return stored._replace(vectors=basis)
+
+    def find(self, matrix: Matrix, gradient: Array, at: At) -> Array:
+        """Returns the first basis."""
+        if self.cold_start == "random":
+            start = random_start(at.key, matrix.m, matrix.rank, gradient.dtype)
+            return cholesky_qr(start)
+        return super().find(matrix, gradient, at)
+
+    def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+        """Returns the orthonormal factor of the basis."""
+        del matrix, gradient, at
+        return cholesky_qr(old)
+
+    def advance(
+        self,
+        matrix: Matrix,
+        stored: OnlineBasis,
+        gradient: Array,
+        projected: Array,
+        at: At,
+    ) -> OnlineBasis:
+        """Takes one step of the basis optimizer."""
+        basis = wide(stored.vectors)
+        gradient, low = gradient.astype(basis.dtype), projected.astype(basis.dtype)
+        size = frobenius(matrix.flip(gradient)) if self.normalize else Size()
+        slope = pca_gradient(gradient, basis, low, size, matrix.transposed)
+        slope = slope + self.ortho_penalty * penalty_gradient(basis)
+        step, state = self._optimizer().update(slope, stored.optimizer, basis)
+        basis = basis + self._rate(at.count) * jnp.asarray(step)
+        return OnlineBasis(basis.astype(self.basis_dtype), state)
+
+    def basis(self, matrix: Matrix, stored: OnlineBasis, at: At) -> Array:
+        """Returns the basis of this step."""
+        del matrix, at
+        return stored.vectors
+
+    def align(self, old: OnlineBasis, new: OnlineBasis) -> OnlineBasis:
+        """Flips new basis vectors that point against the old ones."""
+        return new._replace(vectors=super().align(old.vectors, new.vectors))
+
+    def rotation(self, old: OnlineBasis, new: OnlineBasis):
+        """Returns ``C = P_new^T P_old``."""
+        return super().rotation(old.vectors, new.vectors)
+
+    def _optimizer(self) -> optax.GradientTransformationExtraArgs:
+        if self.basis_optimizer is None:
+            return optax.with_extra_args_support(optax.adamw(1.0, weight_decay=0.01))
+        return optax.with_extra_args_support(self.basis_optimizer)
+
+    def _rate(self, count: Array) -> Any:
+        rate = self.basis_learning_rate
+        if rate is None:
+            return LEARNING_RATE if self.basis_optimizer is None else 1.0
+        return rate(count) if callable(rate) else rate

@@ -1,0 +1,86 @@
+"""A second optimizer for what lies outside the subspace."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from lowrank_optax._matrices import Matrix
+from lowrank_optax.linalg.layout import wide
+from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
+
+
+@dataclasses.dataclass(frozen=True)
+class complement(Recovery):
+    r"""Adds what another transformation makes of the residual.
+
+    With ``R = P^T G`` and the inner optimizer's direction N::
+
+        update = bracket_scale * P N + scale * T(G - P R)
+
+    T sees every projected leaf's residual in the leaf's own shape, and keeps whatever
+    state it keeps at that size: a transformation without state, such as a sign, costs
+    none. Without a T the residual itself is added, and is then never formed:
+    ``P (bracket_scale * N - scale * R) + scale * G``.
+
+    Args:
+      transformation: T, a direction without learning rate: ``optax.scale_by_sign()``
+        (FRUGAL), ``optax.trace(0.9)``, ...; None for the residual as it is (SUMO).
+      scale: factor on T's result. May be traced.
+
+    Raises:
+      TypeError: if ``transformation`` is no Optax transformation.
+      ValueError: at init, with an accumulation (``optax.MultiSteps``) inside the
+        bracket: the complement would step at every micro-batch. Accumulate around the
+        optimizer instead.
+
+    Examples:
+      >>> import optax
+      >>> import lowrank_optax as lro
+      >>> tx = lro.chain(
+      ...     lro.project(lro.power(rank=4)),
+      ...     optax.scale_by_adam(),
+      ...     lro.complement(optax.scale_by_sign()),
+      ...     lro.backproject(),
+      ... )
+
+    References:
+      Zmushko et al., FRUGAL: Memory-Efficient Optimization by Reducing State Overhead
+      for Scalable Training (2024), https://arxiv.org/abs/2411.07837
+    """
+
+    transformation: Any = None
+    scale: float | Array = 1.0
+
+    accumulates = False
+
+    def __post_init__(self):
+        """Checks the transformation."""
+        given = self.transformation
+        if given is not None and not isinstance(given, optax.GradientTransformation):
+            raise TypeError(
+                "complement expected an optax.GradientTransformation such as "
+                f"optax.scale_by_sign(), got {type(given).__name__}."
+            )
+
+    def start(self, matrix: Matrix) -> Any:
+        """Returns the transformation's state for the whole leaf."""
+        if self.transformation is None:
+            return ()
+        return self.transformation.init(jnp.zeros(matrix.shape, jnp.float32))
+
+    def update(
+        self, matrix: Matrix, state: Any, view: LeafView, scale: Any
+    ) -> tuple[Recovered, Any]:
+        """Returns the terms of the update and the transformation's new state."""
+        inside = scale * wide(view.direction)
+        if self.transformation is None:
+            low = inside - self.scale * wide(view.projected)
+            return Recovered(low, jnp.full((1, 1), self.scale, low.dtype)), state
+        lifted = view.up(view.basis, wide(view.projected))
+        residual = matrix.undo(wide(view.gradient) - lifted)
+        direction, state = self.transformation.update(residual, state)
+        outside = self.scale * matrix.view(jnp.asarray(direction))
+        return Recovered(inside, addend=outside), state
