@@ -126,8 +126,8 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
     """Returns name -> builder, adamw first."""
 
     def low_rank(method: Any, **options: Any) -> Callable[[Any], Any]:
-        options |= {"layer_axis": 0, "select": SELECT}
-        return lambda params: JaxPeer(method(LEARNING_RATE, rank, **options), params)
+        options = {"rank": rank, "layer_axis": 0, "select": SELECT, **options}
+        return lambda params: JaxPeer(method(LEARNING_RATE, **options), params)
 
     def galore(form: Any, **options: Any) -> Callable[[Any], Any]:
         return low_rank(lro.galore, projector=form(rank, gap), **options)
@@ -142,6 +142,16 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "lro.subtrack": low_rank(lro.subtrack, update_proj_gap=gap),
         "lro.ldadam": low_rank(lro.ldadam),
         "lro.ldadam feedback": low_rank(lro.ldadam, error_feedback=True),
+        "lro.online_subspace_descent": low_rank(lro.online_subspace_descent),
+        "lro.apollo": low_rank(lro.apollo, update_proj_gap=gap),
+        "lro.apollo_mini": low_rank(lro.apollo_mini, rank=1, update_proj_gap=gap),
+        "lro.coap": low_rank(lro.coap, update_proj_gap=gap),
+        "lro.sara": low_rank(lro.sara, update_proj_gap=gap),
+        "lro.dct_adamw": low_rank(lro.dct_adamw, update_proj_gap=gap),
+        "lro.natural_galore": low_rank(lro.natural_galore, update_proj_gap=gap),
+        "lro.galore_plus": low_rank(lro.galore_plus, heads=8, update_proj_gap=gap),
+        "lro.frugal": low_rank(lro.frugal, update_proj_gap=gap),
+        "lro.sumo": low_rank(lro.sumo, update_proj_gap=gap),
         # No inner optimizer at all: what the two products cost, a floor for the rest.
         "lro products alone": galore(lro.power, base_optimizer=optax.identity()),
     }

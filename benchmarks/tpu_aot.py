@@ -47,7 +47,7 @@ PRESETS = {
 }
 VOCABULARY = 32000
 PROJECTORS = {"power": lro.power, "svd": lro.svd, "gaussian": lro.gaussian}
-METHODS = ("fira", "subtrack", "ldadam")
+METHODS = ("fira", "subtrack", "ldadam", "online_subspace_descent", "apollo")
 AXIS = "fsdp"
 MIB = 2**20
 

@@ -19,12 +19,14 @@ class Row:
     """One method with the options under test.
 
     `inner` is what stands in the bracket: for accumulation inside it, which
-    `galore_adafactor`, with an inner of its own, does not offer.
+    `galore_adafactor`, with an inner of its own, does not offer. `orthonormal`: whether
+    what the state has under "basis" is orthonormal at all times.
     """
 
     make: Callable[..., Any]
     params: Any = None
     inner: Any = None
+    orthonormal: bool = True
 
 
 def galore(inner=None, params=None, **options):
@@ -42,17 +44,26 @@ def stacked_params():
     }
 
 
+EVERY_STEP = (lro.ldadam, lro.online_subspace_descent)  # without a gap
+# No accumulation inside: an inner of their own, or a step of the complement.
+NOT_INSIDE = (lro.natural_galore, lro.sumo, lro.frugal)
+# Bases that drift between decompositions, and column numbers in place of bases.
+OTHER_BASES = (lro.online_subspace_descent, lro.coap, lro.dct_adamw)
+
+
 def row(method, *, params=None, **options):
     """A method around Adam or `base_optimizer`, refreshed every GAP steps."""
     adam = optax.scale_by_adam()
-    if method is lro.ldadam:  # which follows the gradient at every step
+    if method is lro.ldadam:
         adam = optax.scale_by_adam(0.908, 0.99)
-    else:
+    if method not in EVERY_STEP:
         options["update_proj_gap"] = GAP
-    if options.get("error_feedback"):
-        adam = None  # no accumulation inside
-    make = functools.partial(method, learning_rate=1e-2, rank=2, **options)
-    return Row(make, params, options.get("base_optimizer", adam))
+    if options.get("error_feedback") or method in NOT_INSIDE:
+        adam = None
+    options = {"learning_rate": 1e-2, "rank": 2, **options}
+    make = functools.partial(method, **options)
+    inner = options.get("base_optimizer", adam)
+    return Row(make, params, inner, method not in OTHER_BASES)
 
 
 RAW = optax.chain(lro.scale_by_raw_adam(), lro.scale_by_bias_correction())
@@ -121,6 +132,45 @@ ROWS = {
         error_feedback=True,
         error_dtype=jnp.bfloat16,
     ),
+    "osd": row(lro.online_subspace_descent, weight_decay=0.1),
+    "osd_orthonormal": row(
+        lro.online_subspace_descent,
+        basis_optimizer=optax.lion(0.1),
+        ortho_penalty=0.5,
+        reorthonormalize_every=GAP,
+        cold_start="random",
+    ),
+    "osd_stacked": row(
+        lro.online_subspace_descent,
+        params=stacked_params(),
+        layer_axis=0,
+        basis_preset="paper",
+        conventions="authors",
+        base_optimizer=RAW,
+    ),
+    "apollo": row(lro.apollo, weight_decay=0.1),
+    "apollo_stacked": row(lro.apollo, params=stacked_params(), layer_axis=0),
+    "apollo_mini": row(lro.apollo_mini, rank=1),
+    "coap": row(lro.coap, reproject_factor=2),
+    "coap_stacked": row(
+        lro.coap,
+        params=stacked_params(),
+        layer_axis=0,
+        transport=lro.rotate_moments(form="root"),
+    ),
+    "sara": row(lro.sara),
+    "dct_adamw": row(lro.dct_adamw, weight_decay=0.1),
+    "dct_adamw_feedback": row(
+        lro.dct_adamw,
+        params=stacked_params(),
+        layer_axis=0,
+        error_feedback=True,
+        kind="dct2",
+    ),
+    "natural_galore": row(lro.natural_galore, select="kernel", history=3),
+    "galore_plus": row(lro.galore_plus, heads=2),
+    "frugal": row(lro.frugal),
+    "sumo": row(lro.sumo, params=stacked_params(), layer_axis=0),
 }
 
 

@@ -91,23 +91,30 @@ def test_a_guarded_run_does_not_remember_a_bad_step(row, value):
                 )
 
 
+def assert_valid(row, stored):
+    """What a row promises of its bases at any time."""
+    if ROWS[row].orthonormal:
+        assert_orthonormal(stored)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(stored))
+
+
 @each_row
 @cases
 def test_a_bad_step_never_enters_a_basis(row, value):
-    """Without the guard: bases stay finite and orthonormal, and recover."""
+    """Without the guard: bases stay finite (and orthonormal), and recover."""
     one = subject(row)
     for when in WHEN.values():
         for extent in EXTENTS:
             params, before = one.run[when]
             bad = spoil(one.gradients[when], BAD[value], extent)
             _, state = one.step(params, before, bad)
-            assert_orthonormal(bases(state))
+            assert_valid(row, bases(state))
             if value in NOT_FINITE and extent == "tree":
                 assert_bit_equal(bases(state), bases(before))
             # Healthy gradients renew what was left undone.
             for gradient in good_gradients(row)[:GAP]:
                 _, state = one.step(params, state, gradient)
-                assert_orthonormal(bases(state))
+                assert_valid(row, bases(state))
             pending = optax.tree_utils.tree_get_all_with_path(state, "pending")[0][1]
             if jax.tree.leaves(bases(state)):
                 assert not any(np.any(p) for p in jax.tree.leaves(pending))

@@ -104,7 +104,9 @@ class TrainConfig:
     1b, 3b, 7b or 13b"""
     optimizer: str = "galore"
     """name in the registry of examples/llama/optimizers.py: adamw, galore, fira,
-    subtrack, grass_walk, grass_jump or ldadam (without error feedback)"""
+    subtrack, grass_walk, grass_jump, ldadam (without error feedback), apollo,
+    online_subspace_descent, apollo_mini, coap, sara, dct_adamw (without error
+    feedback), natural_galore, galore_plus, frugal or sumo"""
 
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
@@ -141,7 +143,7 @@ class TrainConfig:
     final_lr: float = 0.1
     """learning rate at the end of the cosine, as a fraction of the peak"""
     b1: float | None = None
-    """decay of the first moment, per step; left out: 0.9, ldadam 0.908"""
+    """decay of the first moment, per step; left out: 0.9, ldadam 0.908, sumo 0.95"""
     b2: float | None = None
     """decay of the second moment, per step; left out: 0.999, ldadam 0.99"""
     eps: float = 1e-8
@@ -151,13 +153,16 @@ class TrainConfig:
     clip: float | None = None
     """largest global norm of the gradient; 0: no clipping"""
     rank: int | None = None
-    """rank of the projection (all but adamw), columns"""
+    """rank of the projection (all but adamw), columns; left out: the preset's,
+    apollo_mini 1"""
     update_proj_gap: int | None = None
-    """steps between two refreshes of the projection (all but adamw; ldadam refreshes
-    at every step)"""
+    """steps between two refreshes of the projection (all but adamw; the basis of
+    ldadam and online_subspace_descent moves at every step); left out: the preset's,
+    coap 32, dct_adamw 1"""
     scale: float | None = None
     """factor on the update inside the subspace of projected matrices (all but adamw);
-    left out: 0.25, ldadam 1"""
+    left out: 0.25; 1 for ldadam, apollo, dct_adamw, frugal and sumo, 128 (of which
+    the root counts) for apollo_mini"""
     max_skips: int = 10
     """stop when this many steps in a row had a gradient that was not finite"""
 
@@ -216,7 +221,15 @@ class Resolved(TrainConfig):
 
 # What a recipe leaves to the method, and the methods whose authors differ.
 _METHOD = {"b1": 0.9, "b2": 0.999, "scale": 0.25}
-_METHODS = {"ldadam": {"b1": 0.908, "b2": 0.99, "scale": 1.0}}
+_METHODS = {
+    "ldadam": {"b1": 0.908, "b2": 0.99, "scale": 1.0},
+    "apollo": {"scale": 1.0},
+    "apollo_mini": {"rank": 1, "scale": 128.0},
+    "coap": {"update_proj_gap": 32},
+    "dct_adamw": {"update_proj_gap": 1, "scale": 1.0},
+    "frugal": {"scale": 1.0},
+    "sumo": {"b1": 0.95, "scale": 1.0},
+}
 
 
 # A checkpoint written under another value of these does not fit; the rest (learning

@@ -1,5 +1,6 @@
 """One registry, name -> optimizer. A method is added by a factory and a line."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from examples.llama.config import Resolved, UsageError
+from examples.llama.config import PRESETS, Resolved, UsageError
 
 Factory = Callable[[Resolved, optax.Schedule], optax.GradientTransformation]
 _NEVER = int(jnp.iinfo(jnp.int32).max)
@@ -51,6 +52,11 @@ def low_rank(config: Resolved) -> dict[str, Any]:
     }
 
 
+def at_every_step(method: Callable[..., optax.GradientTransformation]) -> Factory:
+    """The factory of a method whose basis moves at every step."""
+    return lambda config, lr: method(lr, **low_rank(config))
+
+
 def at_gaps(method: Callable[..., optax.GradientTransformation]) -> Factory:
     """The factory of a method whose basis changes every `--update-proj-gap` steps."""
 
@@ -60,8 +66,15 @@ def at_gaps(method: Callable[..., optax.GradientTransformation]) -> Factory:
     return make
 
 
-def ldadam(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
-    return lro.ldadam(lr, **low_rank(config))
+def galore_plus(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+    """The kernels whose columns are cut into heads have one basis for all of them."""
+    heads = PRESETS[config.preset].model.heads
+
+    def parts(path: str) -> int:
+        return heads if re.search(r"/[qkv]/", path) else 1
+
+    gap = config.update_proj_gap
+    return lro.galore_plus(lr, heads=parts, update_proj_gap=gap, **low_rank(config))
 
 
 OPTIMIZERS: dict[str, Factory] = {
@@ -71,7 +84,17 @@ OPTIMIZERS: dict[str, Factory] = {
     "subtrack": at_gaps(lro.subtrack),
     "grass_walk": at_gaps(lro.grass_walk),
     "grass_jump": at_gaps(lro.grass_jump),
-    "ldadam": ldadam,
+    "ldadam": at_every_step(lro.ldadam),
+    "online_subspace_descent": at_every_step(lro.online_subspace_descent),
+    "apollo": at_gaps(lro.apollo),
+    "apollo_mini": at_gaps(lro.apollo_mini),
+    "coap": at_gaps(lro.coap),
+    "sara": at_gaps(lro.sara),
+    "dct_adamw": at_gaps(lro.dct_adamw),
+    "natural_galore": at_gaps(lro.natural_galore),
+    "galore_plus": galore_plus,
+    "frugal": at_gaps(lro.frugal),
+    "sumo": at_gaps(lro.sumo),
 }
 
 

@@ -170,7 +170,7 @@ def _tree_get_set(subject: Subject) -> None:
         changed = optax.tree_utils.tree_set(state, only, count=value + 7)
         counts = optax.tree_utils.tree_get_all_with_path(changed, "count")
         for (path, old), (_, new) in zip(found, counts, strict=True):
-            assert int(new) == int(old) + 7 * (path == first)
+            assert_bit_equal(new, old + 7 * (path == first))
     for name in ("mu", "nu", "trace", "basis"):
         if len(optax.tree_utils.tree_get_all_with_path(state, name)) != 1:
             continue
@@ -182,7 +182,11 @@ def _tree_get_set(subject: Subject) -> None:
 
 @_law
 def _tree_map_params(subject: Subject) -> None:
-    """``tree_map_params`` maps the moments and leaves the counters alone."""
+    """``tree_map_params`` maps the moments and leaves the counters alone.
+
+    But for the counters of what has a state for every parameter, such as an optimizer
+    of the basis: that whole state is the parameter's.
+    """
     state = subject.run[-1][1]
     tree_map = functools.partial(optax.tree_utils.tree_map_params, subject.tx)
     assert_bit_equal(tree_map(lambda x: x, state), state)
@@ -192,10 +196,12 @@ def _tree_map_params(subject: Subject) -> None:
         for path, tree in optax.tree_utils.tree_get_all_with_path(mapped, name):
             assert not any(np.any(x) for x in jax.tree.leaves(tree)), path
     counts = optax.tree_utils.tree_get_all_with_path
-    for (_, old), (_, new) in zip(
+    for (path, old), (_, new) in zip(
         counts(state, "count"), counts(mapped, "count"), strict=True
     ):
-        assert_bit_equal(old, new)
+        fields = {getattr(key, "name", "") for key in path}
+        if not fields & {"basis", "recovery_state"}:
+            assert_bit_equal(old, new)
 
 
 @_law
