@@ -27,10 +27,13 @@ class Signatures(griffe.Extension):
 
 
 def complete(module: griffe.Module, known: dict[str, griffe.Parameter]) -> None:
-    """A method's options come from the same module's direction, or are shared."""
+    """A method's options are shared, or those of a function of its module.
+
+    Of modules that it imports methods from, too: theirs may be passed on.
+    """
     live = importlib.import_module(module.path)
     functions = [f for f in module.functions.values() if not f.is_alias]
-    for function in functions:
+    for function in [*imported(module), *functions]:
         known = known | named(function)
     for function in functions:
         signature = getattr(getattr(live, function.name), "__signature__", None)
@@ -40,6 +43,23 @@ def complete(module: griffe.Module, known: dict[str, griffe.Parameter]) -> None:
         rest = [p for p in function.parameters if p.name not in own]
         merged = [own.get(name) or known[name] for name in signature.parameters]
         function.parameters = griffe.Parameters(*merged, *rest)
+
+
+def imported(module: griffe.Module) -> list[griffe.Function]:
+    """The functions of the modules of methods whose functions a module imports."""
+    package = module.package
+    homes = {
+        f.target_path.rpartition(".")[0].removeprefix(f"{package.path}.")
+        for f in module.members.values()
+        if isinstance(f, griffe.Alias)
+    }
+    return [
+        function
+        for home in sorted(homes)
+        if home.startswith("methods.") and not home.startswith("methods._")
+        for function in package[home].functions.values()
+        if not function.is_alias
+    ]
 
 
 def named(function: griffe.Function) -> dict[str, griffe.Parameter]:
