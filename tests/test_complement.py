@@ -185,9 +185,9 @@ def test_bad_input():
         lro.complement(0.5)
     with pytest.raises(TypeError, match=r"complement expected an optax.* str"):
         lro.frugal(1e-2, 4, state_free="sign")
-    with pytest.raises(ValueError, match="`block` must be one of"):
+    with pytest.raises(ValueError, match="`head` must be one of"):
         lro.galore_plus(1e-2, 4, heads=4, head="last")
-    with pytest.raises(ValueError, match="`blocks` must be at least 1"):
+    with pytest.raises(ValueError, match="`heads` must be at least 1"):
         lro.galore_plus(1e-2, 4, heads=0)
     with pytest.raises(TypeError, match="`blocks` must be a positive int"):
         one_step(lro.galore_plus(1e-2, 4, heads=lambda path: 2.0), normal(0, M, N))

@@ -257,7 +257,7 @@ def test_sumo_state_bytes(method):
 
 
 def test_sumo_errors():
-    with pytest.raises(ValueError, match="`method` must be one of"):
+    with pytest.raises(ValueError, match="`orthogonalization` must be one of"):
         lro.sumo(1e-2, orthogonalization="qr")
     with pytest.raises(ValueError, match="`rank`"):
         lro.sumo(1e-2, rank=0)

@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -49,7 +48,7 @@ def _bracket(
         recover_scale(
             of="gradient", granularity=granularity, growth_limit=growth_limit
         ),
-        backproject(jnp.sqrt(scale), learning_rate),
+        backproject(scale**0.5, learning_rate),
     )
     return _recipe.correct_bias(tx, base_optimizer, b1, b2, authors)
 

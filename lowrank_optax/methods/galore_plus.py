@@ -1,11 +1,11 @@
 """GaLore+: one basis for all heads of an attention kernel."""
 
-from collections.abc import Callable
 from typing import Any, Unpack
 
 import optax
 from jaxtyping import Array
 
+from lowrank_optax import _checks
 from lowrank_optax._chain import backproject, chain
 from lowrank_optax.methods import _recipe
 from lowrank_optax.methods._options import (
@@ -23,7 +23,7 @@ def _bracket(
     learning_rate: optax.ScalarOrSchedule | None,
     rank: Any,
     *,
-    heads: int | Callable[[str], int] = 1,
+    heads: Any = 1,
     head: str = "first",
     update_proj_gap: int = 200,
     scale: float | Array = 0.25,
@@ -37,6 +37,9 @@ def _bracket(
     basis_dtype: Any = None,
     **options: Unpack[ProjectOptions],
 ) -> optax.GradientTransformationExtraArgs:
+    _checks.choice("head", head, ("first", "mean"))
+    if not callable(heads):
+        _checks.positive_int("heads", heads)
     projector = power(rank, update_proj_gap, blocks=heads, block=head)
     return chain(
         open_bracket(
@@ -103,7 +106,8 @@ def galore_plus(
       mask: leaves to decay, as in ``optax.masked``.
       heads: into how many equal parts the kept axis falls, or a callable of the
         leaf's path, 1 for leaves without heads: ``lambda path: 16 if "attn/q" in path
-        else 1``.
+        else 1``. The heads must lie on the kept axis: give ``side="left"`` for kernels
+        ``[embed, heads * head_dim]`` that are narrower than ``embed``.
       head: the basis is formed from the "first" part, or from the "mean" of all.
       update_proj_gap: steps from one basis to the next.
       scale: factor on ``P N``.

@@ -5,6 +5,7 @@ from typing import Any, Unpack
 import optax
 from jaxtyping import Array
 
+from lowrank_optax import _checks
 from lowrank_optax._chain import backproject, chain, project
 from lowrank_optax.methods._options import (
     ProjectOptions,
@@ -15,6 +16,7 @@ from lowrank_optax.methods._recipe import adam, decay
 from lowrank_optax.projectors import Projector, power
 from lowrank_optax.recovery import complement
 from lowrank_optax.transforms import orthogonalize
+from lowrank_optax.transforms.orthogonalize import METHODS
 from lowrank_optax.transport import Transport, rotate_moments
 
 
@@ -39,6 +41,7 @@ def _bracket(
     basis_dtype: Any = None,
     **options: Unpack[ProjectOptions],
 ) -> optax.GradientTransformationExtraArgs:
+    _checks.choice("orthogonalization", orthogonalization, METHODS)
     if projector is None:
         basis = {} if basis_dtype is None else {"basis_dtype": basis_dtype}
         projector = power(rank, update_proj_gap, **basis)
@@ -159,7 +162,7 @@ def sumo(
         ``|O|`` is left out, as it never binds: that norm is sqrt(r) at every step at
         which M has full rank.
       * Bases come from block power steps in place of a randomized SVD, and the default
-        ``scale`` and factor are chosen as said above.
+        ``scale`` and factor are this package's choice, for want of the paper's.
       * Directions in which M is zero up to rounding get no step.
     """
     tx = _bracket(learning_rate, rank, **options)

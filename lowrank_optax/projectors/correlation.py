@@ -47,8 +47,9 @@ class correlation(TrackingProjector):
       learning_rate: of the step on the basis (COAP: 0.1).
       clip: largest norm of its gradient, of each of two bases (COAP: 1).
       normalize: divide the gradient by its rms first. f is quadratic in the gradient:
-        without, the step does nothing at the scale of a language model's gradients
-        (changes of 1e-8 where the rms is 1e-3).
+        without, the step does nothing at the scale of a language model's gradients.
+        With it, the step is the same at every scale, and still small for a large
+        matrix, since both factors of f are means: raise ``learning_rate`` there.
       cold_start: "power" for power sweeps, "svd" for the released decompositions: the
         singular vectors of the gradient on the sketch ``G^T P``, by an SVD with r
         columns (the first basis: of the gradient itself).

@@ -38,8 +38,8 @@ class online_pca(TrackingProjector):
 
     The derivative costs one product with G, ``2 m n r`` operations, and nothing of
     size m x n: ``P^T G`` is the projection that was used anyway. No factorization
-    after the first basis. P is not kept orthonormal; it is held near by the loss, whose
-    minimum is any orthonormal basis of the leading subspace.
+    after the first basis. P is not kept orthonormal; at a small rate it is held near by
+    the loss, whose minimum is any orthonormal basis of the leading subspace.
 
     Every matrix has a state of the basis optimizer to itself, and one that needs
     parameters gets P. A basis that would not be finite stays as it was.

@@ -17,7 +17,7 @@ _REMARKS = ("f32_vs_f64_max_abs_dev_and_travel", "seeds", "proj")
 _GRANULARITY = {"channel": "column", "tensor": "tensor"}
 
 # The released code ran in float32 and ends up to 3e-6 of the travel away from a
-# float64 replay of the same case; this allows for what the recording.s notes do.
+# float64 replay of the same case; this allows for what the recording's notes allow.
 _ROUNDING = 5e-5
 
 _NO_MOMENTS = within_travel(0.0)  # none were recorded
