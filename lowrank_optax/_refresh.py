@@ -116,7 +116,13 @@ class Refresher:
         def form(at, stored):
             return self.projector.basis(self.matrix, stored, at)
 
-        return self._each(form, clock, stored)
+        at = self._at(clock)
+        if not self.matrix.batch:
+            return form(jax.tree.map(lambda x: x[0], at), stored)
+        flat = jax.tree.map(lambda x: _flat(self, x), stored)
+        out = jax.vmap(form)(at, flat)
+        batch = self.matrix.batch_shape
+        return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
 
     def advance(
         self,
@@ -131,28 +137,27 @@ class Refresher:
         (Or early in the accumulation that ends with the bracket's first step.)
         """
         began = clock.count > 0
+        # In stored order, as the operands of a loop are materialized.
+        gradient = self.matrix.flip(gradient)
 
-        def move(at, gradient, projected, cold, stored):
+        def move(args):
+            at, gradient, projected, cold, stored = args
+            gradient = self.matrix.flip(gradient)
             peak = jnp.max(jnp.abs(gradient))
             healthy = jnp.isfinite(peak) & (peak > 0) & ~cold & began
             new = self.projector.advance(self.matrix, stored, gradient, projected, at)
             good = healthy & _finite(new)
             return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, stored)
 
-        stored = self._each(
-            move, clock, gradient, projected, before.pending, leaf.stored
-        )
-        return leaf._replace(stored=stored)
-
-    def _each(self, function: Any, clock: Clock, *trees: Any) -> Any:
-        """Maps ``function(at, ...)`` over the leaf's matrices."""
-        at = self._at(clock)
+        at, trees = self._at(clock), (gradient, projected, before.pending, leaf.stored)
         if not self.matrix.batch:
-            return function(jax.tree.map(lambda x: x[0], at), *trees)
+            one = jax.tree.map(lambda x: x[0], at)
+            return leaf._replace(stored=move((one, *trees)))
         flat = jax.tree.map(lambda x: _flat(self, x), trees)
-        out = jax.vmap(function)(at, *flat)
-        batch = self.matrix.batch_shape
-        return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
+        out = jax.lax.map(move, (at, *flat))
+        like = leaf.stored
+        stored = jax.tree.map(lambda x, like: x.reshape(like.shape), out, like)
+        return leaf._replace(stored=stored)
 
     def _attempt(self, clock: Clock, at: At, gradient: Array, leaf: LeafBasis):
         peak = jnp.max(jnp.abs(gradient))
