@@ -12,12 +12,19 @@ def polar_svd(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Returns ``U V^T`` of ``X = U S V^T``, without the directions where S vanishes.
 
     A singular value below ``eps sqrt(max(m, n))`` of the largest counts as zero: what
-    rounding makes of a zero one is several times less.
+    rounding makes of a zero one is several times less. The matrices of a stack run one
+    by one: XLA's batched SVD can wait forever for its own threads on a small CPU.
     """
-    left, values, right = jnp.linalg.svd(unit_peak(x)[0], full_matrices=False)
-    least = jnp.finfo(x.dtype).eps * max(x.shape[-2:]) ** 0.5 * values[..., :1]
-    left = jnp.where((values <= least)[..., None, :], 0.0, left)
-    return jnp.matmul(left, right, precision=HIGHEST)
+    shape, dtype = x.shape, x.dtype
+
+    def one(x: Array) -> Array:
+        left, values, right = jnp.linalg.svd(x, full_matrices=False)
+        least = jnp.finfo(dtype).eps * max(shape[-2:]) ** 0.5 * values[0]
+        left = jnp.where(values <= least, 0.0, left)
+        return jnp.matmul(left, right, precision=HIGHEST)
+
+    stack = unit_peak(x)[0].reshape((-1, *shape[-2:]))
+    return jax.lax.map(one, stack).reshape(shape)
 
 
 def polar_newton_schulz(
