@@ -55,7 +55,8 @@ class SubspaceView(NamedTuple):
       params: the parameters likewise, or None.
       projected: what the inner transformation was given.
       basis: the basis of this step, None on full leaves.
-      previous_basis: the basis of the step before, None on full leaves.
+      previous_basis: the basis of the step before, None on full leaves and ``()``
+        where the projector stores none.
       state_before: inner state before transport.
       state_transported: inner state after transport, before the update.
       matrices: the static ``Matrix`` of each projected leaf, None on full leaves.

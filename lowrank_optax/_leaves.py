@@ -15,6 +15,7 @@ from lowrank_optax._matrices import (
     rebox,
     refill,
     refill_tree,
+    restore,
     unbox,
     unbox_tree,
 )
@@ -27,15 +28,33 @@ class Leaves:
     """One step's plan applied to its trees: lists by leaf position."""
 
     def __init__(self, bracket: Bracket, plan: Plan, updates, state, params):
-        self.bracket, self.plan, self.before = bracket, plan, state
+        self.bracket, self.plan = bracket, plan
         _check_trees(plan, updates)
         self.refreshers = bracket.refreshers(plan)
+        self.before = self._restored(state)
         self.updates = plan.treedef.flatten_up_to(updates)
         self.params = None if params is None else plan.treedef.flatten_up_to(params)
         steps = optax.tree_utils.tree_get(state.inner_state, "mini_step")
         self.clock = Clock(
             state.count, jnp.bool_(True) if steps is None else steps == 0, state.key
         )
+
+    def _restored(self, state: SubspaceState) -> SubspaceState:
+        """Gives what is kept per parameter its own types back.
+
+        ``nnx.Optimizer`` returns a tuple at a parameter's place as a mapping.
+        """
+        treedef, recovery = self.plan.treedef, self.bracket.recovery
+        stored = treedef.flatten_up_to(state.basis)
+        for i, refresher in self.refreshers.items():
+            stored[i] = restore(stored[i], lambda r=refresher: r.init().stored)
+        state = state._replace(basis=treedef.unflatten(stored))
+        if recovery is None:
+            return state
+        kept = treedef.flatten_up_to(state.recovery_state)
+        for i, refresher in self.refreshers.items():
+            kept[i] = restore(kept[i], lambda r=refresher: recovery.start(r.matrix))
+        return state._replace(recovery_state=treedef.unflatten(kept))
 
     def view(self, tree: Any) -> list[Any]:
         leaves = [unbox(leaf) for leaf in self.plan.treedef.flatten_up_to(tree)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -174,6 +175,25 @@ def unbox_tree(tree: Any) -> Any:
 def refill_tree(tree: Any, value: Any) -> Any:
     """``refill`` likewise."""
     return jax.tree.map(refill, tree, value, is_leaf=is_box)
+
+
+def restore(found: Any, make: Callable[[], Any]) -> Any:
+    """Returns ``found`` in the structure of ``make()``, leaves matched by their paths.
+
+    ``found`` may have a mapping wherever that has a tuple with named fields.
+    """
+    template = jax.eval_shape(make)
+    if jax.tree.structure(unbox_tree(found)) == jax.tree.structure(template):
+        return found
+
+    def named(path: tuple[Any, ...]) -> tuple[str, ...]:
+        return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+    flat = jax.tree_util.tree_leaves_with_path(found, is_leaf=is_box)
+    leaves = {named(path): leaf for path, leaf in flat}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: leaves[named(path)], template
+    )
 
 
 def rebox(leaf: Any, value: Any, axes: tuple[tuple[int, ...], ...]) -> Any:

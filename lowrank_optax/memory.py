@@ -129,12 +129,21 @@ def owned_leaves(
     owned = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         keys = tuple(_keys(path))
-        owned.append((*_owner(keys, paths, longest), leaf))
+        owned.append((*_owner(keys, _field(path), paths, longest), leaf))
     return owned
 
 
-def _owner(keys, paths, longest) -> tuple[tuple[str, ...], str | None]:
-    field = next((i for i, key in enumerate(keys) if key in _PER_PARAMETER), None)
+def _field(path: tuple[Any, ...]) -> int | None:
+    """Returns where the path enters a field that holds a tree for every parameter."""
+    fields = (
+        i
+        for i, key in enumerate(path)
+        if isinstance(key, jax.tree_util.GetAttrKey) and key.name in _PER_PARAMETER
+    )
+    return next(fields, None)
+
+
+def _owner(keys, field, paths, longest) -> tuple[tuple[str, ...], str | None]:
     if field is not None:
         start = field + 1
         for length in range(min(longest, len(keys) - start), -1, -1):

@@ -106,12 +106,26 @@ def test_a_traced_scale():
 
 
 def test_a_bad_gradient_leaves_the_basis():
-    tx = lro.frugal(1e-2, R)
+    tx = lro.frugal(1e-2, R, update_proj_gap=1)
     params = {"w": normal(0, M, N)}
-    _, state = tx.update(params, tx.init(params), params)
-    poisoned = {"w": params["w"].at[0, 0].set(jnp.nan)}
-    _, after = tx.update(poisoned, state, params)
+    update = jax.jit(tx.update)
+    _, state = update(params, tx.init(params), params)
+    _, other = update({"w": normal(1, M, N)}, state, params)
+    assert np.any(other.basis["w"] != state.basis["w"])
+    poisoned = {"w": normal(1, M, N).at[0, 0].set(jnp.nan)}
+    _, after = update(poisoned, state, params)
     assert_bit_equal(after.basis, state.basis)
+
+
+def test_nothing_outside_is_no_step():
+    """A gradient inside the subspace leaves rounding, whose sign is no direction."""
+    inside, _ = split(normal(0, M, N))
+    tx = bracket(lro.complement(optax.scale_by_sign()), scale=0.0)
+    got, _ = one_step(tx, inside)
+    assert not np.any(got)
+    full = lro.frugal(1.0, M, select="w", scale=0.0)
+    got, _ = one_step(full, normal(0, M, N))
+    assert not np.any(got)
 
 
 def test_frugal_as_written():
@@ -129,6 +143,20 @@ def test_frugal_as_written():
     assert seen.by_role["mu"] + seen.by_role["nu"] == 2 * 4 * R * N
     assert seen.by_role["basis"] == 4 * M * R
     assert "recovery" not in seen.by_role
+
+
+@pytest.mark.parametrize("method", [lro.frugal, lro.galore_plus])
+def test_state_bytes(method):
+    params = {"w": jnp.zeros((M, N))}
+    tx = method(1e-2, R)
+    seen = lro.state_bytes(tx, params)
+    assert seen.by_role == {
+        "basis": 4 * M * R,
+        "mu": 4 * R * N,
+        "nu": 4 * R * N,
+        "other": 4 + 8 + 4 + 1,  # two counters, the key, whether a refresh is pending
+    }
+    assert seen.total == sum(x.nbytes for x in jax.tree.leaves(tx.init(params)))
 
 
 def head_basis(gradient, **options):
@@ -154,9 +182,14 @@ def test_galore_plus_looks_at_one_head():
 
 
 def test_galore_plus_with_an_idle_first_head():
-    """Its gradient says nothing: any orthonormal basis will do, none is missing."""
-    gradient = normal(0, M, N).at[:, :5].set(0.0)
-    assert_orthonormal(head_basis(gradient, heads=4))
+    """Its gradient says nothing; the others' average does."""
+    left, right = normal(0, M, R), jnp.tile(normal(1, R, 5), (1, 4))
+    gradient = (left @ right).at[:, :5].set(0.0)
+    found = head_basis(gradient, heads=4)
+    assert_orthonormal(found)
+    # Rank 3 and three vectors: everything is captured, to rounding.
+    captured = jnp.sum((found.T @ gradient) ** 2) / jnp.sum(gradient**2)
+    assert captured > 0.999
 
 
 def test_galore_plus_refresh_costs_a_share():

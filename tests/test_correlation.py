@@ -237,6 +237,16 @@ def test_state_bytes_of_a_convolution():
     }
 
 
+def test_state_bytes():
+    seen = lro.state_bytes(lro.coap(1e-2, R), {"w": jnp.zeros((M, N))})
+    assert seen.by_role == {
+        "basis": 4 * M * R,
+        "mu": 4 * R * N,
+        "nu": 4 * R * N,
+        "other": 4 + 8 + 4 + 1,  # two counters, the key, whether a refresh is pending
+    }
+
+
 def test_the_roots_are_transported_as_a_vector():
     c, mu, nu = normal(0, 3, 3), normal(1, 3, 5), normal(2, 3, 5) ** 2
     (moved,) = lro.rotate_moments(form="root").move(

@@ -225,3 +225,16 @@ def test_recovery_costs_one_matrix_of_temporaries(make, in_turn):
     thin = 128 * 1376 * 4 if jax.__version_info__ >= (0, 11) else 0
     allowed = temporary_bytes(galore_power, in_turn) + LARGEST + thin
     assert temporary_bytes(make, in_turn) <= allowed
+
+
+def test_parameters_may_be_called_like_a_brackets_fields():
+    params = {"basis": {"w": jnp.zeros((32, 64))}, "w": jnp.zeros((64, 32))}
+    one = 2 * 32 * 64 * 4
+    table = lro.state_bytes(optax.adam(1e-3), params)
+    assert table.by_parameter == {"": 4, "basis/w": one, "w": one}
+    low = lro.state_bytes(lro.galore(1e-3, rank=4), params).by_parameter
+    assert low["basis/w"] == low["w"]
+    specs = lro.state_shardings(
+        optax.adam(1e-3), params, {"basis": {"w": jax.P("a", "b")}, "w": jax.P()}
+    )
+    assert specs[0].mu["basis"]["w"] == jax.P("a", "b")

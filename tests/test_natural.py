@@ -242,6 +242,11 @@ def test_history_must_be_positive(history):
         lro.natural_galore(1e-2, history=history)
 
 
+def test_damping_must_be_positive():
+    with pytest.raises(ValueError, match=r"`damping` must be positive, got -1\.0"):
+        lro.scale_by_natural_gradient(damping=-1.0)
+
+
 def test_history_must_be_an_int():
     with pytest.raises(TypeError, match="`history` must be a positive int"):
         lro.scale_by_natural_gradient(history=True)

@@ -305,6 +305,8 @@ def test_the_sign_after_the_lift_is_of_the_whole_matrix():
 def test_bad_input():
     with pytest.raises(TypeError, match=r"`basis_optimizer` must be an optax.* float"):
         lro.online_subspace_descent(1e-2, 4, basis_optimizer=0.1)
+    with pytest.raises(TypeError, match=r"`after_lift` must be an optax.* str"):
+        lro.online_subspace_descent(1e-2, 4, after_lift="sign")
     with pytest.raises(ValueError, match="`basis_preset` must be one of"):
         lro.online_subspace_descent(1e-2, 4, basis_preset="both")
     with pytest.raises(ValueError, match=r"does not know\. Give basis_learning_rate"):

@@ -128,19 +128,41 @@ def test_nnx_state(row):
     )
 
 
-def test_nnx_optimizer():
+# Several of them keep a tuple for every parameter, which nnx returns as a mapping.
+NNX = {
+    "galore": lambda: lro.galore(1e-2, rank=2),
+    "galore both": lambda: lro.galore(1e-2, rank=2, side="both"),
+    "osd": lambda: lro.online_subspace_descent(1e-2, rank=2),
+    "frugal": lambda: lro.frugal(1e-2, rank=2, state_free=optax.trace(0.9)),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_nnx_optimizer(name):
     model = nnx.Linear(12, 6, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, lro.galore(1e-2, rank=2), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, NNX[name](), wrt=nnx.Param)
     before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    params = {"bias": model.bias[...], "kernel": model.kernel[...]}
+    params = jax.tree.map(jnp.copy, params)
 
     def loss(model):
         return jnp.sum(model(jnp.eye(12)) ** 2)
 
+    def plain_loss(params):
+        return jnp.sum((params["kernel"] + params["bias"]) ** 2)
+
+    tx = NNX[name]()
+    state, update = tx.init(params), jax.jit(tx.update)
+    step = nnx.jit(lambda m, o: o.update(m, nnx.grad(loss)(m)))
     start = loss(model)
     for _ in range(3):
-        optimizer.update(model, nnx.grad(loss)(model))
+        step(model, optimizer)
+        updates, state = update(jax.grad(plain_loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
     assert loss(model) < start
     chex.assert_trees_all_equal_structs(before, nnx.state(model, nnx.Param))
+    # Another program's order of operations, through three steps of Adam.
+    np.testing.assert_allclose(model.kernel[...], params["kernel"], atol=1e-5)
 
 
 NAMES = {1: ("mlp",), 2: ("embed", "mlp"), 3: ("layers", "embed", "mlp")}

@@ -60,6 +60,6 @@ def penalty_gradient(basis: Float[Array, "m r"]) -> Float[Array, "m r"]:
     return 4.0 * jnp.matmul(basis, excess, precision=HIGHEST)
 
 
-def gram(basis: Float[Array, "m r"]) -> Float[Array, "r r"]:
+def gram(basis: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
     """Returns ``P^T P``."""
     return jnp.matmul(turn(basis), basis, precision=HIGHEST)

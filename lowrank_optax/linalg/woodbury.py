@@ -47,11 +47,13 @@ def solve_member(
     a = jnp.where(a > 0, a, 1.0)
     share, rest = norms / a, jnp.square(root / a)
     rest = jnp.maximum(rest, 8 * s * float(jnp.finfo(dtype).eps))
-    cosines = jnp.einsum("...irn,...jrn->...ij", units, units, precision=HIGHEST)
+    flat = units.reshape((*norms.shape, -1))
+    cosines = jnp.einsum("...ik,...jk->...ij", flat, flat, precision=HIGHEST)
     mixed = share[..., :, None] * cosines * share[..., None, :]
     mixed += rest[..., :, None] * jnp.eye(s, dtype=dtype)
     one = jnp.broadcast_to(jnp.arange(s) == member, norms.shape).astype(dtype)
     factor = jnp.linalg.cholesky(mixed)
     weights = jax.scipy.linalg.cho_solve((factor, True), one[..., None])[..., 0]
     weights = weights * share / jnp.take(a, member, axis=-1)[..., None]
-    return jnp.einsum("...s,...srn->...rn", weights, units, precision=HIGHEST)
+    solved = jnp.einsum("...s,...sk->...k", weights, flat, precision=HIGHEST)
+    return solved.reshape((*units.shape[:-3], *units.shape[-2:]))

@@ -40,7 +40,8 @@ def _bracket(
     _checks.choice("head", head, ("first", "mean"))
     if not callable(heads):
         _checks.positive_int("heads", heads)
-    projector = power(rank, update_proj_gap, blocks=heads, block=head)
+    blocks: Any = heads
+    projector = power(rank, update_proj_gap, blocks=blocks, block=head)
     return chain(
         open_bracket(
             rank, update_proj_gap, projector, transport, basis_dtype, False, options

@@ -41,7 +41,7 @@ def _bracket(
     b2: float | Array = 0.999,
     eps: float | Array | None = None,
     base_optimizer: optax.GradientTransformation | None = None,
-    after_lift: optax.GradientTransformation | None = None,
+    after_lift: Any = None,
     projector: Projector | None = None,
     transport: Transport | None = None,
     mu_dtype: Any = None,
@@ -75,6 +75,11 @@ def _bracket(
     inner = _recipe.correct_bias(inner, base_optimizer, b1, b2, authors)
     if after_lift is None:
         return chain(bracket, inner, backproject(scale, learning_rate))
+    if not isinstance(after_lift, optax.GradientTransformation):
+        raise TypeError(
+            "`after_lift` must be an optax.GradientTransformation such as "
+            f"optax.scale_by_sign(), got {type(after_lift).__name__}."
+        )
     tx = optax.chain(chain(bracket, inner, backproject(scale)), after_lift)
     if learning_rate is None:
         return optax.with_extra_args_support(tx)

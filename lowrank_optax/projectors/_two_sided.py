@@ -43,9 +43,17 @@ class TwoSided(Projector):
 
     def start(self, matrix: Matrix) -> TwoSidedBasis:
         """Stores what both sides store."""
-        return TwoSidedBasis(
-            self.left.start(matrix), self.right.start(matrix.seen_from("right"))
+        left, right = (
+            self.left.start(matrix),
+            self.right.start(matrix.seen_from("right")),
         )
+        if type(self) is TwoSided and (self.left.advances or self.left.reads_moments):
+            raise ValueError(
+                f"{type(self.left).__name__} works in the coordinates of one basis, so "
+                f'leaf {matrix.path!r} cannot have side="both". Use "short", "long", '
+                '"left" or "right".'
+            )
+        return TwoSidedBasis(left, right)
 
     def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
         """Refreshes each side from its own view of the gradient."""

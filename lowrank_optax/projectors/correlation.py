@@ -13,12 +13,11 @@ from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.layout import HIGHEST, by_blocks, turn, wide
 from lowrank_optax.linalg.orthogonalize import cholesky_qr
 from lowrank_optax.linalg.randomized import block_power
+from lowrank_optax.linalg.scaling import unit_peak
 from lowrank_optax.linalg.svd import leading_singular_vectors
 from lowrank_optax.projectors._protocol import At, Projector
 from lowrank_optax.projectors._tracking import TrackingProjector
 from lowrank_optax.projectors._two_sided import TwoSided, TwoSidedBasis
-
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,9 +117,8 @@ class correlation(TrackingProjector):
         del at
         if self.cold_start == "power":
             return block_power(gradient, old, 1, matrix.transposed)
-        gradient = gradient / jnp.max(jnp.abs(gradient))
-        sketch = jnp.matmul(gradient.T, old, precision=HIGHEST)
-        sketch = sketch / jnp.max(jnp.abs(sketch))
+        gradient, _ = unit_peak(gradient)
+        sketch, _ = unit_peak(jnp.matmul(gradient.T, old, precision=HIGHEST))
         seen = jnp.matmul(gradient, cholesky_qr(sketch), precision=HIGHEST)
         return leading_singular_vectors(seen, matrix.rank)
 
@@ -129,7 +127,7 @@ class correlation(TrackingProjector):
     ) -> tuple[Array, ...]:
         """Returns the bases after one clipped gradient step on f."""
         if self.normalize:
-            gradient = gradient / jnp.max(jnp.abs(gradient))
+            gradient, _ = unit_peak(gradient)
             gradient = gradient / jnp.sqrt(jnp.mean(jnp.square(gradient)))
         slopes = jax.grad(_objective(matrix, gradient, _momentum(at)))(bases)
         return tuple(
@@ -171,13 +169,12 @@ class TwoSidedCorrelation(TwoSided):
 
 
 def _momentum(at: At) -> Array | None:
-    """Returns the first moment of the inner optimizer, in units of its peak."""
+    """Returns the first moment of the inner optimizer, near a peak of 1."""
     fields = ("mu", "trace", "ema")
     found = [group[field] for group in at.moments for field in fields if field in group]
     if not found:
         return None
-    momentum = wide(found[0])
-    momentum = momentum / jnp.maximum(jnp.max(jnp.abs(momentum)), _TINY)
+    momentum, _ = unit_peak(wide(found[0]))
     return jnp.where(jnp.all(jnp.isfinite(momentum)), momentum, 0.0)
 
 

@@ -42,7 +42,10 @@ class online_pca(TrackingProjector):
     the loss, whose minimum is any orthonormal basis of the leading subspace.
 
     Every matrix has a state of the basis optimizer to itself, and one that needs
-    parameters gets P. A basis that would not be finite stays as it was.
+    parameters gets P. A basis that would not be finite stays as it was. With an
+    accumulation inside the bracket the basis moves at its end, by the last micro-batch.
+    The matrices of a stack move one by one: a stack sharded over its layers is gathered
+    for that, so shard another axis.
 
     Args:
       rank: an int, a fraction of min(m, n), or a callable of the leaf's path.

@@ -32,7 +32,7 @@ class power(OrthonormalProjector):
         attention kernel: an int, or a callable of the leaf's path. The basis is then
         formed from one part, at ``1 / blocks`` of the cost, and serves them all
         (GaLore+). An axis that ``blocks`` does not divide counts as one part.
-      block: which part: "first", or "mean" for the average of all.
+      block: which part: "first" (the average of all where that is zero), or "mean".
 
     Raises:
       TypeError: if ``rank``, ``update_proj_gap``, ``cold_sweeps`` or ``blocks`` is not
@@ -82,4 +82,7 @@ class power(OrthonormalProjector):
         if blocks == 1 or matrix.n % blocks:
             return gradient
         parts = gradient.reshape((matrix.m, blocks, -1))
-        return parts[:, 0] if self.block == "first" else jnp.mean(parts, 1)
+        mean = jnp.mean(parts, 1)
+        if self.block == "mean":
+            return mean
+        return jnp.where(jnp.any(parts[:, 0] != 0), parts[:, 0], mean)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -10,6 +11,9 @@ from jaxtyping import Array
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
+
+# Where G lies in the subspace, G - P R is rounding, and its sign would be a step.
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,9 @@ class complement(Recovery):
     T sees every projected leaf's residual in the leaf's own shape, and keeps whatever
     state it keeps at that size: a transformation without state, such as a sign, costs
     none. Without a T the residual itself is added, and is then never formed:
-    ``P (bracket_scale * N - scale * R) + scale * G``.
+    ``P (bracket_scale * N - scale * R) + scale * G``. What T sees is exactly zero where
+    it is below 1e-6 of the largest entry of the gradient's column: rounding, of which a
+    sign would make a step. T gets no ``params``.
 
     Args:
       transformation: T, a direction without learning rate: ``optax.scale_by_sign()``
@@ -79,8 +85,16 @@ class complement(Recovery):
         if self.transformation is None:
             low = inside - self.scale * wide(view.projected)
             return Recovered(low, jnp.full((1, 1), self.scale, low.dtype)), state
-        lifted = view.up(view.basis, wide(view.projected))
-        residual = matrix.undo(wide(view.gradient) - lifted)
-        direction, state = self.transformation.update(residual, state)
+        residual = matrix.undo(_residual(view))
+        direction, new = self.transformation.update(residual, state)
+        new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
         outside = self.scale * matrix.view(jnp.asarray(direction))
-        return Recovered(inside, addend=outside), state
+        return Recovered(inside, addend=outside), new
+
+
+def _residual(view: LeafView) -> Array:
+    """Returns ``G - P R``, 0 where it is no more than the rounding of G's column."""
+    gradient = wide(view.gradient)
+    residual = gradient - view.up(view.basis, wide(view.projected))
+    peak = jnp.max(jnp.abs(gradient), -2, keepdims=True)
+    return jnp.where(jnp.abs(residual) > _ROUNDING * peak, residual, 0.0)

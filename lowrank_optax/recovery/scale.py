@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
-from lowrank_optax.linalg.layout import HIGHEST, by_blocks, turn, wide
+from lowrank_optax.linalg.layout import HIGHEST, by_blocks, wide
+from lowrank_optax.linalg.pca import gram
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 # The residual's norm is a difference, of which float32 leaves little below 1e-3.
@@ -188,9 +189,5 @@ def _limit(
 def _regram(basis: Any, low: Array) -> Array:
     """Returns ``(P^T P) R``, on both sides where there are two bases."""
     left, *right = (wide(b) for b in jax.tree.leaves(basis))
-    low = jnp.matmul(_gram(left), low, precision=HIGHEST)
-    return by_blocks(low, _gram(right[0]), HIGHEST) if right else low
-
-
-def _gram(basis: Array) -> Array:
-    return jnp.matmul(turn(basis), basis, precision=HIGHEST)
+    low = jnp.matmul(gram(left), low, precision=HIGHEST)
+    return by_blocks(low, gram(right[0]), HIGHEST) if right else low

@@ -45,8 +45,8 @@ def scale_by_natural_gradient(
     are a matrix, leading axes are batch; a vector or a scalar is one g.
 
     **The state is s times the gradient** (Adam's: twice): s = 20 makes it ten times
-    Adam's. A step reads all of it twice. The Gram matrix is formed anew each step,
-    ``2 s^2`` operations per element of the gradient.
+    Adam's. A step reads all of it twice, and may copy it. The Gram matrix is formed
+    anew each step, ``2 s^2`` operations per element of the gradient.
 
     A gradient along earlier ones shrinks by ``damping + |g|^2 + ...``, one orthogonal
     to them by ``damping + |g|^2``. Any scale is safe. How well g is told from nearly
@@ -67,7 +67,7 @@ def scale_by_natural_gradient(
 
     Raises:
       TypeError: if ``history`` is not a Python int.
-      ValueError: if it is below 1.
+      ValueError: if it is below 1, or ``damping`` a number that is not positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -85,6 +85,8 @@ def scale_by_natural_gradient(
       Fine-tuning (2024), https://arxiv.org/abs/2410.16029
     """
     _checks.positive_int("history", history)
+    if isinstance(damping, int | float) and damping <= 0:
+        raise ValueError(f"`damping` must be positive, got {damping}.")
 
     def init(params: Any) -> ScaleByNaturalGradientState:
         def columns(leaf):
