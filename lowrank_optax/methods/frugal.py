@@ -94,7 +94,7 @@ def frugal(
         W <- W - lr (scale P N + state_free_scale sign(G - P R) + weight_decay W)
 
     The update has full rank and the state is GaLore's, ``m r + 2 r n`` elements: the
-    sign keeps none. The residual is formed, one m x n temporary per matrix.
+    sign keeps none. The residual is formed, which takes temporaries of m x n.
 
     Args:
       learning_rate: a number or an Optax schedule, of both parts.
