@@ -13,7 +13,6 @@ from lowrank_optax.linalg.scaling import unit_peak
 # How much of the old basis is mixed into the new one before it is orthonormalized:
 # it gives directions to a gradient of rank below r, at a negligible loss of energy.
 _MIX = 1e-3
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def block_power(
@@ -29,14 +28,15 @@ def block_power(
     scaled up, so there the old basis fills in.
 
     Args:
-      gradient: any scale; must be finite. A zero gradient returns the start's span.
+      gradient: any scale; must be finite and not zero.
       start: columns to start from, orthonormal or random of about unit norm.
       sweeps: number of sweeps, may be traced.
       transposed: whether ``gradient`` is the transpose of a stored array (the result
         is the same, only faster when this is true).
 
     Returns:
-      Orthonormal columns in the dtype of ``start``.
+      Orthonormal columns in the dtype of ``start``; NaN if ``start`` sees nothing of
+      the gradient.
     """
     stored = as_stored(gradient, transposed)
 
@@ -45,7 +45,7 @@ def block_power(
         low, _ = unit_peak(project(stored, basis, transposed))
         y, _ = unit_peak(correlate(stored, low, transposed))
         norms = jnp.linalg.norm(y, axis=0)
-        y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms) + _TINY)
+        y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms))
         return cholesky_qr(y + _MIX * basis)
 
     return jax.lax.fori_loop(0, sweeps, sweep, start)

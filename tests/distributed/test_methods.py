@@ -37,7 +37,10 @@ METHODS = {
         lro.coap, 1.0, transport=lro.rotate_moments(form="root"), **AT_GAPS
     ),
     "dct": functools.partial(lro.dct_adamw, 1.0, error_feedback=True, **AT_GAPS),
-    "frugal": functools.partial(lro.frugal, 1e-2, **AT_GAPS),
+    # A sign would turn rounding into a step.
+    "frugal": functools.partial(
+        lro.frugal, 1e-2, state_free=optax.trace(0.9), **AT_GAPS
+    ),
 }
 
 
