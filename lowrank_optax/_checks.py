@@ -4,6 +4,8 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+import optax
+
 _STATIC_HINT = (
     "It fixes array shapes or the program itself, so it must be a plain Python "
     "value. With optax.inject_hyperparams, pass static_args=lro.static_args(fn)."
@@ -53,6 +55,16 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"`{name}` must be one of {options}; got {value!r}.")
+    return value
+
+
+def transformation(name: str, value: Any, example: str) -> Any:
+    """Returns ``value`` if it is an Optax transformation, else raises TypeError."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an optax.GradientTransformation such as "
+            f"optax.{example}, got {type(value).__name__}."
+        )
     return value
 
 

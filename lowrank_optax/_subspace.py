@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax import _checks
 from lowrank_optax._bracket import Bracket
 from lowrank_optax._leaves import Leaves
 from lowrank_optax._meshes import under_auto_axes
@@ -154,9 +155,5 @@ def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
 def _transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"`{name}` must be an optax.GradientTransformation such as "
-            f"optax.scale_by_adam(), got {type(tx).__name__}."
-        )
+    tx = _checks.transformation(name, tx, "scale_by_adam()")
     return optax.with_extra_args_support(tx)

@@ -214,9 +214,9 @@ def test_galore_plus_refresh_costs_a_share():
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match=r"complement expected an optax.* float"):
+    with pytest.raises(TypeError, match=r"`transformation` must be an optax.* float"):
         lro.complement(0.5)
-    with pytest.raises(TypeError, match=r"complement expected an optax.* str"):
+    with pytest.raises(TypeError, match=r"`transformation` must be an optax.* str"):
         lro.frugal(1e-2, 4, state_free="sign")
     with pytest.raises(ValueError, match="`head` must be one of"):
         lro.galore_plus(1e-2, 4, heads=4, head="last")

@@ -56,6 +56,11 @@ def correlate(
     return jnp.matmul(stored, turn(low), precision=HIGHEST)
 
 
+def gram(columns: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
+    """Returns ``Y^T Y`` at the highest precision."""
+    return jnp.matmul(turn(columns), columns, precision=HIGHEST)
+
+
 def by_blocks(low: Array, right: Array, precision: Any = None) -> Array:
     """Returns ``[X_1 Q, X_2 Q, ...]`` of blocks ``low = [X_1, X_2, ...]``."""
     blocks = low.reshape((*low.shape[:-1], -1, right.shape[-2]))

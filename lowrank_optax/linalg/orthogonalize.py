@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
-from lowrank_optax.linalg.layout import HIGHEST, turn
+from lowrank_optax.linalg.layout import HIGHEST, gram, turn
 
 # Multiples of eps * trace(Y^T Y) added to the Gram matrix in each sweep. The first
 # shift exceeds the Gram matrix' own rounding error, so that its Cholesky factor
@@ -38,11 +38,11 @@ def cholesky_qr(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
     shifts = jnp.asarray(_SHIFTS, y.dtype) * jnp.finfo(y.dtype).eps
 
     def sweep(i, y):
-        gram = jnp.matmul(turn(y), y, precision=HIGHEST)
-        gram += shifts[i] * jnp.trace(gram) * eye
+        products = gram(y)
+        products += shifts[i] * jnp.trace(products) * eye
         # Inverting the r x r factor turns the tall solve into a product. What the
         # inverse loses in orthogonality the next sweep restores; the span is exact.
-        inverse = solve_triangular(jnp.linalg.cholesky(gram), eye, lower=True)
+        inverse = solve_triangular(jnp.linalg.cholesky(products), eye, lower=True)
         return jnp.matmul(y, turn(inverse), precision=HIGHEST)
 
     # A loop, so that one factorization is compiled and not three.
@@ -55,17 +55,15 @@ def independence(y: Float[Array, "m r"]) -> Float[Array, ""]:
     Resolves shares down to about 1e-3, the root of float32's precision; 0 where the
     columns are dependent beyond that.
     """
-    gram = jnp.matmul(turn(y), y, precision=HIGHEST)
-    share = jnp.min(jnp.diagonal(jnp.linalg.cholesky(gram)))
+    share = jnp.min(jnp.diagonal(jnp.linalg.cholesky(gram(y))))
     return jnp.where(jnp.isfinite(share), share, 0.0)
 
 
-def newton_schulz(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
+def newton_schulz(y: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     """Brings nearly orthonormal columns back: ``Y (3 I - Y^T Y) / 2``.
 
     One sweep of the Newton-Schulz iteration for the polar factor, the orthonormal
     matrix nearest to ``y``: a defect ``d = |Y^T Y - I|`` becomes about ``0.75 d^2``,
     and no column changes its sign. Needs singular values below ``sqrt(3)``.
     """
-    gram = jnp.matmul(turn(y), y, precision=HIGHEST)
-    return 1.5 * y - 0.5 * jnp.matmul(y, gram, precision=HIGHEST)
+    return 1.5 * y - 0.5 * jnp.matmul(y, gram(y), precision=HIGHEST)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax.linalg.layout import HIGHEST, as_stored, correlate, turn
+from lowrank_optax.linalg.layout import HIGHEST, as_stored, correlate, gram, turn
 
 
 class Size(NamedTuple):
@@ -58,8 +58,3 @@ def penalty_gradient(basis: Float[Array, "m r"]) -> Float[Array, "m r"]:
     """Returns the derivative by P of ``|P^T P - I|^2``, ``4 P (P^T P - I)``."""
     excess = gram(basis) - jnp.eye(basis.shape[1], dtype=basis.dtype)
     return 4.0 * jnp.matmul(basis, excess, precision=HIGHEST)
-
-
-def gram(basis: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
-    """Returns ``P^T P``."""
-    return jnp.matmul(turn(basis), basis, precision=HIGHEST)

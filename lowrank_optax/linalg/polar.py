@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowrank_optax.linalg.layout import HIGHEST
-from lowrank_optax.linalg.scaling import unit_peak
+from lowrank_optax.linalg.orthogonalize import newton_schulz
+from lowrank_optax.linalg.scaling import unit_norm, unit_peak
 
 
 def polar_svd(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
@@ -30,20 +31,13 @@ def polar_svd(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 def polar_newton_schulz(
     x: Float[Array, "*b m n"], steps: int
 ) -> Float[Array, "*b m n"]:
-    """Returns what ``steps`` of ``Y <- (3 I - Y Y^T) Y / 2`` make of ``X / |X|``.
+    """Returns what ``steps`` of ``Y <- Y (3 I - Y^T Y) / 2`` make of ``X / |X|``.
 
     A step takes every singular value s to ``s (3 - s^2) / 2``: 1.5 s where s is
     small, quadratically close to 1 near 1.
     """
-    tall = x.shape[-2] > x.shape[-1]
-    y, _ = unit_peak(x)
-    size = jnp.sqrt(jnp.sum(y * y, (-2, -1), keepdims=True))
-    y = y / jnp.where(size == 0, 1.0, size)
-    y = jnp.swapaxes(y, -1, -2) if tall else y
-
-    def sweep(_, y):
-        gram = jnp.einsum("...ij,...kj->...ik", y, y, precision=HIGHEST)
-        return 1.5 * y - 0.5 * jnp.matmul(gram, y, precision=HIGHEST)
-
-    y = jax.lax.fori_loop(0, steps, sweep, y)
-    return jnp.swapaxes(y, -1, -2) if tall else y
+    wide = x.shape[-2] < x.shape[-1]
+    y, _ = unit_norm(x)
+    y = jnp.swapaxes(y, -1, -2) if wide else y
+    y = jax.lax.fori_loop(0, steps, lambda _, y: newton_schulz(y), y)
+    return jnp.swapaxes(y, -1, -2) if wide else y

@@ -19,3 +19,11 @@ def unit_peak(x: Float[Array, "*b m n"]) -> tuple[Array, Array]:
     exponent = jnp.clip(jnp.frexp(peak)[1], -most, most)
     one = jnp.ones((), x.dtype)
     return x * jnp.ldexp(one, -exponent), jnp.ldexp(one, exponent)
+
+
+def unit_norm(x: Float[Array, "*b m n"]) -> tuple[Array, Float[Array, "*b"]]:
+    """Returns ``X / |X|`` and ``|X|`` of every matrix; zero is zero times zero."""
+    x, factor = unit_peak(x)
+    size = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
+    norm = jnp.minimum(factor * size, jnp.finfo(x.dtype).max)
+    return x / jnp.where(size == 0, 1.0, size), norm[..., 0, 0]

@@ -5,15 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lowrank_optax.linalg.layout import HIGHEST
-from lowrank_optax.linalg.scaling import unit_peak
-
-
-def split(x: Float[Array, "*b r n"]) -> tuple[Array, Array]:
-    """Returns ``X / |X|`` and ``|X|`` of every matrix; zero is zero times zero."""
-    x, factor = unit_peak(x)
-    size = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
-    norm = jnp.minimum(factor * size, jnp.finfo(x.dtype).max)
-    return x / jnp.where(size == 0, 1.0, size), norm[..., 0, 0]
 
 
 def solve_member(

@@ -75,11 +75,7 @@ def _bracket(
     inner = _recipe.correct_bias(inner, base_optimizer, b1, b2, authors)
     if after_lift is None:
         return chain(bracket, inner, backproject(scale, learning_rate))
-    if not isinstance(after_lift, optax.GradientTransformation):
-        raise TypeError(
-            "`after_lift` must be an optax.GradientTransformation such as "
-            f"optax.scale_by_sign(), got {type(after_lift).__name__}."
-        )
+    _checks.transformation("after_lift", after_lift, "scale_by_sign()")
     tx = optax.chain(chain(bracket, inner, backproject(scale)), after_lift)
     if learning_rate is None:
         return optax.with_extra_args_support(tx)

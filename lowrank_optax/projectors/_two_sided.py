@@ -49,9 +49,9 @@ class TwoSided(Projector):
         )
         if type(self) is TwoSided and (self.left.advances or self.left.reads_moments):
             raise ValueError(
-                f"{type(self.left).__name__} works in the coordinates of one basis, so "
-                f'leaf {matrix.path!r} cannot have side="both". Use "short", "long", '
-                '"left" or "right".'
+                f"lro.{type(self.left).__name__} works in the coordinates of one "
+                f'basis, so leaf {matrix.path!r} has no side="both". Use "short", '
+                '"long", "left" or "right", or lro.power.'
             )
         return TwoSidedBasis(left, right)
 

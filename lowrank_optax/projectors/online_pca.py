@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.orthogonalize import cholesky_qr
@@ -93,21 +94,11 @@ class online_pca(TrackingProjector):
     def __post_init__(self):
         """Checks the choices."""
         super().__post_init__()
-        given = self.basis_optimizer
-        if given is not None and not isinstance(given, optax.GradientTransformation):
-            raise TypeError(
-                "`basis_optimizer` must be an optax.GradientTransformation such as "
-                f"optax.sgd(0.1), got {type(given).__name__}."
-            )
+        if self.basis_optimizer is not None:
+            _checks.transformation("basis_optimizer", self.basis_optimizer, "sgd(0.1)")
 
     def start(self, matrix: Matrix) -> OnlineBasis:
         """Starts the basis, and the optimizer on it."""
-        if matrix.side == "both":
-            raise ValueError(
-                f"lro.online_pca moves the basis of leaf {matrix.path!r} by its "
-                'projection on that basis alone, so it has no side="both". Use '
-                '"short", "long", "left" or "right".'
-            )
         basis = super().start(matrix)
         return OnlineBasis(basis, self._optimizer().init(wide(basis)))
 

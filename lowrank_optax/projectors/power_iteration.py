@@ -75,16 +75,6 @@ class power_iteration(TrackingProjector, OrthonormalProjector):
 
     reads_moments = True
 
-    def start(self, matrix: Matrix) -> Array:
-        """Refuses a basis on both sides."""
-        if matrix.side == "both":
-            raise ValueError(
-                f"lro.power_iteration reads the momentum of leaf {matrix.path!r} in "
-                'the coordinates of one basis, so it has no side="both". Use '
-                '"short", "long", "left" or "right", or lro.power.'
-            )
-        return super().start(matrix)
-
     def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
         """Sweeps once; every thin product is scaled into range."""
         stored, turned = as_stored(gradient, matrix.transposed), matrix.transposed

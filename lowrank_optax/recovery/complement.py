@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
+from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
@@ -64,11 +64,9 @@ class complement(Recovery):
 
     def __post_init__(self):
         """Checks the transformation."""
-        given = self.transformation
-        if given is not None and not isinstance(given, optax.GradientTransformation):
-            raise TypeError(
-                "complement expected an optax.GradientTransformation such as "
-                f"optax.scale_by_sign(), got {type(given).__name__}."
+        if self.transformation is not None:
+            _checks.transformation(
+                "transformation", self.transformation, "scale_by_sign()"
             )
 
     def start(self, matrix: Matrix) -> Any:

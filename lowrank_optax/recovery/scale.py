@@ -9,8 +9,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
-from lowrank_optax.linalg.layout import HIGHEST, by_blocks, wide
-from lowrank_optax.linalg.pca import gram
+from lowrank_optax.linalg.layout import HIGHEST, by_blocks, gram, wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 # The residual's norm is a difference, of which float32 leaves little below 1e-3.

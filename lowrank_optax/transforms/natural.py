@@ -10,7 +10,8 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax._matrices import is_box, rebox, refill, unbox
 from lowrank_optax.linalg.layout import wide
-from lowrank_optax.linalg.woodbury import solve_member, split
+from lowrank_optax.linalg.scaling import unit_norm
+from lowrank_optax.linalg.woodbury import solve_member
 
 
 class ScaleByNaturalGradientState(NamedTuple):
@@ -134,7 +135,7 @@ def _one(
 ) -> tuple[Array, Array, Array]:
     """Returns one leaf's solution, and its state with the gradient in its place."""
     short = (1,) * (2 - update.ndim)
-    unit, norm = split(wide(update).reshape(short + update.shape))
+    unit, norm = unit_norm(wide(update).reshape(short + update.shape))
     batch, kept = norms.ndim - 1, history.shape
     units = history.reshape(*kept[: batch + 1], *short, *kept[batch + 1 :])
     units = jax.lax.dynamic_update_index_in_dim(
