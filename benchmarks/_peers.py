@@ -132,6 +132,10 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
     def galore(form: Any, **options: Any) -> Callable[[Any], Any]:
         return low_rank(lro.galore, projector=form(rank, gap), **options)
 
+    def gwt(**options: Any) -> Callable[[Any], Any]:
+        options = {"layer_axis": 0, "select": SELECT, **options}
+        return lambda params: JaxPeer(lro.gwt(LEARNING_RATE, **options), params)
+
     contrib = optax.contrib.galore(LEARNING_RATE, rank, gap, 0.25)
     named: dict[str, Callable[[Any], Any]] = {
         "optax.adamw": lambda params: JaxPeer(optax.adamw(LEARNING_RATE), params),
@@ -152,6 +156,9 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "lro.galore_plus": low_rank(lro.galore_plus, heads=8, update_proj_gap=gap),
         "lro.frugal": low_rank(lro.frugal, update_proj_gap=gap),
         "lro.sumo": low_rank(lro.sumo, update_proj_gap=gap),
+        "lro.gwt": gwt(),
+        "lro.gwt unbounded": gwt(detail_clip=jnp.inf),
+        "lro.gwt db2": gwt(wavelet="db2"),
         # No inner optimizer at all: what the two products cost, a floor for the rest.
         "lro products alone": galore(lro.power, base_optimizer=optax.identity()),
     }

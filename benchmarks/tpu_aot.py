@@ -47,7 +47,7 @@ PRESETS = {
 }
 VOCABULARY = 32000
 PROJECTORS = {"power": lro.power, "svd": lro.svd, "gaussian": lro.gaussian}
-METHODS = ("fira", "subtrack", "ldadam", "online_subspace_descent", "apollo")
+METHODS = ("fira", "subtrack", "ldadam", "online_subspace_descent", "apollo", "gwt")
 AXIS = "fsdp"
 MIB = 2**20
 
@@ -105,7 +105,8 @@ def optimizers(options: argparse.Namespace, shardings: Any) -> dict[str, Any]:
             bracket, optax.scale_by_adam(), lro.backproject(0.25, 1e-2)
         )
     for name in options.methods:
-        rows[name] = getattr(lro, name)(1e-2, options.rank, layer_axis=0)
+        size = () if name == "gwt" else (options.rank,)  # its own: two levels
+        rows[name] = getattr(lro, name)(1e-2, *size, layer_axis=0)
     return rows
 
 

@@ -49,6 +49,8 @@ from lowrank_optax.methods.grass_jump import grass_jump as grass_jump
 from lowrank_optax.methods.grass_jump import scale_by_grass_jump as scale_by_grass_jump
 from lowrank_optax.methods.grass_walk import grass_walk as grass_walk
 from lowrank_optax.methods.grass_walk import scale_by_grass_walk as scale_by_grass_walk
+from lowrank_optax.methods.gwt import gwt as gwt
+from lowrank_optax.methods.gwt import scale_by_gwt as scale_by_gwt
 from lowrank_optax.methods.ldadam import ldadam as ldadam
 from lowrank_optax.methods.ldadam import scale_by_ldadam as scale_by_ldadam
 from lowrank_optax.methods.natural_galore import natural_galore as natural_galore
@@ -83,6 +85,7 @@ from lowrank_optax.projectors import power as power
 from lowrank_optax.projectors import power_iteration as power_iteration
 from lowrank_optax.projectors import sampled_svd as sampled_svd
 from lowrank_optax.projectors import svd as svd
+from lowrank_optax.projectors import wavelet as wavelet
 
 # Recovery.
 from lowrank_optax.recovery import LeafView as LeafView
@@ -91,6 +94,7 @@ from lowrank_optax.recovery import Recovery as Recovery
 from lowrank_optax.recovery import complement as complement
 from lowrank_optax.recovery import error_feedback as error_feedback
 from lowrank_optax.recovery import recover_scale as recover_scale
+from lowrank_optax.recovery import wavelet_details as wavelet_details
 
 # Plain transformations.
 from lowrank_optax.transforms import cast_moments as cast_moments
@@ -98,6 +102,7 @@ from lowrank_optax.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from lowrank_optax.transforms import decay_after as decay_after
 from lowrank_optax.transforms import decay_before as decay_before
 from lowrank_optax.transforms import orthogonalize as orthogonalize
+from lowrank_optax.transforms import scale_by_adam_mini as scale_by_adam_mini
 from lowrank_optax.transforms import (
     scale_by_bias_correction as scale_by_bias_correction,
 )

@@ -90,7 +90,7 @@ class Bracket:
 
     def plan(self, tree: Any) -> Plan:
         """Decides from shapes alone what happens to every leaf of ``tree``."""
-        return make_plan(tree, self.selection, self.projector.rank, self._bytes)
+        return make_plan(tree, self.selection, self.projector, self._bytes)
 
     def refreshers(self, plan: Plan) -> dict[int, Refresher]:
         """Returns the refresher of every projected leaf, by position."""

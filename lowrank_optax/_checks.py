@@ -12,27 +12,28 @@ _STATIC_HINT = (
 )
 
 
-def positive_int(name: str, value: Any) -> int:
-    """Returns ``value`` if it is a Python int of at least 1.
+def positive_int(name: str, value: Any, least: int = 1) -> int:
+    """Returns ``value`` if it is a Python int of at least 1 (or ``least``).
 
     Args:
       name: the argument's name, for the message.
       value: what the caller passed.
+      least: the smallest that is allowed.
 
     Returns:
       ``value``, unchanged.
 
     Raises:
       TypeError: if it is not an int (bools, floats and arrays included).
-      ValueError: if it is below 1.
+      ValueError: if it is below ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
-            f"`{name}` must be a positive int, got {value!r} of type "
-            f"{type(value).__name__}. {_STATIC_HINT}"
+            f"`{name}` must be {'a positive' if least else 'an'} int, got {value!r} "
+            f"of type {type(value).__name__}. {_STATIC_HINT}"
         )
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     return int(value)
 
 

@@ -198,7 +198,7 @@ class Leaves:
             discard = {i: Recovered(scale * directions[i]) for i in self.refreshers}
             return discard, ()
         groups = [
-            _moments.find(state).groups
+            _moments.find(state, factors=True).groups
             for state in (inner_state, view.state_transported, view.state_before)
         ]
         states = self._recovery_states()

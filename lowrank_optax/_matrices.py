@@ -45,6 +45,8 @@ class Matrix:
       shared: axes over which one basis serves; they stand before those of the kept
         axis, n (of the columns with "both").
       reduction_is_rows: whether the rows are what a layer sums over.
+      block: how many rows of the view make up one row of the projection, in order; 0
+        where every row has a part in it.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Matrix:
     rank: int
     shared: tuple[int, ...] = ()
     reduction_is_rows: bool = True
+    block: int = 0
 
     @property
     def transposed(self) -> bool:
@@ -91,7 +94,8 @@ class Matrix:
     def low_axes(self) -> tuple[tuple[int, ...], ...]:
         """For each axis of ``[*batch, r, n]`` the stored axes behind it."""
         kept = self.shared if self.side == "both" else self._kept
-        return (*((axis,) for axis in self.batch), (), kept)
+        first = self._projected if self.block else ()
+        return (*((axis,) for axis in self.batch), first, kept)
 
     @property
     def _projected(self) -> tuple[int, ...]:

@@ -4,10 +4,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from lowrank_optax._matrices import refill, unbox
 
 FIELDS = ("mu", "nu", "trace", "ema")
+
+# Second moments by row or column: they are read, but no transport moves them.
+FACTORS = ("row", "col")
 
 Group = dict[str, Any]
 Read = Callable[[Any], Group]
@@ -62,17 +68,25 @@ def register_moments(state_type: Any, read: Read, write: Write) -> None:
     _REGISTERED[state_type] = read, write
 
 
-def _holds_moments(node: Any) -> bool:
-    if type(node) in _REGISTERED:
-        return True
+def _held(node: Any, factors: bool) -> tuple[str, ...]:
     fields = getattr(node, "_fields", ())
-    return any(field in fields for field in FIELDS)
+    held = tuple(field for field in FIELDS if field in fields)
+    if factors:
+        held += tuple(field for field in FACTORS if field in fields)
+    return held
 
 
-def find(state: Any) -> Moments:
-    """Finds the moments of every NamedTuple and registered type inside ``state``."""
-    nodes, treedef = jax.tree.flatten(state, is_leaf=_holds_moments)
-    holders = [i for i, node in enumerate(nodes) if _holds_moments(node)]
+def find(state: Any, factors: bool = False) -> Moments:
+    """Finds the moments of every NamedTuple and registered type inside ``state``.
+
+    ``factors``: also second moments by row and column, for reading.
+    """
+
+    def holds(node: Any) -> bool:
+        return type(node) in _REGISTERED or bool(_held(node, factors))
+
+    nodes, treedef = jax.tree.flatten(state, is_leaf=holds)
+    holders = [i for i, node in enumerate(nodes) if holds(node)]
 
     def rebuild(groups: tuple[Group, ...]) -> Any:
         renewed = list(nodes)
@@ -80,13 +94,13 @@ def find(state: Any) -> Moments:
             renewed[i] = _write(nodes[i], group)
         return treedef.unflatten(renewed)
 
-    groups = tuple(_read(nodes[i]) for i in holders)
+    groups = tuple(_read(nodes[i], factors) for i in holders)
     return Moments(groups, rebuild)
 
 
-def _read(node: Any) -> Group:
+def _read(node: Any, factors: bool) -> Group:
     if type(node) not in _REGISTERED:
-        return {field: getattr(node, field) for field in FIELDS if hasattr(node, field)}
+        return {field: getattr(node, field) for field in _held(node, factors)}
     group = dict(_REGISTERED[type(node)][0](node))
     if unknown := sorted(set(group) - set(FIELDS)):
         raise ValueError(
@@ -100,6 +114,19 @@ def _write(node: Any, group: Group) -> Any:
     if type(node) not in _REGISTERED:
         return node._replace(**group)
     return _REGISTERED[type(node)][1](node, group)
+
+
+def weight_seen(decay: Any, steps: Array) -> Array:
+    """Returns ``1 - decay^steps``, by which a moment's bias is corrected.
+
+    ``1 - 0.999`` has lost two digits in float32; ``expm1`` loses none.
+    """
+    if isinstance(decay, int | float):
+        with np.errstate(divide="ignore"):
+            rate = float(np.log(decay))
+    else:
+        rate = jnp.log(decay)
+    return -jnp.expm1(steps * rate)
 
 
 def of_leaf(

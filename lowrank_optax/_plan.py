@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
-from lowrank_optax._selection import Selection, resolve_rank, sharded_axes
+from lowrank_optax._selection import Selection, axis_parts
+from lowrank_optax.projectors import Projector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Plan:
 def make_plan(
     tree: Any,
     selection: Selection,
-    rank: Any,
+    projector: Projector,
     state_bytes: Callable[[Matrix | tuple[int, ...]], int],
 ) -> Plan:
     """Decides for every leaf of ``tree`` whether and how it is projected.
@@ -60,7 +61,7 @@ def make_plan(
     Args:
       tree: parameters or gradients, arrays or ShapeDtypeStructs, boxed or not.
       selection: the selection's options.
-      rank: an int, a fraction of min(m, n), or a callable of the path.
+      projector: says how large the projections are.
       state_bytes: bytes of state for a projected matrix, or for a full shape.
 
     Returns:
@@ -79,7 +80,7 @@ def make_plan(
             given,
             sharding,
             selection,
-            rank,
+            projector,
             state_bytes,
         )
         for (path, leaf), given, sharding in zip(flat, numbers, shardings, strict=True)
@@ -87,14 +88,16 @@ def make_plan(
     return Plan(treedef, tuple(leaves))
 
 
-def _plan_leaf(path, leaf, numbers, sharding, selection, rank, state_bytes) -> LeafPlan:
+def _plan_leaf(
+    path, leaf, numbers, sharding, selection, projector, state_bytes
+) -> LeafPlan:
     if 0 in leaf.shape:
         return LeafPlan(path, leaf.shape, None, "no elements", 0)
     full_bytes = state_bytes(leaf.shape)
     reason = selection.why_full(path, leaf, numbers)
     if reason is not None:
         return LeafPlan(path, leaf.shape, None, reason, full_bytes)
-    matrix, reason = _make_matrix(path, leaf, numbers, sharding, selection, rank)
+    matrix, reason = _make_matrix(path, leaf, numbers, sharding, selection, projector)
     if matrix is None:
         return LeafPlan(path, leaf.shape, None, reason, full_bytes)
     low_bytes = state_bytes(matrix)
@@ -104,34 +107,46 @@ def _plan_leaf(path, leaf, numbers, sharding, selection, rank, state_bytes) -> L
     return LeafPlan(path, leaf.shape, matrix, reason, full_bytes, low_bytes)
 
 
-def _make_matrix(path, leaf, numbers, sharding, selection, rank):
+def _make_matrix(path, leaf, numbers, sharding, selection, projector):
     batch, shared, rows, columns, reduction_is_rows = selection.axes(
         path, leaf, numbers
     )
-    draft = Matrix(path, tuple(leaf.shape), batch, rows, columns, "left", 1)
+    draft = Matrix(
+        path,
+        tuple(leaf.shape),
+        batch,
+        rows,
+        columns,
+        "left",
+        1,
+        reduction_is_rows=reduction_is_rows,
+    )
     m, n = draft.m, draft.n
-    r = resolve_rank(rank, path, min(m, n))
-    if r > min(m, n):
+    parts = axis_parts(sharding, leaf, rows, columns)
+    own = projector.side_of(draft, parts)
+    if own is not None and selection.side != "short":
+        raise ValueError(
+            f"lro.{type(projector).__name__} works along an axis of its own; got "
+            f"side={selection.side!r} besides. Say it as the projector's axis alone."
+        )
+    side = own or selection.resolve_side(m, n, reduction_is_rows, parts)
+    draft = draft.seen_from(side)
+    r, largest = projector.rank_of(draft), projector.largest_rank(draft)
+    if r > largest:
         if not selection.explicit(numbers) and not selection.clip_rank:
-            return None, f"rank {r} exceeds min(m, n)={min(m, n)}"
+            return None, f"rank {r} exceeds min(m, n)={largest}"
         if not selection.clip_rank:
             raise ValueError(
                 f"Leaf {path!r} of shape {tuple(leaf.shape)} is a {m} x {n} matrix and "
-                f"was selected explicitly, but rank={r} exceeds min(m, n)={min(m, n)}. "
+                f"was selected explicitly, but rank={r} exceeds min(m, n)={largest}. "
                 "Lower the rank (a fraction such as rank=0.25 adapts to each leaf), "
                 "leave the leaf out of the selection, or pass clip_rank=True to run it "
                 "at r=min(m, n)."
             )
-        r = min(m, n)
-    sharded = sharded_axes(sharding, leaf, rows, columns)
-    side = selection.resolve_side(m, n, reduction_is_rows, sharded)
+        r = largest
     chosen = "explicitly" if selection.explicit(numbers) else "by the default rule"
     matrix = dataclasses.replace(
-        draft,
-        side=side,
-        rank=r,
-        shared=shared,
-        reduction_is_rows=reduction_is_rows,
+        draft, rank=r, shared=shared, block=projector.block_of(draft)
     )
     return matrix, f"selected {chosen}"
 

@@ -4,6 +4,7 @@ Everything here is decided from shapes and paths alone, before any array exists.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,10 @@ from lowrank_optax import _checks
 from lowrank_optax._matrices import (
     MatrixDimensionNumbers,
 )
+
+# Into how many parts rows and columns are sharded; 0 where the number is not known, or
+# where a part is no run of consecutive rows (columns).
+Parts = tuple[int, int]
 
 SIDES = ("short", "long", "left", "right", "both", "auto")
 _NEVER_KEYS = ("scale", "bias")
@@ -141,7 +146,7 @@ class Selection:
         )
 
     def resolve_side(
-        self, rows: int, columns: int, reduction_is_rows: bool, sharded: tuple | None
+        self, rows: int, columns: int, reduction_is_rows: bool, parts: Parts | None
     ) -> str:
         """Returns "left", "right" or "both" from the matrix' own shape."""
         if self.side in ("left", "right", "both"):
@@ -150,15 +155,11 @@ class Selection:
             short_is_rows = reduction_is_rows
         else:
             short_is_rows = rows < columns
-        if self.side == "auto" and sharded is not None and sharded[0] != sharded[1]:
-            return "right" if sharded[0] else "left"
+        if self.side == "auto" and parts is not None:
+            sharded = [count != 1 for count in parts]
+            if sharded[0] != sharded[1]:
+                return "right" if sharded[0] else "left"
         return "left" if short_is_rows == (self.side != "long") else "right"
-
-
-def resolve_rank(rank: Any, path: str, smallest: int) -> int:
-    """Returns the rank of one leaf as an int (fractions are of min(m, n))."""
-    value = _checks.rank(rank(path)) if callable(rank) else rank
-    return max(1, round(value * smallest)) if isinstance(value, float) else value
 
 
 def _axes_tuple(axes: Any, ndim: int, path: str) -> tuple[int, ...]:
@@ -199,8 +200,8 @@ def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
     return out
 
 
-def sharded_axes(sharding, leaf, rows, columns) -> tuple[bool, bool] | None:
-    """Returns whether the rows and the columns are sharded, None if not known."""
+def axis_parts(sharding, leaf, rows, columns) -> Parts | None:
+    """Returns how rows and columns are sharded, None if not known."""
     if sharding is None:
         sharding = getattr(
             jax.typeof(leaf) if _is_array(leaf) else leaf, "sharding", None
@@ -211,9 +212,24 @@ def sharded_axes(sharding, leaf, rows, columns) -> tuple[bool, bool] | None:
     if not isinstance(spec, jax.sharding.PartitionSpec):
         return None
     names = [*spec, *[None] * (leaf.ndim - len(spec))]
-    return any(names[i] is not None for i in rows), any(
-        names[i] is not None for i in columns
-    )
+    mesh = getattr(sharding, "mesh", None)
+
+    def parts(axes: tuple[int, ...]) -> int:
+        if all(names[axis] is None for axis in axes):
+            return 1
+        first, *rest = (names[axis] for axis in axes)
+        if mesh is None or any(name is not None for name in rest):
+            return 0
+        return math.prod(mesh.shape[name] for name in mesh_axes(first))
+
+    return parts(rows), parts(columns)
+
+
+def mesh_axes(name: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that an entry of a partition spec stands for."""
+    if name is None:
+        return ()
+    return name if isinstance(name, tuple) else (name,)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
 from lowrank_optax._plan import abstract_init, recording
-from lowrank_optax._selection import broadcast_prefix
+from lowrank_optax._selection import broadcast_prefix, mesh_axes
 from lowrank_optax.memory import owned_leaves
 
 Axes = tuple[tuple[int, ...], ...]
@@ -75,7 +75,7 @@ def state_shardings(
             stored = "basis" in keys
             candidates = _layouts(shapes[owner], matrix, side, stored)
             axes = _agreed([axes for shape, axes in candidates if shape == leaf.shape])
-            spec = _spec(axes, shardings[owner], len(shapes[owner]))
+            spec = _spec(axes, leaf.shape, shapes[owner], shardings[owner])
             if owner in matrices:
                 spec = _spread(spec, leaf.shape, shardings[owner])
         out.append(_place(spec, like))
@@ -142,17 +142,30 @@ def _agreed(candidates: list[Axes]) -> Axes:
     )
 
 
-def _spec(axes: Axes, sharding: Any, ndim: int) -> PartitionSpec:
+def _spec(
+    axes: Axes, shape: tuple[int, ...], owner: tuple[int, ...], sharding: Any
+) -> PartitionSpec:
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-    names = [*spec, *[None] * (ndim - len(spec))]
+    names = [*spec, *[None] * (len(owner) - len(spec))]
 
-    def name(group: tuple[int, ...]) -> Any:
+    def name(group: tuple[int, ...], size: int) -> Any:
         # Axes merged into one can keep a sharding only of the slowest of them.
         if not group or any(names[axis] is not None for axis in group[1:]):
             return None
-        return names[group[0]]
+        # A shorter axis keeps it if the parts are still whole.
+        shorter = size != math.prod(owner[axis] for axis in group)
+        return (
+            None if shorter and not _divides(names[group[0]], size) else names[group[0]]
+        )
 
-    return PartitionSpec(*(name(group) for group in axes))
+    def _divides(entry: Any, size: int) -> bool:
+        if not isinstance(sharding, NamedSharding):
+            return False
+        parts = math.prod(sharding.mesh.shape[axis] for axis in mesh_axes(entry))
+        return size % parts == 0
+
+    sizes = shape[: len(axes)]
+    return PartitionSpec(*map(name, axes, sizes))
 
 
 def _spread(
@@ -167,7 +180,7 @@ def _spread(
         return spec
     flat: list[str] = []
     for name in sharding.spec:
-        flat += name if isinstance(name, tuple) else [name] if name else []
+        flat += mesh_axes(name)
     parts = math.prod(sharding.mesh.shape[name] for name in flat)
     fits = [axis for axis in (-1, -2) if flat and shape[axis] % parts == 0]
     if not fits:

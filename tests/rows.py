@@ -44,9 +44,9 @@ def stacked_params():
     }
 
 
-EVERY_STEP = (lro.ldadam, lro.online_subspace_descent)  # without a gap
+EVERY_STEP = (lro.ldadam, lro.online_subspace_descent, lro.gwt)  # without a gap
 # No accumulation inside: an inner of their own, or a step of the complement.
-NOT_INSIDE = (lro.natural_galore, lro.sumo, lro.frugal)
+NOT_INSIDE = (lro.natural_galore, lro.sumo, lro.frugal, lro.gwt)
 # Bases that drift between decompositions, and column numbers in place of bases.
 OTHER_BASES = (lro.online_subspace_descent, lro.coap, lro.dct_adamw)
 
@@ -60,7 +60,8 @@ def row(method, *, params=None, **options):
         options["update_proj_gap"] = GAP
     if options.get("error_feedback") or method in NOT_INSIDE:
         adam = None
-    options = {"learning_rate": 1e-2, "rank": 2, **options}
+    size = {} if method is lro.gwt else {"rank": 2}
+    options = {"learning_rate": 1e-2, **size, **options}
     make = functools.partial(method, **options)
     inner = options.get("base_optimizer", adam)
     return Row(make, params, inner, method not in OTHER_BASES)
@@ -170,6 +171,16 @@ ROWS = {
     "natural_galore": row(lro.natural_galore, select="kernel", history=3),
     "galore_plus": row(lro.galore_plus, heads=2),
     "frugal": row(lro.frugal),
+    "gwt": row(lro.gwt, weight_decay=0.1),
+    "gwt_stacked": row(
+        lro.gwt,
+        params=stacked_params(),
+        layer_axis=0,
+        level=1,
+        wavelet="db2",
+        detail_clip=10.0,
+        conventions="authors",
+    ),
     "sumo": row(lro.sumo, params=stacked_params(), layer_axis=0),
 }
 

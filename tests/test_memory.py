@@ -227,6 +227,18 @@ def test_recovery_costs_one_matrix_of_temporaries(make, in_turn):
     assert temporary_bytes(make, in_turn) <= allowed
 
 
+@pytest.mark.parametrize("clip", [None, float("inf")])
+def test_wavelets_cost_two_matrices_of_temporaries(clip):
+    """Of the largest, in the default schedule: no detail has memory of its own."""
+    gwt = functools.partial(_gwt, clip)
+    assert 0 < temporary_bytes(gwt, False) <= 2 * LARGEST
+
+
+def _gwt(clip, learning_rate, rank):
+    del rank  # wavelets have levels
+    return lro.gwt(learning_rate, detail_clip=clip)
+
+
 def test_parameters_may_be_called_like_a_brackets_fields():
     params = {"basis": {"w": jnp.zeros((32, 64))}, "w": jnp.zeros((64, 32))}
     one = 2 * 32 * 64 * 4

@@ -106,7 +106,7 @@ class TrainConfig:
     """name in the registry of examples/llama/optimizers.py: adamw, galore, fira,
     subtrack, grass_walk, grass_jump, ldadam (without error feedback), apollo,
     online_subspace_descent, apollo_mini, coap, sara, dct_adamw (without error
-    feedback), natural_galore, galore_plus, frugal or sumo"""
+    feedback), natural_galore, galore_plus, frugal, gwt or sumo"""
 
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
@@ -153,12 +153,14 @@ class TrainConfig:
     clip: float | None = None
     """largest global norm of the gradient; 0: no clipping"""
     rank: int | None = None
-    """rank of the projection (all but adamw), columns; left out: the preset's,
-    apollo_mini 1"""
+    """rank of the projection (all but adamw and gwt), columns; left out: the
+    preset's, apollo_mini 1"""
+    level: int = 2
+    """levels of the wavelet transform (gwt); each halves the moments"""
     update_proj_gap: int | None = None
-    """steps between two refreshes of the projection (all but adamw; the basis of
-    ldadam and online_subspace_descent moves at every step); left out: the preset's,
-    coap 32, dct_adamw 1"""
+    """steps between two refreshes of the projection (all but adamw and gwt; the basis
+    of ldadam and online_subspace_descent moves at every step); left out: the
+    preset's, coap 32, dct_adamw 1"""
     scale: float | None = None
     """factor on the update inside the subspace of projected matrices (all but adamw);
     left out: 0.25; 1 for ldadam, apollo, dct_adamw, frugal and sumo, 128 (of which
@@ -236,7 +238,7 @@ _METHODS = {
 # rate, length, evaluation, logging) may change between a run and its continuation.
 IDENTITY = (
     "preset optimizer packing seq_len batch_size seed param_dtype compute_dtype "
-    "tokenizer rank update_proj_gap b1 b2"
+    "tokenizer rank level update_proj_gap b1 b2"
 ).split()
 
 
@@ -280,8 +282,8 @@ def _check(config: Resolved, model: ModelConfig) -> None:
                 f"got {value!r}"
             )
     positive = (
-        "steps seq_len batch_size micro_batches lr rank update_proj_gap max_skips "
-        "eval_tokens eval_batch_size keep"
+        "steps seq_len batch_size micro_batches lr rank level update_proj_gap "
+        "max_skips eval_tokens eval_batch_size keep"
     ).split()
     for name in positive:
         if getattr(config, name) <= 0:

@@ -77,6 +77,13 @@ def galore_plus(config: Resolved, lr: optax.Schedule) -> optax.GradientTransform
     return lro.galore_plus(lr, heads=parts, update_proj_gap=gap, **low_rank(config))
 
 
+def gwt(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+    """Wavelets have levels in place of a rank."""
+    options = low_rank(config)
+    del options["rank"]
+    return lro.gwt(lr, config.level, **options)
+
+
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": adamw,
     "galore": at_gaps(lro.galore),
@@ -94,6 +101,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "natural_galore": at_gaps(lro.natural_galore),
     "galore_plus": galore_plus,
     "frugal": at_gaps(lro.frugal),
+    "gwt": gwt,
     "sumo": at_gaps(lro.sumo),
 }
 

@@ -20,3 +20,4 @@ from lowrank_optax.projectors.power_iteration import (
 )
 from lowrank_optax.projectors.sampled import sampled_svd as sampled_svd
 from lowrank_optax.projectors.svd import svd as svd
+from lowrank_optax.projectors.wavelet import wavelet as wavelet

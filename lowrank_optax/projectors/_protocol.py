@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
+from lowrank_optax._selection import Parts
 from lowrank_optax.linalg.layout import HIGHEST, turn, turned, wide
 from lowrank_optax.linalg.rotation import Rotation
 
@@ -61,6 +62,31 @@ class Projector(_checks.Part):
         """Checks the numbers that fix shapes."""
         _checks.rank(self.rank)
         _checks.positive_int("update_proj_gap", self.update_proj_gap)
+
+    def side_of(self, matrix: Matrix, parts: Parts | None) -> str | None:
+        """Returns "left" or "right" if it has a side of its own.
+
+        ``parts``: into how many parts the matrix' rows and columns are sharded.
+        """
+        del matrix, parts
+        return None
+
+    def rank_of(self, matrix: Matrix) -> int:
+        """Returns r for one matrix, an int."""
+        rank = self.rank
+        value = _checks.rank(rank(matrix.path)) if callable(rank) else rank
+        if isinstance(value, float):
+            return max(1, round(value * min(matrix.m, matrix.n)))
+        return value
+
+    def largest_rank(self, matrix: Matrix) -> int:
+        """Returns the largest r that the matrix can have."""
+        return min(matrix.m, matrix.n)
+
+    def block_of(self, matrix: Matrix) -> int:
+        """Returns b if row k of ``R`` is made of rows k b to (k + 1) b - 1, else 0."""
+        del matrix
+        return 0
 
     def sides(self) -> "tuple[Projector, Projector]":
         """Returns the projectors of the rows and of the columns for side="both"."""

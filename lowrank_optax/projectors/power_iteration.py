@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax._matrices import Matrix
+from lowrank_optax._moments import weight_seen
 from lowrank_optax.linalg.layout import (
     HIGHEST,
     as_stored,
@@ -106,6 +107,6 @@ class power_iteration(TrackingProjector, OrthonormalProjector):
         if mu is None:
             return None
         mu = wide(mu)
-        seen = 1.0 - self.b1 ** at.count.astype(mu.dtype)
+        seen = weight_seen(self.b1, at.count.astype(mu.dtype))
         momentum = self.rho * (mu / peak) / jnp.maximum(seen, _TINY)
         return jnp.where(jnp.all(jnp.isfinite(momentum)), momentum, 0.0)

@@ -6,3 +6,4 @@ from lowrank_optax.recovery._protocol import Recovery as Recovery
 from lowrank_optax.recovery.complement import complement as complement
 from lowrank_optax.recovery.feedback import error_feedback as error_feedback
 from lowrank_optax.recovery.scale import recover_scale as recover_scale
+from lowrank_optax.recovery.wavelet import wavelet_details as wavelet_details

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.layout import HIGHEST, by_blocks, gram, wide
+from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 # The residual's norm is a difference, of which float32 leaves little below 1e-3.
@@ -113,7 +114,7 @@ class recover_scale(Recovery):
         if self.growth_limit is not None:
             squares = _squares(matrix, view.gradient)
             norm, least = self._size(view, squares, projected, direction, phi, taken)
-            factor, state = _limit(norm, least, state, self.growth_limit)
+            factor, state = limit_growth(norm, least, state, self.growth_limit)
             phi = phi * factor[..., None, None]
         if self.of == "gradient":
             return Recovered(None, scale * phi), state
@@ -172,17 +173,6 @@ def _squares(matrix: Matrix, gradient: Array) -> Array:
     axis = -1 if matrix.transposed else -2
     stored = wide(matrix.flip(gradient))
     return matrix.flip(jnp.sum(jnp.square(stored), axis, keepdims=True))
-
-
-def _limit(
-    norm: Array, least: Array, before: Array, growth: Any
-) -> tuple[Array, Array]:
-    """Returns the factor on Lambda, and its norm with it (0 counts as none)."""
-    largest = jnp.where(before > 0, growth * before, jnp.inf)
-    counts = norm > least  # False where a NaN is involved
-    limited = jnp.where(counts, jnp.minimum(norm, largest), 0.0)
-    factor = jnp.where(counts, limited / jnp.where(counts, norm, 1.0), 0.0)
-    return factor, limited.astype(before.dtype)
 
 
 def _regram(basis: Any, low: Array) -> Array:

@@ -50,8 +50,12 @@ def assert_projector_laws(
       >>> from lowrank_optax.testing import assert_projector_laws
       >>> assert_projector_laws(lro.svd(rank=2), shapes=[(6, 4)], energy=0.999)
     """
-    projector = dataclasses.replace(projector, update_proj_gap=1)
-    bracket = project(projector, select=".*", side="left", clip_rank=True)
+    side: dict[str, Any] = {"side": "left"}
+    if projector.side_of(_matrix(2, 2), None) is not None:
+        side = {}  # of its own
+    if projector.stores_basis:
+        projector = dataclasses.replace(projector, update_proj_gap=1)
+    bracket = project(projector, select=".*", clip_rank=True, **side)
     tx = chain(bracket, optax.identity(), backproject())
     step = jax.jit(tx.update)
     for m, n in shapes:
@@ -99,12 +103,14 @@ def _assert_energy(basis, gradient, energy: float) -> None:
 
 
 def _assert_adjoint(projector: Projector, m: int, n: int, stored: Any) -> None:
-    rank = _rank(projector, m, n)
-    matrix = Matrix("", (m, n), (), (0,), (1,), "left", rank)
+    matrix = _matrix(m, n)
+    matrix = matrix.seen_from(projector.side_of(matrix, None) or "left")
+    rank = min(projector.rank_of(matrix), projector.largest_rank(matrix))
+    matrix = dataclasses.replace(matrix, rank=rank)
     zero = jnp.int32(0)
     at = At(jax.random.key(0), zero, zero, jnp.bool_(False))
     basis = projector.basis(matrix, stored, at)
-    x = jnp.asarray(hard_matrix("gaussian", m, n, seed=2))
+    x = jnp.asarray(hard_matrix("gaussian", matrix.m, matrix.n, seed=2))
     low = projector.down(matrix, basis, x)
     y = jnp.asarray(hard_matrix("gaussian", *low.shape, seed=3))
     there = float(jnp.vdot(low, y))
@@ -117,9 +123,5 @@ def _assert_adjoint(projector: Projector, m: int, n: int, stored: Any) -> None:
         )
 
 
-def _rank(projector: Projector, m: int, n: int) -> int:
-    smallest = min(m, n)
-    rank: Any = projector.rank("") if callable(projector.rank) else projector.rank
-    if isinstance(rank, float):
-        return max(1, round(rank * smallest))
-    return min(rank, smallest)
+def _matrix(m: int, n: int) -> Matrix:
+    return Matrix("", (m, n), (), (0,), (1,), "left", 1)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._moments import Group
+from lowrank_optax._moments import Group, weight_seen
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.transport._protocol import Transport
@@ -86,7 +86,7 @@ class rotate_moments(Transport):
         elif "nu" in group and mixed is not None:
             mu, nu = old["mu"], old["nu"]
             steps = jnp.maximum(count, 1).astype(nu.dtype)
-            seen1, seen2 = 1.0 - self.b1**steps, 1.0 - self.b2**steps
+            seen1, seen2 = weight_seen(self.b1, steps), weight_seen(self.b2, steps)
             if self.form == "debiased":
                 mu, nu, mixed = mu / seen1, nu / seen2, mixed / seen1
             moved["nu"] = seen2 * jnp.abs(_second_moment(rotation, mu, nu, mixed))

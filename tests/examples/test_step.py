@@ -124,6 +124,8 @@ NUMBERS = {
     "dct_adamw": lambda m, n, r: 2 * r * n + r,
     # on both sides, and twenty gradients with their norms
     "natural_galore": lambda m, n, r: (m + n) * r + 22 * r * r + 20,
+    # two moments of a quarter of the input axis, which "down" (m of its n) has longer
+    "gwt": lambda m, n, r: 2 * m * n / 4,
     # and one moment only
     "sumo": lambda m, n, r: r * n + m * r,
 }

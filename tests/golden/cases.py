@@ -13,7 +13,7 @@ DATA = pathlib.Path(__file__).parent / "data"
 
 # What every config says about its recording, and what no replay depends on.
 _COMMON = {"method", "steps", "gradients", "recorded_steps"}
-_REMARKS = {"seed", "note", "source", "torch", "commit", "case", "what", "package"}
+_REMARKS = set("seed note source torch commit case what package repo pywt".split())
 
 
 class Config:

@@ -5,6 +5,7 @@ from tests.golden.coap import coap, coap_tucker2
 from tests.golden.dct import dct_adamw
 from tests.golden.fira import fira_adamw
 from tests.golden.galore import galore_adafactor, galore_adamw
+from tests.golden.gwt import gwt
 from tests.golden.osd import online_subspace_descent
 from tests.golden.tracking import ldadam, subtrackpp
 
@@ -19,5 +20,6 @@ METHODS = {
     "coap": coap,
     "coap_tucker2": coap_tucker2,
     "dct_adamw": dct_adamw,
+    "gwt": gwt,
     "online_subspace_descent": online_subspace_descent,
 }
