@@ -1,0 +1,12 @@
+"""Codecs: an array as small codes with a scale per block, and back to float32."""
+
+from lowrank_optax.quantization._protocol import Codec as Codec
+from lowrank_optax.quantization._protocol import Encoded as Encoded
+from lowrank_optax.quantization.affine import affine as affine
+from lowrank_optax.quantization.float8 import float8 as float8
+from lowrank_optax.quantization.int4 import linear_int4 as linear_int4
+from lowrank_optax.quantization.int8 import blockwise_int8 as blockwise_int8
+from lowrank_optax.quantization.rounding import stochastic_round as stochastic_round
+from lowrank_optax.quantization.rounding import (
+    stochastic_round_to_bfloat16 as stochastic_round_to_bfloat16,
+)

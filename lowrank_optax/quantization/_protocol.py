@@ -1,0 +1,178 @@
+"""The interface of a codec: an array as codes with a scale per block, and back."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lowrank_optax.quantization.blocks import Cut, one
+from lowrank_optax.quantization.rounding import uniform
+
+
+class Encoded(NamedTuple):
+    """An encoded array; every field is an array, or ``()`` for none.
+
+    Attributes:
+      codes: small integers or float8. Codes of 8 bits have the array's own shape, so
+        they can be sharded as it is; packed ones are bytes ``[*rows, bytes]``.
+      scales: float32 ``[*rows, blocks]``.
+      zeros: uint8 ``[*rows, blocks]``, the code of 0.0 where blocks differ in it.
+    """
+
+    codes: Any
+    scales: Any
+    zeros: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How an array is stored in fewer bytes: static, hashable, without arrays.
+
+    Blocks of consecutive elements share a scale. ``blocks="last"`` cuts every row of
+    the last axis into blocks of its own: codes and scales can be sharded like the
+    array, along all of its axes. ``blocks="flat"`` runs over the row-major order of
+    each matrix (the last two axes), as the released codes do. Both form the same blocks
+    where the block divides the last axis; leading axes are batch axes.
+
+    Everything is computed in float32. Entries that are not finite do not reach their
+    block's scale: NaN becomes 0, and plus or minus infinity the last code on its side.
+    Numbers below 1.2e-38 in magnitude count as zero where the backend flushes them.
+
+    A subclass says how pieces ``[..., blocks, size]`` are encoded and decoded.
+    """
+
+    has_zeros = False  # whether blocks differ in the code of 0.0
+    stochastic = False  # whether encode can round at random
+
+    @property
+    def cut(self) -> Cut:
+        """Where the blocks lie."""
+        raise NotImplementedError
+
+    @property
+    def bits(self) -> int:
+        """Bits per code: 8, or 4 for two to a byte."""
+        return 8
+
+    @property
+    def code_dtype(self) -> Any:
+        """The dtype of the stored codes."""
+        return jnp.dtype(jnp.uint8)
+
+    @property
+    def zero_code(self) -> int:
+        """The stored byte of zeros, in a block of zeros."""
+        return 0
+
+    def encode_blocks(self, x: Array, draws: Array | None) -> Encoded:
+        """Encodes blocks ``[..., k, size]`` in float32, given uniform draws or None."""
+        raise NotImplementedError
+
+    def decode_blocks(self, blocks: Encoded, size: int) -> Array:
+        """Inverse of ``encode_blocks``, in float32."""
+        raise NotImplementedError
+
+    def encode(self, x: Any, key: Any = None) -> Encoded:
+        """Encodes an array of any float dtype.
+
+        Args:
+          x: the array.
+          key: None rounds to the nearest; a PRNG key, or draws from [0, 1) of x's
+            shape, rounds at random without bias, if the codec is ``stochastic``.
+
+        Raises:
+          ValueError: if a key is given to a codec that rounds to the nearest only.
+        """
+        x = jnp.asarray(x).astype(jnp.float32)
+        shape = self.cut.row_shape(x.shape)
+        parts = self._pieces(x.reshape(shape), _size)
+        draws: list[Any] = [None] * len(parts)
+        if key is not None:
+            self._check_stochastic()
+            draws = self._pieces(uniform(key, x.shape).reshape(shape), _size)
+        done = [self.encode_blocks(*pair) for pair in zip(parts, draws, strict=True)]
+        codes, scales, zeros = (list(field) for field in zip(*done, strict=True))
+        return Encoded(
+            self.cut.join(codes).reshape(self._code_shape(x.shape)),
+            self.cut.join(scales),
+            self.cut.join(zeros) if self.has_zeros else (),
+        )
+
+    def decode(self, encoded: Encoded, shape: Sequence[int]) -> Array:
+        """Returns the array of this shape, in float32.
+
+        Raises:
+          ValueError: if the codes are not those of an array of this shape.
+        """
+        shape, encoded = tuple(shape), jax.tree.map(jnp.asarray, encoded)
+        if encoded.codes.shape != self._code_shape(shape):
+            raise ValueError(
+                f"`shape` must be that of the array that was encoded: {shape} has "
+                f"codes of shape {self._code_shape(shape)}, got {encoded.codes.shape}."
+            )
+        n = self.cut.row_shape(shape)[-1]
+        codes = encoded.codes
+        if self.bits == 8:
+            codes = codes.reshape(self.cut.row_shape(shape))
+        fields = [
+            self.cut.split(codes, n, self._width),
+            self.cut.split(encoded.scales, n, one),
+        ]
+        if self.has_zeros:
+            fields.append(self.cut.split(encoded.zeros, n, one))
+        sizes = [size for _, size in self.cut.pieces(n)]
+        done = [
+            self.decode_blocks(Encoded(*piece), size)
+            for size, piece in zip(sizes, zip(*fields, strict=True), strict=True)
+        ]
+        return self.cut.join(done).reshape(shape)
+
+    def zeros(self, shape: Sequence[int]) -> Encoded:
+        """Returns what zeros of this shape are encoded as."""
+        blocks = self._block_shape(shape)
+        return Encoded(
+            jnp.full(self._code_shape(shape), self.zero_code, self.code_dtype),
+            jnp.zeros(blocks, jnp.float32),
+            jnp.zeros(blocks, jnp.uint8) if self.has_zeros else (),
+        )
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Returns the bytes that an array of this shape is stored in.
+
+        One per code, or one per two, and per block four for its scale and one for its
+        zero if it has one.
+        """
+        blocks = math.prod(self._block_shape(shape))
+        return math.prod(self._code_shape(shape)) + blocks * (4 + self.has_zeros)
+
+    def _pieces(self, rows: Array, width: Any) -> list[Array]:
+        return self.cut.split(rows, rows.shape[-1], width)
+
+    def _width(self, size: int) -> int:
+        """Bytes that the codes of a block take; every block starts on a byte."""
+        return (size * self.bits + 7) // 8
+
+    def _block_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        *batch, n = self.cut.row_shape(shape)
+        return (*batch, self.cut.length(n))
+
+    def _code_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        if self.bits == 8:
+            return tuple(shape)
+        *batch, n = self.cut.row_shape(shape)
+        return (*batch, self.cut.length(n, self._width))
+
+    def _check_stochastic(self):
+        if not self.stochastic:
+            raise ValueError(
+                f"{type(self).__name__} rounds to the nearest and takes no `key`. For "
+                "stochastic rounding use affine(bits=...) or linear_int4()."
+            )
+
+
+def _size(size: int) -> int:
+    return size

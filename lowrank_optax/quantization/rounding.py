@@ -1,0 +1,94 @@
+"""Stochastic rounding: up or down at random, so that the mean is the number itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float
+
+_EXPONENT = 0x7F80  # of a bfloat16; all ones in infinities and NaN
+
+
+def uniform(key: Any, shape: Sequence[int]) -> Float[Array, "..."]:
+    """Returns draws from [0, 1): by the key, or ``key`` itself if it holds floats.
+
+    Raises:
+      ValueError: if given draws have another shape.
+    """
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jnp.floating):
+        return jax.random.uniform(key, tuple(shape), jnp.float32)
+    if key.shape != tuple(shape):
+        raise ValueError(
+            f"Uniform draws given in place of a key must have the array's shape "
+            f"{tuple(shape)}, got {key.shape}."
+        )
+    return key.astype(jnp.float32)
+
+
+def round_with(x: Float[Array, "..."], draws: Float[Array, "..."]) -> Array:
+    """Returns ``floor(x) + [u < x - floor(x)]``."""
+    floor = jnp.floor(x)
+    return floor + (draws < x - floor)
+
+
+def stochastic_round(x: Any, key: Any) -> Float[Array, "..."]:
+    """Rounds to an integer at random, without bias.
+
+    ``floor(x) + [u < x - floor(x)]`` with u uniform in [0, 1), so that the mean over
+    draws is x. Integers, infinities and NaN stay what they are.
+
+    Args:
+      x: floats of any shape; computed in float32.
+      key: a PRNG key, or the draws u themselves, floats of x's shape.
+
+    Returns:
+      Integers in float32.
+
+    Raises:
+      ValueError: if given draws have another shape than x.
+
+    Examples:
+      >>> import jax
+      >>> from lowrank_optax import quantization
+      >>> x = jax.numpy.full((1000,), 0.25)
+      >>> up = quantization.stochastic_round(x, jax.random.key(0))
+      >>> bool(abs(up.mean() - 0.25) < 0.05)
+      True
+    """
+    x = jnp.asarray(x).astype(jnp.float32)
+    return round_with(x, uniform(key, x.shape))
+
+
+def stochastic_round_to_bfloat16(x: Any, key: Any) -> BFloat16[Array, "..."]:
+    """Rounds float32 to one of the two nearest bfloat16 at random, without bias.
+
+    A bfloat16 is the upper half of a float32: 16 random bits are added to the lower
+    half, then the upper one is kept, so the carry comes with a probability of the lower
+    half times ``2^-16``. What a bfloat16 holds exactly stays; infinities and NaN stay;
+    numbers beyond the largest bfloat16 become that, not infinity.
+
+    Args:
+      x: floats of any shape; computed in float32.
+      key: a PRNG key.
+
+    Returns:
+      bfloat16 of the same shape.
+
+    Examples:
+      >>> import jax
+      >>> from lowrank_optax import quantization
+      >>> x = jax.numpy.full((1000,), 1 + 2.0**-9)
+      >>> y = quantization.stochastic_round_to_bfloat16(x, jax.random.key(0))
+      >>> sorted({float(v) for v in y})
+      [1.0, 1.0078125]
+    """
+    x = jnp.asarray(x).astype(jnp.float32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    up = ((bits + noise) >> 16).astype(jnp.uint16)
+    down = (bits >> 16).astype(jnp.uint16)
+    kept = jnp.where((up & _EXPONENT) == _EXPONENT, down, up)
+    rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
