@@ -63,15 +63,14 @@ def normalized(x: Blocks, scale: Scales) -> Blocks:
     """Returns ``x (1 / scale)`` in [-1, 1]; 0 for NaN and where the scale is 0.
 
     The reciprocal is rounded to float32 before the product, as the released 8-bit
-    kernels do. That of 1e38 would be flushed to zero and that of 1e-39 overflow, so
-    both are brought into range by a power of two, which rounds nothing.
+    kernels do. That of 1e38 would be flushed to zero, so large scales are brought into
+    range by a power of two, which rounds nothing. Scales whose reciprocal would
+    overflow count as 0.
     """
     size = jnp.abs(scale)
-    small = jnp.where(size < 2.0**-60, jnp.float32(2.0**64), 1.0)
-    factor = jnp.where(size > 2.0**100, jnp.float32(2.0**-64), small)
-    inner = scale * factor
-    empty = inner == 0
-    reciprocal = jnp.where(empty, 0.0, 1.0) / jnp.where(empty, 1.0, inner)
+    factor = jnp.where(size > 2.0**100, jnp.float32(2.0**-64), 1.0)
+    empty = size < 2.0**-126
+    reciprocal = jnp.where(empty, 0.0, 1.0) / jnp.where(empty, 1.0, scale * factor)
     out = x * factor * reciprocal
     return jnp.clip(jnp.where(jnp.isnan(out), 0.0, out), -1.0, 1.0)
 

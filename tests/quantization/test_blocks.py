@@ -35,7 +35,7 @@ SHAPES = [(), (1,), (5,), (300,), (3, 64), (3, 70), (2, 3, 65), (2, 1, 4, 129), 
 def test_the_formula_counts_the_arrays_there_are(codec, blocks):
     codec = dataclasses.replace(codec, blocks=blocks)
     for shape in SHAPES:
-        encoded = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(shape, float))
+        encoded = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(shape, jnp.float32))
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(encoded)]
         assert sum(sizes) == codec.nbytes(shape)
         assert all(leaf.size for leaf in jax.tree.leaves(encoded))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lowrank_optax.quantization import dynamic_map
+from lowrank_optax.quantization import dynamic_map, scaling
 from tests.quantization.coding import (
     BLOCK,
     CODECS,
@@ -168,7 +168,9 @@ def test_the_smallest_numbers(codec):
 @codecs
 def test_the_largest_numbers(codec):
     x = np.zeros(SHAPE, np.float32)
-    x[:, 0] = np.finfo(np.float32).max / 2  # an affine zero may add half a step
+    # A range from -2e38 to 2e38 is none that float32 holds. The end of an affine range
+    # may be half a step farther out than the data.
+    x[:, 0] = 2e38
     x[1, 1], x[:, 2] = -x[1, 0], x[:, 0] / 4
     x = x if is_signed(codec) else np.abs(x)
     back = round_trip(codec, x)
@@ -189,6 +191,13 @@ def test_blocks_of_zeros(codec):
     np.testing.assert_array_equal(back[1:, 64:128], 0)
     np.testing.assert_array_equal(back[0], 0)
     assert (back[1:, :64] != 0).any()
+
+
+def test_a_block_of_zeros_divides_nothing_by_zero():
+    """What `jax_debug_nans` would stop at."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        x, scale = jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 1))
+        np.testing.assert_array_equal(scaling.normalized(x, scale), x)
 
 
 @codecs
