@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A new part is entered here.
 LAYERS = (
     ("_checks", "_hyperparams", "_meshes"),
+    ("linalg", "quantization"),
     ("_matrices",),
     ("_moments", "_selection"),
-    ("linalg", "quantization"),
     ("projectors",),
     ("transport", "recovery", "_plan"),
     ("transforms", "_refresh"),

@@ -97,7 +97,7 @@ class Codec:
         done = [self.encode_blocks(*pair) for pair in zip(parts, draws, strict=True)]
         codes, scales, zeros = (list(field) for field in zip(*done, strict=True))
         return Encoded(
-            self.cut.join(codes).reshape(self._code_shape(x.shape)),
+            self.cut.join(codes).reshape(self.code_shape(x.shape)),
             self.cut.join(scales),
             self.cut.join(zeros) if self.has_zeros else (),
         )
@@ -109,10 +109,10 @@ class Codec:
           ValueError: if the codes are not those of an array of this shape.
         """
         shape, encoded = tuple(shape), jax.tree.map(jnp.asarray, encoded)
-        if encoded.codes.shape != self._code_shape(shape):
+        if encoded.codes.shape != self.code_shape(shape):
             raise ValueError(
                 f"`shape` must be that of the array that was encoded: {shape} has "
-                f"codes of shape {self._code_shape(shape)}, got {encoded.codes.shape}."
+                f"codes of shape {self.code_shape(shape)}, got {encoded.codes.shape}."
             )
         n = self.cut.row_shape(shape)[-1]
         codes = encoded.codes
@@ -135,7 +135,7 @@ class Codec:
         """Returns what zeros of this shape are encoded as."""
         blocks = self._block_shape(shape)
         return Encoded(
-            jnp.full(self._code_shape(shape), self.zero_code, self.code_dtype),
+            jnp.full(self.code_shape(shape), self.zero_code, self.code_dtype),
             jnp.zeros(blocks, jnp.float32),
             jnp.zeros(blocks, jnp.uint8) if self.has_zeros else (),
         )
@@ -147,7 +147,7 @@ class Codec:
         zero if it has one.
         """
         blocks = math.prod(self._block_shape(shape))
-        return math.prod(self._code_shape(shape)) + blocks * (4 + self.has_zeros)
+        return math.prod(self.code_shape(shape)) + blocks * (4 + self.has_zeros)
 
     def _pieces(self, rows: Array, width: Any) -> list[Array]:
         return self.cut.split(rows, rows.shape[-1], width)
@@ -160,7 +160,8 @@ class Codec:
         *batch, n = self.cut.row_shape(shape)
         return (*batch, self.cut.length(n))
 
-    def _code_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def code_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of the codes of an array of this shape."""
         if self.bits == 8:
             return tuple(shape)
         *batch, n = self.cut.row_shape(shape)
