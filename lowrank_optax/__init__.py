@@ -22,8 +22,14 @@ from lowrank_optax.linalg.rotation import Rotation as Rotation
 from lowrank_optax.sharding import state_shardings as state_shardings
 from lowrank_optax.memory import StateBytes as StateBytes
 from lowrank_optax.memory import state_bytes as state_bytes
+from lowrank_optax.weights import dequantize_weights as dequantize_weights
+from lowrank_optax.weights import quantize_weights as quantize_weights
+from lowrank_optax.weights import (
+    stochastic_round_apply_updates as stochastic_round_apply_updates,
+)
 
 # Methods.
+from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
 from lowrank_optax.methods.apollo import apollo as apollo
 from lowrank_optax.methods.apollo import scale_by_apollo as scale_by_apollo
 from lowrank_optax.methods.apollo_mini import apollo_mini as apollo_mini
@@ -40,6 +46,10 @@ from lowrank_optax.methods.frugal import frugal as frugal
 from lowrank_optax.methods.frugal import scale_by_frugal as scale_by_frugal
 from lowrank_optax.methods.galore import galore as galore
 from lowrank_optax.methods.galore import scale_by_galore as scale_by_galore
+from lowrank_optax.methods.galore_8bit import galore_8bit as galore_8bit
+from lowrank_optax.methods.galore_8bit import (
+    scale_by_galore_8bit as scale_by_galore_8bit,
+)
 from lowrank_optax.methods.galore_adafactor import galore_adafactor as galore_adafactor
 from lowrank_optax.methods.galore_plus import galore_plus as galore_plus
 from lowrank_optax.methods.galore_plus import (
@@ -102,6 +112,7 @@ from lowrank_optax.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from lowrank_optax.transforms import decay_after as decay_after
 from lowrank_optax.transforms import decay_before as decay_before
 from lowrank_optax.transforms import orthogonalize as orthogonalize
+from lowrank_optax.transforms import quantize_state as quantize_state
 from lowrank_optax.transforms import scale_by_adam_mini as scale_by_adam_mini
 from lowrank_optax.transforms import (
     scale_by_bias_correction as scale_by_bias_correction,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lowrank_optax._matrices import refill, unbox
+from lowrank_optax._matrices import refill, refill_tree, unbox_tree
+from lowrank_optax.quantization import dequantize, is_quantized
 
 FIELDS = ("mu", "nu", "trace", "ema")
 
@@ -132,14 +133,16 @@ def weight_seen(decay: Any, steps: Array) -> Array:
 def of_leaf(
     groups: tuple[Group, ...], treedef: Any, position: int
 ) -> tuple[Group, ...]:
-    """Picks one leaf's moments out of every group's trees (arrays only)."""
+    """Picks one leaf's moments out of every group's trees, decoded (arrays only)."""
+
+    def pick(tree: Any) -> Any:
+        return dequantize(unbox_tree(treedef.flatten_up_to(tree)[position]))
+
     return tuple(
         {
             field: leaf
             for field, tree in group.items()
-            if isinstance(
-                leaf := unbox(treedef.flatten_up_to(tree)[position]), jax.Array
-            )
+            if isinstance(leaf := pick(tree), jax.Array)
         }
         for group in groups
     )
@@ -156,7 +159,14 @@ def with_leaves(
             flat = treedef.flatten_up_to(tree)
             for position, moments in leaves.items():
                 if field in moments[g]:
-                    flat[position] = refill(flat[position], moments[g][field])
+                    flat[position] = _refilled(flat[position], moments[g][field])
             trees[field] = treedef.unflatten(flat)
         renewed.append(trees)
     return tuple(renewed)
+
+
+def _refilled(leaf: Any, moment: Array) -> Any:
+    """Puts a moment where another was: in its box, encoded as that was."""
+    if is_quantized(leaf):
+        return refill_tree(leaf, unbox_tree(leaf).encode(moment))
+    return refill(leaf, moment)

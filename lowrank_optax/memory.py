@@ -23,6 +23,8 @@ _ROLES = {
     "v_col": "nu",
 }
 
+ENCODED = ("codes", "scales", "zeros")
+
 # Fields of a bracket's state that hold a tree of their own for every parameter.
 _PER_PARAMETER = ("basis", "pending", "recovery_state")
 
@@ -154,6 +156,9 @@ def _owner(keys, field, paths, longest) -> tuple[tuple[str, ...], str | None]:
         owner = paths.get(keys[len(keys) - length :])
         if owner is not None:
             return keys[: len(keys) - length], owner
+    if keys and keys[-1] in ENCODED:  # the arrays that an encoded one is made of
+        inner, owner = _owner(keys[:-1], field, paths, longest)
+        return (*inner, keys[-1]), owner
     return keys, None
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
 from lowrank_optax._plan import abstract_init, recording
 from lowrank_optax._selection import broadcast_prefix, mesh_axes
-from lowrank_optax.memory import owned_leaves
+from lowrank_optax.memory import ENCODED, owned_leaves
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -67,14 +67,16 @@ def state_shardings(
     for keys, owner, leaf in owned_leaves(state, params):
         spec = PartitionSpec()
         if owner is not None:
-            side = keys[-1] if keys[-1:] in (("left",), ("right",)) else None
+            encoded = bool(set(keys[-1:]) & set(ENCODED))
+            within = keys[:-1] if encoded else keys
+            side = within[-1] if within[-1:] in (("left",), ("right",)) else None
             whole = "recovery_state" in keys  # as error feedback: the leaf's own shape
             matrix = (
                 None if whole and leaf.shape == shapes[owner] else matrices.get(owner)
             )
             stored = "basis" in keys
             candidates = _layouts(shapes[owner], matrix, side, stored)
-            axes = _agreed([axes for shape, axes in candidates if shape == leaf.shape])
+            axes = _agreed(_fitting(list(candidates), leaf.shape, encoded))
             spec = _spec(axes, leaf.shape, shapes[owner], shardings[owner])
             if owner in matrices:
                 spec = _spread(spec, leaf.shape, shardings[owner])
@@ -130,6 +132,22 @@ def _factors(shape: tuple[int, ...], axes: Axes) -> Iterator[tuple[tuple, Axes]]
     if len(shape) >= 2:
         yield shape[:-1], axes[:-1]
         yield (*shape[:-2], shape[-1]), (*axes[:-2], axes[-1])
+
+
+def _fitting(
+    candidates: list[tuple[tuple, Axes]], shape: tuple[int, ...], encoded: bool
+) -> list[Axes]:
+    """Returns the axes of the layouts that have this shape.
+
+    The scales and the packed codes of an encoded array have fewer columns, or a row for
+    each of its batch axes alone.
+    """
+    fits = [axes for other, axes in candidates if other == shape]
+    if fits or not encoded or not shape:
+        return fits
+    lead = shape[:-1]
+    fits = [axes for other, axes in candidates if other[:-1] == lead and other]
+    return fits or [(*axes, ()) for other, axes in candidates if other == lead]
 
 
 def _agreed(candidates: list[Axes]) -> Axes:

@@ -44,6 +44,14 @@ def stacked_params():
     }
 
 
+def galore_8bit(params=None, **options):
+    """Every matrix encoded, in blocks of which some are short."""
+    options = {"block": 4, "min_size": 0, "basis_dtype": jnp.float32, **options}
+    options = {"learning_rate": 1e-2, "projector": lro.svd(2, GAP), **options}
+    make = functools.partial(lro.galore_8bit, **options)
+    return Row(make, params, optax.scale_by_adam())
+
+
 EVERY_STEP = (lro.ldadam, lro.online_subspace_descent, lro.gwt)  # without a gap
 # No accumulation inside: an inner of their own, or a step of the complement.
 NOT_INSIDE = (lro.natural_galore, lro.sumo, lro.frugal, lro.gwt)
@@ -92,6 +100,10 @@ ROWS = {
     "galore_rotate": galore(transport=lro.rotate_moments()),
     "galore_bf16": galore(
         mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16, basis_dtype=jnp.bfloat16
+    ),
+    "galore_8bit": galore_8bit(),
+    "galore_8bit_stacked": galore_8bit(
+        params=stacked_params(), layer_axis=0, transport=lro.rotate_moments()
     ),
     "galore_adafactor": Row(
         functools.partial(

@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from lowrank_optax import _checks
+from lowrank_optax.quantization import Codec, blockwise_int8
 from lowrank_optax.transforms import (
     cast_moments,
     decay_after,
@@ -71,3 +72,16 @@ def decay(
         return tx
     form = decay_after if is_authors(conventions) else decay_before
     return optax.chain(tx, form(learning_rate, weight_decay, mask))
+
+
+def eight_bit(block: int, authors: bool) -> tuple[Codec, Codec]:
+    """Returns the 8-bit codecs of first and second moments."""
+    if authors:
+        return (
+            blockwise_int8(block, signed=True, blocks="flat"),
+            blockwise_int8(block, signed=False, blocks="flat", keep_nonzero=False),
+        )
+    return (
+        blockwise_int8(block, signed=True, signed_scale=True),
+        blockwise_int8(block, signed=False),
+    )

@@ -22,3 +22,4 @@ from lowrank_optax.transforms.natural import (
     scale_by_natural_gradient as scale_by_natural_gradient,
 )
 from lowrank_optax.transforms.orthogonalize import orthogonalize as orthogonalize
+from lowrank_optax.transforms.quantized import quantize_state as quantize_state

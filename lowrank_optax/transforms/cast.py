@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _moments
+from lowrank_optax.quantization import is_quantized
 
 
 def cast_moments(
@@ -64,4 +65,9 @@ def cast_moments(
 
 
 def _cast_tree(tree: Any, dtype: Any) -> Any:
-    return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)
+    if dtype is None:
+        return tree
+    # What is encoded has its storage.
+    return jax.tree.map(
+        lambda x: x if is_quantized(x) else x.astype(dtype), tree, is_leaf=is_quantized
+    )

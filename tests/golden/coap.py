@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import lowrank_optax as lro
+from lowrank_optax import quantization
 from lowrank_optax.projectors import TwoSidedBasis
 from lowrank_optax.projectors.correlation import TwoSidedCorrelation
 from tests.golden.cases import Case, Config
@@ -44,8 +44,6 @@ class replayed(lro.correlation):
 def coap(case: Case) -> Replay:
     """COAP as released, with AdamW or Adafactor."""
     config = case.config
-    if config["inner"] == "adamw8bit":
-        pytest.skip("8-bit states are not built yet")
     names = [key[len("projused_") :] for key in case.arrays if key[:9] == "projused_"]
     tall = {name: np.diff(case.params(name).shape[1:])[0] <= 0 for name in names}
     used = {
@@ -124,6 +122,16 @@ def _schedule(config: Config) -> dict[str, Any]:
     }
 
 
+def _eight_bit(config: Config, betas: dict[str, Any]) -> optax.GradientTransformation:
+    """Both moments in the signed map, every matrix one block, in whatever order."""
+    if "blocksize 4096, dynamic signed map for BOTH" not in config["quantiser"]:
+        raise ValueError("Only one quantizer was recorded.")
+    codec = quantization.blockwise_int8(4096, blocks="flat")
+    raw = lro.scale_by_raw_adam(**betas)
+    corrected = lro.scale_by_bias_correction(betas["b1"], betas["b2"])
+    return optax.chain(lro.quantize_state(raw, codec, codec, min_size=0), corrected)
+
+
 def _replay(case: Case, projector: lro.Projector, **options: Any) -> Replay:
     config, hparams = case.config, case.config["inner_hparams"]
     for remark in ("f32_vs_f64_max_abs_dev_and_travel", "omega_seed"):
@@ -142,6 +150,8 @@ def _replay(case: Case, projector: lro.Projector, **options: Any) -> Replay:
         betas = {key: hparams[key] for key in ("b1", "b2", "eps")}
         if not hparams["bias_correction"]:
             raise ValueError("Only bias-corrected runs were recorded.")
+        if config["inner"] == "adamw8bit":
+            options["base_optimizer"] = _eight_bit(config, betas)
         tx = lro.coap(
             rate,
             weight_decay=decay,

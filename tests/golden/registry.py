@@ -3,6 +3,7 @@
 from tests.golden.apollo import apollo
 from tests.golden.coap import coap, coap_tucker2
 from tests.golden.dct import dct_adamw
+from tests.golden.eight_bit import galore_adamw8bit
 from tests.golden.fira import fira_adamw
 from tests.golden.galore import galore_adafactor, galore_adamw
 from tests.golden.gwt import gwt
@@ -13,6 +14,7 @@ from tests.golden.tracking import ldadam, subtrackpp
 METHODS = {
     "galore_adamw": galore_adamw,
     "galore_adafactor": galore_adafactor,
+    "galore_adamw8bit": galore_adamw8bit,
     "fira_adamw": fira_adamw,
     "subtrackpp": subtrackpp,
     "ldadam": ldadam,
