@@ -11,6 +11,7 @@ from jaxtyping import Array
 from lowrank_optax import _moments
 from lowrank_optax._bracket import Bracket, SubspaceState, SubspaceView, cast
 from lowrank_optax._matrices import (
+    is_altered,
     is_box,
     rebox,
     refill,
@@ -31,7 +32,7 @@ class Leaves:
         self.bracket, self.plan = bracket, plan
         _check_trees(plan, updates)
         self.refreshers = bracket.refreshers(plan)
-        self.before = self._restored(state)
+        self.before = self._restored(state, updates if params is None else params)
         self.updates = plan.treedef.flatten_up_to(updates)
         self.params = None if params is None else plan.treedef.flatten_up_to(params)
         steps = optax.tree_utils.tree_get(state.inner_state, "mini_step")
@@ -39,22 +40,15 @@ class Leaves:
             state.count, jnp.bool_(True) if steps is None else steps == 0, state.key
         )
 
-    def _restored(self, state: SubspaceState) -> SubspaceState:
+    def _restored(self, state: SubspaceState, like: Any) -> SubspaceState:
         """Gives what is kept per parameter its own types back.
 
         ``nnx.Optimizer`` returns a tuple at a parameter's place as a mapping.
         """
-        treedef, recovery = self.plan.treedef, self.bracket.recovery
-        stored = treedef.flatten_up_to(state.basis)
-        for i, refresher in self.refreshers.items():
-            stored[i] = restore(stored[i], lambda r=refresher: r.init().stored)
-        state = state._replace(basis=treedef.unflatten(stored))
-        if recovery is None:
-            return state
-        kept = treedef.flatten_up_to(state.recovery_state)
-        for i, refresher in self.refreshers.items():
-            kept[i] = restore(kept[i], lambda r=refresher: recovery.start(r.matrix))
-        return state._replace(recovery_state=treedef.unflatten(kept))
+        altered = is_altered(self.plan.treedef, state.basis, state.recovery_state)
+        if altered or _moments.are_altered(self.plan.treedef, state.inner_state):
+            return restore(state, lambda: self.bracket.init(like))
+        return state
 
     def view(self, tree: Any) -> list[Any]:
         leaves = [unbox(leaf) for leaf in self.plan.treedef.flatten_up_to(tree)]

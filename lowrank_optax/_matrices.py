@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -181,13 +181,28 @@ def refill_tree(tree: Any, value: Any) -> Any:
     return jax.tree.map(refill, tree, value, is_leaf=is_box)
 
 
+def is_altered(treedef: Any, *trees: Any) -> bool:
+    """Whether a mapping stands where a tree like the parameters has an array or tuple.
+
+    As in the states that ``nnx.Optimizer`` gives back; ``()`` is no such tree.
+    """
+    return any(
+        isinstance(leaf, Mapping)
+        for tree in trees
+        if not (isinstance(tree, tuple) and not tree)
+        for leaf in treedef.flatten_up_to(tree)
+    )
+
+
 def restore(found: Any, make: Callable[[], Any]) -> Any:
     """Returns ``found`` in the structure of ``make()``, leaves matched by their paths.
 
     ``found`` may have a mapping wherever that has a tuple with named fields.
     """
     template = jax.eval_shape(make)
-    if jax.tree.structure(unbox_tree(found)) == jax.tree.structure(template):
+    if jax.tree.structure(found, is_leaf=is_box) == jax.tree.structure(
+        template, is_leaf=is_box
+    ):
         return found
 
     def named(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -195,6 +210,9 @@ def restore(found: Any, make: Callable[[], Any]) -> Any:
 
     flat = jax.tree_util.tree_leaves_with_path(found, is_leaf=is_box)
     leaves = {named(path): leaf for path, leaf in flat}
+    wanted = jax.tree_util.tree_leaves_with_path(template, is_leaf=is_box)
+    if any(named(path) not in leaves for path, _ in wanted):
+        return found  # another state altogether
     return jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[named(path)], template
     )

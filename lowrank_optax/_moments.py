@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lowrank_optax._matrices import refill, refill_tree, unbox_tree
+from lowrank_optax._matrices import is_altered, refill, refill_tree, unbox_tree
 from lowrank_optax.quantization import dequantize, is_quantized
 
 FIELDS = ("mu", "nu", "trace", "ema")
@@ -115,6 +115,12 @@ def _write(node: Any, group: Group) -> Any:
     if type(node) not in _REGISTERED:
         return node._replace(**group)
     return _REGISTERED[type(node)][1](node, group)
+
+
+def are_altered(treedef: Any, state: Any) -> bool:
+    """``is_altered`` for the moments of a state."""
+    groups = find(state).groups
+    return any(is_altered(treedef, *group.values()) for group in groups)
 
 
 def weight_seen(decay: Any, steps: Array) -> Array:

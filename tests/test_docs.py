@@ -66,9 +66,9 @@ def documented():
 def expected():
     """The names that must be documented, each with its object."""
     names = {f"lro.{name}": getattr(lro, name) for name in public(lro)}
-    if importlib.util.find_spec("lowrank_optax.testing"):
-        testing = importlib.import_module("lowrank_optax.testing")
-        names |= {f"testing.{name}": getattr(testing, name) for name in own(testing)}
+    for part in ("testing", "quantization"):
+        module = importlib.import_module(f"lowrank_optax.{part}")
+        names |= {f"{part}.{name}": getattr(module, name) for name in own(module)}
     return names
 
 

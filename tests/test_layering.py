@@ -28,7 +28,7 @@ LAYERS = (
     ("_chain",),
     ("methods",),
     ("_report", "memory"),
-    ("sharding", "layerwise", "distributed"),
+    ("sharding", "weights", "layerwise", "distributed"),
     ("activations", "testing"),
     ("__init__",),
 )

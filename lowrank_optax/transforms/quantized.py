@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks, _moments
-from lowrank_optax._matrices import is_box, rebox, refill, unbox, unbox_tree
+from lowrank_optax._matrices import is_box, rebox, refill, restore, unbox, unbox_tree
 from lowrank_optax.quantization import (
     Codec,
     QuantizedArray,
@@ -24,10 +24,10 @@ _UNSIGNED = blockwise_int8(signed=False)
 
 
 def quantize_state(
-    inner: optax.GradientTransformation,
-    mu: Codec | None = _SIGNED,
-    nu: Codec | None = _UNSIGNED,
-    min_size: int = 4096,
+    inner: Any,
+    mu: Any = _SIGNED,
+    nu: Any = _UNSIGNED,
+    min_size: Any = 4096,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the moments of ``inner`` encoded: 8-bit Adam, Lion, momentum, ...
 
@@ -109,6 +109,9 @@ def quantize_state(
         return store(inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        treedef = jax.tree.structure(updates, is_leaf=is_box)
+        if _moments.are_altered(treedef, state):
+            state = restore(state, lambda: init(updates))
         updates, state = inner.update(updates, load(state), params, **extra_args)
         return updates, store(state)
 
