@@ -1,0 +1,229 @@
+"""Moments in eight bits: what is stored, what it costs, and who decodes it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowrank_optax as lro
+from lowrank_optax import quantization
+from lowrank_optax.quantization import QuantizedArray, blockwise_int8, dequantize
+
+ADAM = optax.scale_by_adam(0.9, 0.96875, 1e-8)
+SIGNED = blockwise_int8(16, signed_scale=True)
+UNSIGNED = blockwise_int8(16, signed=False)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def quantized(inner=ADAM, **options):
+    return lro.quantize_state(inner, **{"mu": SIGNED, "nu": UNSIGNED, **options})
+
+
+def is_encoded(node):
+    return isinstance(node, QuantizedArray)
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (3, 8, 20), (40,)])
+def test_a_step_is_decode_step_encode(shape):
+    tx, params = quantized(min_size=8), {"w": jnp.zeros(shape)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    plain, known = jax.jit(ADAM.update), ADAM.init(params)
+    for seed in range(3):
+        gradient = {"w": normal(seed, *shape)}
+        want, stepped = plain(gradient, known)
+        got, state = update(gradient, state)
+        np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)
+        for name, codec in (("mu", SIGNED), ("nu", UNSIGNED)):
+            tree = optax.tree_utils.tree_get(state, name)
+            exact = optax.tree_utils.tree_get(stepped, name)["w"]
+            stored = codec.encode(exact)
+            # A code may differ where two programs round to either side of a border.
+            assert np.mean(tree["w"].codes != stored.codes) <= 0.01
+            np.testing.assert_allclose(tree["w"].scales, stored.scales, rtol=1e-6)
+        known = jax.tree.map(dequantize, state, is_leaf=is_encoded)
+
+
+def test_small_matrices_stay_and_layers_count_one_by_one():
+    params = {
+        "large": jnp.zeros((8, 16)),
+        "small": jnp.zeros((8, 15)),
+        "stack": jnp.zeros((5, 8, 15)),
+        "count": jnp.zeros((), jnp.int32),
+    }
+    tx = quantized(optax.trace(0.9), min_size=128)
+    trace = tx.init(params).trace
+    assert [name for name, x in trace.items() if is_encoded(x)] == ["large"]
+
+
+@pytest.mark.parametrize("only", ["mu", "nu"])
+def test_none_leaves_a_moment(only):
+    other = {"mu": "nu", "nu": "mu"}[only]
+    state = quantized(min_size=0, **{other: None}).init({"w": jnp.zeros((4, 32))})
+    assert is_encoded(getattr(state, only)["w"])
+    assert getattr(state, other)["w"].dtype == jnp.float32
+
+
+def test_state_bytes():
+    """A byte per element, four per block of 256 along the last axis."""
+    params = {"w": jnp.zeros((64, 512)), "odd": jnp.zeros((30, 300)), "b": jnp.zeros(9)}
+    table = lro.state_bytes(lro.adamw_8bit(1e-3), params)
+    one = 64 * 512 + 4 * 64 * 2
+    odd = 30 * 300 + 4 * 30 * 2
+    assert table.by_parameter == {"": 8 - 4, "w": 2 * one, "odd": 2 * odd, "b": 8 * 9}
+    assert table.by_role["mu"] == table.by_role["nu"] == one + odd + 4 * 9
+    state = lro.adamw_8bit(1e-3).init(params)
+    assert table.total == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_a_second_moment_does_not_vanish():
+    """Elements 1e-8 of their block's largest: with zeros Adam would step by 1 / eps."""
+    gradient = {"w": jnp.full((16, 16), 1e-6).at[:, 0].set(1.0)}
+    released = blockwise_int8(16, signed=False, keep_nonzero=False)
+    largest = []
+    for codec in (UNSIGNED, released):
+        tx = quantized(nu=codec, min_size=0)
+        state = tx.init(gradient)
+        update = jax.jit(tx.update)
+        _, state = update(gradient, state)
+        step, _ = update(jax.tree.map(lambda g: 1e-3 * g, gradient), state)
+        largest.append(float(jnp.abs(step["w"]).max()))
+    assert largest[0] < 2 < 10 < largest[1]
+
+
+@pytest.mark.parametrize("form", ["debiased", "root"])
+def test_transports_move_decoded_moments(form):
+    """After a refresh the moments are those of the float run, up to the codes."""
+    transport = lro.rotate_moments(0.9, 0.96875, form)
+
+    def run(inner):
+        bracket = lro.project(lro.svd(4, 2), transport=transport, select=".")
+        tx = lro.chain(bracket, inner, lro.backproject())
+        params = {"w": jnp.zeros((16, 64))}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for seed in range(3):  # a new basis at the third
+            _, state = update({"w": normal(seed, 16, 64)}, state, params)
+        return [
+            np.asarray(dequantize(optax.tree_utils.tree_get(state, name)["w"]))
+            for name in ("mu", "nu")
+        ]
+
+    for got, want in zip(run(quantized(min_size=0)), run(ADAM), strict=True):
+        # Two steps' codes: each off by 0.7 % of its block's largest, and mixed.
+        np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
+        # Without the rotation they would be another matrix.
+        assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+
+
+def test_shardings_follow_the_moment():
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    params = {"w": jnp.zeros((3, 8, 256)), "v": jnp.zeros((8, 128))}
+    specs = {"w": P(None, "data", "model"), "v": P("data", "model")}
+    named = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+    tx = quantized(min_size=0, mu=blockwise_int8(64), nu=UNSIGNED)
+    layout = lro.state_shardings(tx, params, named)
+    assert layout.mu["w"].codes.spec == layout.mu["w"].scales.spec == specs["w"]
+    assert layout.nu["v"].scales.spec == specs["v"]
+    state = jax.jit(tx.init, out_shardings=layout)(params)
+    gradients = {"w": normal(0, 3, 8, 256), "v": normal(1, 8, 128)}
+    step = jax.jit(tx.update, out_shardings=(named, layout))
+    lowered = step.lower(jax.device_put(gradients, named), state)
+    assert not any(
+        op in (lowered.compile().as_text() or "")
+        for op in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute(")
+    )
+    got, after = step(jax.device_put(gradients, named), state)
+    want, expected = jax.jit(tx.update)(gradients, tx.init(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+    np.testing.assert_array_equal(after.mu["w"].codes, expected.mu["w"].codes)
+
+
+def test_flat_blocks_have_a_layout():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    tx = quantized(min_size=0, mu=blockwise_int8(16, blocks="flat"))
+    params = {"w": jnp.zeros((2, 8, 32))}
+    named = {"w": NamedSharding(mesh, P("data"))}
+    layout = lro.state_shardings(tx, params, named)
+    assert layout.mu["w"].scales.spec == P("data", None)
+
+
+def test_boxes_keep_their_names():
+    params = {"w": nn.Partitioned(jnp.zeros((8, 32)), names=("embed", "mlp"))}
+    tx = quantized(min_size=0)
+    state = tx.init(params)
+    assert state.mu["w"].codes.names == state.mu["w"].scales.names == ("embed", "mlp")
+    gradient = jax.tree.map(lambda x: normal(0, *x.shape), params)
+    update, after = jax.jit(tx.update)(gradient, state)
+    assert update["w"].names == ("embed", "mlp")
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_nnx_optimizer():
+    model = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, lro.adamw_8bit(1e-2, min_size=0), wrt=nnx.Param)
+    before = model.kernel[...].copy()
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 16))) ** 2))(model)
+    for _ in range(2):
+        optimizer.update(model, grads)
+    assert np.abs(model.kernel[...] - before).max() > 1e-3
+
+
+def test_a_leaf_is_decoded_in_two_moments_memory():
+    """And nothing else of its size: direction and codes are outputs."""
+    params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    tx = lro.quantize_state(optax.scale_by_adam())
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(tx.update, donate_argnums=1).lower(params, state)
+    temporaries = step.compile().memory_analysis().temp_size_in_bytes
+    assert temporaries <= 2.1 * 512 * 512 * 4
+
+
+def test_blocks_that_cross_shards():
+    """32 columns to a shard, blocks of 64: something is sent, and all is the same."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    params, sharding = {"w": jnp.zeros((8, 128))}, NamedSharding(mesh, P(None, "model"))
+    tx = quantized(mu=blockwise_int8(64), min_size=0)
+    layout = lro.state_shardings(tx, params, {"w": sharding})
+    gradient = {"w": normal(0, 8, 128)}
+    step = jax.jit(tx.update, out_shardings=({"w": sharding}, layout))
+    state = jax.device_put(tx.init(params), layout)
+    _, state = step(jax.device_put(gradient, sharding), state)
+    _, expected = jax.jit(tx.update)(gradient, tx.init(params))
+    np.testing.assert_array_equal(state.mu["w"].codes, expected.mu["w"].codes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"inner": "adam"}, TypeError, r"`inner` must be an optax\.Gradient.*got str"),
+        ({"mu": "int8"}, TypeError, r"codec of `mu` must be one of .*got 'int8'"),
+        ({"nu": 8}, TypeError, "codec of `nu` must be one of .*got 8"),
+        ({"min_size": 0.5}, TypeError, r"`min_size` must be an int, got 0\.5"),
+        ({"min_size": -1}, ValueError, "`min_size` must be at least 0, got -1"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        lro.quantize_state(**{"inner": ADAM, **arguments})
+
+
+def test_float8_and_int4_moments():
+    """Any codec will do, each with its own error."""
+    gradient = {"w": normal(0, 8, 64)}
+    codecs = {
+        quantization.float8(): 0.04,  # 3 bits behind the point: 1/16 at most
+        quantization.linear_int4(block=16): 0.2,
+    }
+    for codec, share in codecs.items():
+        tx = lro.quantize_state(optax.trace(0.9), mu=codec, min_size=0)
+        _, state = jax.jit(tx.update)(gradient, tx.init(gradient))
+        found, wanted = state.trace["w"].decode(), gradient["w"]
+        error = jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)
+        assert 0 < error < share, codec
