@@ -59,7 +59,9 @@ def adamw_8bit(
       * Those of ``lro.quantize_state``.
     """
     mu, nu = _recipe.eight_bit(block, authors=False)
-    stages = [quantize_state(optax.scale_by_adam(b1, b2, eps), mu, nu, min_size)]
+    stages: list[Any] = [
+        quantize_state(optax.scale_by_adam(b1, b2, eps), mu, nu, min_size)
+    ]
     if weight_decay is not None:
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*stages, optax.scale_by_learning_rate(learning_rate))
