@@ -156,6 +156,8 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "lro.galore_plus": low_rank(lro.galore_plus, heads=8, update_proj_gap=gap),
         "lro.frugal": low_rank(lro.frugal, update_proj_gap=gap),
         "lro.sumo": low_rank(lro.sumo, update_proj_gap=gap),
+        "lro.adamw_8bit": lambda params: JaxPeer(lro.adamw_8bit(LEARNING_RATE), params),
+        "lro.galore_8bit": low_rank(lro.galore_8bit, update_proj_gap=gap),
         "lro.gwt": gwt(),
         "lro.gwt unbounded": gwt(detail_clip=jnp.inf),
         "lro.gwt db2": gwt(wavelet="db2"),

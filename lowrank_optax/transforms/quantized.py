@@ -106,7 +106,8 @@ def quantize_state(
         return jax.tree.map(_decoded, state, is_leaf=is_quantized)
 
     def init(params: Any) -> Any:
-        return store(inner.init(params))
+        # Else the compiler would encode the zeros itself, at its leisure.
+        return store(jax.lax.optimization_barrier(inner.init(params)))
 
     def update(updates, state, params=None, **extra_args):
         treedef = jax.tree.structure(updates, is_leaf=is_box)
