@@ -1,5 +1,7 @@
 """Set-up that must happen before JAX, or the package, is imported."""
 
+import gc
+import itertools
 import os
 import sys
 
@@ -12,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 
 import hypothesis
+import jax
 import jaxtyping
 
 # Every annotated function of the package checks its arguments' shapes and dtypes
@@ -25,3 +28,14 @@ hypothesis.settings.register_profile(
     "ci", deadline=None, max_examples=20, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+# Every compiled program takes some of a process' memory maps, of which Linux allows
+# 65,530: a worker that keeps all programs of 1,500 tests dies in the compiler.
+_FINISHED = itertools.count(1)
+_KEEP = 100
+
+
+def pytest_runtest_teardown():
+    if next(_FINISHED) % _KEEP == 0:
+        jax.clear_caches()
+        gc.collect()

@@ -44,7 +44,7 @@ def _bracket(
         eps,
         None if authors else b2,
         growth_limit,
-        _bound(detail_clip, authors),
+        _bound(detail_clip, authors or normalize is False),
         normalize,
     )
     tx = chain(
@@ -56,9 +56,9 @@ def _bracket(
     return _recipe.correct_bias(tx, base_optimizer, b1, b2, authors)
 
 
-def _bound(detail_clip: Any, authors: bool) -> Any:
+def _bound(detail_clip: Any, free: bool) -> Any:
     if detail_clip is None:
-        return None if authors else 1.0
+        return None if free else 1.0
     unbounded = isinstance(detail_clip, float) and math.isinf(detail_clip)
     return None if unbounded else detail_clip
 
@@ -152,7 +152,8 @@ def gwt(
         ``weight_dimension_numbers``, as in ``lro.project``.
       scale: factor on the whole update of a matrix (scripts: 0.25).
       detail_clip: largest magnitude of a detail after normalization, ``jnp.inf`` for no
-        bound; None is 1, or no bound with ``conventions="authors"`` (code).
+        bound; None is 1, or no bound with ``conventions="authors"`` (code) and for raw
+        details.
       growth_limit: largest ratio of one ``|N|`` to the one before it (code: 1.01); None
         for no limit.
       normalize: True, False or "matrix", see ``lro.wavelet_details``.
