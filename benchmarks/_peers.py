@@ -158,6 +158,7 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "lro.sumo": low_rank(lro.sumo, update_proj_gap=gap),
         "lro.adamw_8bit": lambda params: JaxPeer(lro.adamw_8bit(LEARNING_RATE), params),
         "lro.galore_8bit": low_rank(lro.galore_8bit, update_proj_gap=gap),
+        "lro.q_galore": low_rank(lro.q_galore, update_proj_gap=gap),
         "lro.gwt": gwt(),
         "lro.gwt unbounded": gwt(detail_clip=jnp.inf),
         "lro.gwt db2": gwt(wavelet="db2"),

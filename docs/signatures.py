@@ -46,20 +46,22 @@ def complete(module: griffe.Module, known: dict[str, griffe.Parameter]) -> None:
 
 
 def imported(module: griffe.Module) -> list[griffe.Function]:
-    """The functions of the modules of methods whose functions a module imports."""
+    """The functions of the modules of methods whose functions a module imports.
+
+    And of those that these import: options are passed on more than once.
+    """
     package = module.package
     homes = {
         f.target_path.rpartition(".")[0].removeprefix(f"{package.path}.")
         for f in module.members.values()
         if isinstance(f, griffe.Alias)
     }
-    return [
-        function
-        for home in sorted(homes)
-        if home.startswith("methods.") and not home.startswith("methods._")
-        for function in package[home].functions.values()
-        if not function.is_alias
-    ]
+    found = []
+    for home in sorted(homes):
+        if home.startswith("methods.") and not home.startswith("methods._"):
+            found += imported(package[home])
+            found += [f for f in package[home].functions.values() if not f.is_alias]
+    return found
 
 
 def named(function: griffe.Function) -> dict[str, griffe.Parameter]:

@@ -73,6 +73,8 @@ from lowrank_optax.methods.online_subspace_descent import (
 from lowrank_optax.methods.online_subspace_descent import (
     scale_by_online_subspace_descent as scale_by_online_subspace_descent,
 )
+from lowrank_optax.methods.q_galore import q_galore as q_galore
+from lowrank_optax.methods.q_galore import scale_by_q_galore as scale_by_q_galore
 from lowrank_optax.methods.sara import sara as sara
 from lowrank_optax.methods.sara import scale_by_sara as scale_by_sara
 from lowrank_optax.methods.subtrack import scale_by_subtrack as scale_by_subtrack
@@ -90,9 +92,11 @@ from lowrank_optax.projectors import correlation as correlation
 from lowrank_optax.projectors import gaussian as gaussian
 from lowrank_optax.projectors import given as given
 from lowrank_optax.projectors import grassmann as grassmann
+from lowrank_optax.projectors import lazy as lazy
 from lowrank_optax.projectors import online_pca as online_pca
 from lowrank_optax.projectors import power as power
 from lowrank_optax.projectors import power_iteration as power_iteration
+from lowrank_optax.projectors import quantize_basis as quantize_basis
 from lowrank_optax.projectors import sampled_svd as sampled_svd
 from lowrank_optax.projectors import svd as svd
 from lowrank_optax.projectors import wavelet as wavelet

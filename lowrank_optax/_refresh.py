@@ -85,10 +85,9 @@ class Refresher:
         # in stored order, and transpose it inside.
         gradient = self.matrix.flip(gradient)
         at = self._at(clock)
-        gap = self.projector.update_proj_gap
-        due = clock.open & (
-            ((clock.count + self._shift()) % gap == 0) | _flat(self, leaf.pending)
-        )
+        stored = jax.tree.map(lambda x: _flat(self, x), leaf.stored)
+        due = self.projector.is_due(stored, clock.count + self._shift())
+        due = clock.open & (due | _flat(self, leaf.pending))
         if not self.matrix.batch:
             one = jax.tree.map(lambda x: x[0], (at, due))
             return jax.lax.cond(
@@ -177,7 +176,8 @@ class Refresher:
         if self.transport.moves:
             rotation = self.projector.rotation(leaf.stored, new)
             moments = self.transport.move(moments, rotation, clock.count)
-        renewed = LeafBasis(new, jnp.zeros_like(leaf.pending), moments)
+        stored = self.projector.pack(new)
+        renewed = LeafBasis(stored, jnp.zeros_like(leaf.pending), moments)
         good = _finite(new)
         return jax.tree.map(lambda a, b: jnp.where(good, a, b), renewed, keep)
 

@@ -52,6 +52,15 @@ def galore_8bit(params=None, **options):
     return Row(make, params, optax.scale_by_adam())
 
 
+def q_galore(params=None, **options):
+    """Encoded throughout; the gap grows at the first refresh that compares."""
+    options = {"block": 4, "min_size": 0, "basis_group": 4, **options}
+    options = {"threshold": 0.0, "history": 1, **options}
+    options = {"learning_rate": 1e-2, "projector": lro.svd(2, GAP), **options}
+    make = functools.partial(lro.q_galore, **options)
+    return Row(make, params, optax.scale_by_adam(), orthonormal=False)
+
+
 EVERY_STEP = (lro.ldadam, lro.online_subspace_descent, lro.gwt)  # without a gap
 # No accumulation inside: an inner of their own, or a step of the complement.
 NOT_INSIDE = (lro.natural_galore, lro.sumo, lro.frugal, lro.gwt)
@@ -105,6 +114,11 @@ ROWS = {
     "galore_8bit_stacked": galore_8bit(
         params=stacked_params(), layer_axis=0, transport=lro.rotate_moments()
     ),
+    "q_galore": q_galore(),
+    "q_galore_stacked": q_galore(
+        params=stacked_params(), layer_axis=0, transport=lro.rotate_moments()
+    ),
+    "q_galore_both": q_galore(side="both", weight_decay=0.1),
     "galore_adafactor": Row(
         functools.partial(
             lro.galore_adafactor,

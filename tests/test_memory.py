@@ -8,6 +8,8 @@ and SubTrack++ add one float32 per matrix, LDAdam's error feedback m n elements.
 """
 
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,9 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from benchmarks import state_memory
 
+ROOT = pathlib.Path(__file__).parents[1]
 COUNTERS = 4 + 8 + 4
 SHAPES = [(48, 32), (32, 48), (40, 40)]
 
@@ -250,3 +254,20 @@ def test_parameters_may_be_called_like_a_brackets_fields():
         optax.adam(1e-3), params, {"basis": {"w": jax.P("a", "b")}, "w": jax.P()}
     )
     assert specs[0].mu["basis"]["w"] == jax.P("a", "b")
+
+
+def test_eight_and_four_bits_on_the_layers_of_7b():
+    """Against bfloat16 Adam at rank 1024, all that a method keeps for them counted."""
+    found = state_memory.headline()
+    assert found["numbers"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    # Two bfloat16 moments, and a counter.
+    assert found["bytes"]["adamw"] == 4 * found["numbers"] + 4
+    assert found["saved"]["galore_8bit"] >= 0.800
+    assert found["saved"]["q_galore"] >= 0.850
+
+
+def test_the_recorded_memory_table_is_what_is_counted():
+    recorded = json.loads((ROOT / "docs/results/state_memory.json").read_text())
+    assert recorded["layer_matrices_7b"] == state_memory.headline()
+    page = (ROOT / "docs/memory.md").read_text()
+    assert all(table in page for table in state_memory.tables(recorded))

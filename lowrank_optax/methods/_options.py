@@ -29,13 +29,13 @@ class ProjectOptions(TypedDict, total=False):
     seed: int
 
 
-def takes(source: Callable[..., Any]) -> Callable[[Method], Method]:
-    """Lists the keyword arguments of ``source`` in place of a method's ``**``."""
+def takes(source: Callable[..., Any], *but: str) -> Callable[[Method], Method]:
+    """Lists the keyword arguments of ``source``, some left out, in place of ``**``."""
 
     def merge(method: Method) -> Method:
         own = inspect.signature(method)
         named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        names = {p.name for p in named}
+        names = {p.name for p in named} | set(but)
         more = [p for p in _keywords(source) if p.name not in names]
         signature = own.replace(parameters=[*named, *more])
         method.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]

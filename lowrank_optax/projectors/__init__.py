@@ -13,11 +13,13 @@ from lowrank_optax.projectors.dct import dct as dct
 from lowrank_optax.projectors.gaussian import gaussian as gaussian
 from lowrank_optax.projectors.given import given as given
 from lowrank_optax.projectors.grassmann import grassmann as grassmann
+from lowrank_optax.projectors.lazy import lazy as lazy
 from lowrank_optax.projectors.online_pca import online_pca as online_pca
 from lowrank_optax.projectors.power import power as power
 from lowrank_optax.projectors.power_iteration import (
     power_iteration as power_iteration,
 )
+from lowrank_optax.projectors.quantized import quantize_basis as quantize_basis
 from lowrank_optax.projectors.sampled import sampled_svd as sampled_svd
 from lowrank_optax.projectors.svd import svd as svd
 from lowrank_optax.projectors.wavelet import wavelet as wavelet

@@ -39,10 +39,11 @@ class Projector(_checks.Part):
     """How one matrix ``[m, n]`` is seen through ``r`` numbers per column.
 
     A subclass says what it stores (``start``, any tree of arrays), how that is renewed
-    before use (``refresh``) or moved after it (``advance``), and how it becomes the
-    basis ``P [m, r]`` that is used (``basis``). All methods are pure; those three see
-    one matrix at a time, ``down`` and ``up`` leading batch axes. The bracket decides
-    when, guards against zero and non-finite gradients, and runs stacks.
+    before use (``refresh``, stored by ``pack``) or moved after it (``advance``), and
+    how it becomes the basis ``P [m, r]`` that is used (``basis``). All methods are
+    pure; those see one matrix at a time, ``down`` and ``up`` leading batch axes. The
+    bracket asks when (``is_due``), guards against zero and non-finite gradients, and
+    runs stacks.
 
     Attributes:
       rank: an int, a fraction of min(m, n), or a callable of the leaf's path.
@@ -100,9 +101,18 @@ class Projector(_checks.Part):
         """Returns what is stored for ONE matrix before its first refresh."""
         raise NotImplementedError
 
+    def is_due(self, stored: Any, steps: Array) -> Array:
+        """Whether matrices want a refresh; all arrays have a leading axis of them."""
+        del stored
+        return steps % self.update_proj_gap == 0
+
     def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
-        """Returns what is stored from now on; ``gradient`` is finite and not zero."""
+        """Returns the new basis; ``gradient`` is finite and not zero."""
         raise NotImplementedError
+
+    def pack(self, new: Any) -> Any:
+        """Returns what is stored of a new basis, once its signs are chosen."""
+        return new
 
     def advance(
         self, matrix: Matrix, stored: Any, gradient: Array, projected: Array, at: At

@@ -1,0 +1,199 @@
+"""Optimizer state of the LLaMA models, counted: ``python -m benchmarks.state_memory``.
+
+Nothing is allocated or compiled: every number is ``lro.state_bytes`` of the presets'
+shapes, or arithmetic on it. The papers' estimates stand beside what they can be
+compared with. GB are 10^9 bytes.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax as lro
+from examples.llama.config import PRESETS
+from examples.llama.model import abstract_model, count_params
+from examples.llama.optimizers import tree_bytes
+
+GB = 1e9
+# Ranks of GaLore's table 2; the 7B model's are those of its 8-bit run.
+RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
+HALF = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
+
+# Weights and states together in GB, as the papers estimate them: GaLore's table 2 and
+# Q-GaLore's table 1. At 7B they give measured totals only.
+PAPERS = {
+    "AdamW": {"60m": 0.36, "130m": 0.76, "350m": 2.06, "1b": 7.80},
+    "GaLore": {"60m": 0.24, "130m": 0.52, "350m": 1.22, "1b": 4.38},
+    "Q-GaLore": {"60m": 0.18, "130m": 0.39, "350m": 0.88, "1b": 3.08},
+}
+
+
+def methods(rank: int) -> dict[str, optax.GradientTransformation]:
+    """Returns name -> optimizer; moments and bases in bfloat16 unless in 8 bits.
+
+    SUMO's momentum is float32, and so are its full leaves.
+    """
+
+    def low(method: Callable[..., Any], **options: Any) -> Any:
+        return method(1e-3, **{"rank": rank, "layer_axis": 0, **options})
+
+    half = {**HALF, "basis_dtype": jnp.bfloat16}
+    return {
+        "adamw": optax.adamw(1e-3),
+        "adamw_8bit": lro.adamw_8bit(1e-3),
+        "galore": low(lro.galore, **half),
+        'galore, side="long"': low(lro.galore, side="long", **half),
+        "galore_8bit": low(lro.galore_8bit),
+        'galore_8bit, side="long"': low(lro.galore_8bit, side="long"),
+        "q_galore": low(lro.q_galore),
+        "fira": low(lro.fira, **half),
+        "subtrack": low(lro.subtrack, **half),
+        "ldadam": low(lro.ldadam, **half),
+        "ldadam, error feedback": low(
+            lro.ldadam, error_feedback=True, error_dtype=jnp.bfloat16, **half
+        ),
+        "online_subspace_descent": low(lro.online_subspace_descent, **half),
+        "apollo": low(lro.apollo, **HALF),
+        "apollo_mini": low(lro.apollo_mini, rank=1, **HALF),
+        "coap": low(lro.coap, **half),
+        "sara": low(lro.sara, **half),
+        "dct_adamw": low(lro.dct_adamw, **HALF),
+        "natural_galore": low(lro.natural_galore, **half),
+        "galore_plus": low(lro.galore_plus, heads=8, **half),
+        "frugal": low(lro.frugal, **half),
+        "sumo": low(lro.sumo),
+        "gwt, level 2": lro.gwt(1e-3, 2, layer_axis=0, **HALF),
+        "gwt, level 3": lro.gwt(1e-3, 3, layer_axis=0, **HALF),
+    }
+
+
+def shapes(preset: str) -> Any:
+    """Returns the shapes of a model's parameters in bfloat16."""
+    model = dataclasses.replace(PRESETS[preset].model, param_dtype="bfloat16")
+    return abstract_model(model)[1]
+
+
+def layer_matrices(params: Any) -> Any:
+    """Returns the kernels of the layers alone: no norms, embedding or head."""
+    flat = jax.tree_util.tree_flatten_with_path(params["layers"])[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in flat
+        if leaf.ndim == 3
+    }
+
+
+def state(params: Any, rank: int) -> dict[str, int]:
+    """Returns the bytes of state of every method."""
+    return {
+        name: lro.state_bytes(tx, params).total for name, tx in methods(rank).items()
+    }
+
+
+def with_weights(preset: str) -> dict[str, float]:
+    """Returns weights and states together, in GB, for the papers' rows."""
+    params = shapes(preset)
+    states = state(params, RANKS[preset])
+    weights = tree_bytes(params)
+    codes = tree_bytes(
+        jax.eval_shape(lambda p: lro.quantize_weights(p, layer_axis=0), params)
+    )
+    return {
+        "AdamW": (weights + states["adamw"]) / GB,
+        "GaLore": (weights + states["galore"]) / GB,
+        "Q-GaLore": (codes + states["q_galore"]) / GB,
+    }
+
+
+def headline() -> dict[str, Any]:
+    """Returns the 7B model's layer matrices at rank 1024, and what each saves."""
+    matrices = layer_matrices(shapes("7b"))
+    bytes_ = state(matrices, 1024)
+    return {
+        "numbers": sum(leaf.size for leaf in matrices.values()),
+        "bytes": bytes_,
+        "saved": {name: 1 - x / bytes_["adamw"] for name, x in bytes_.items()},
+    }
+
+
+def table(rows: list[list[str]], head: list[str]) -> str:
+    """Returns a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report() -> dict[str, Any]:
+    """Counts everything."""
+    return {
+        "ranks": RANKS,
+        "parameters": {name: count_params(shapes(name)) for name in RANKS},
+        "state": {name: state(shapes(name), rank) for name, rank in RANKS.items()},
+        "totals": {name: with_weights(name) for name in RANKS},
+        "layer_matrices_7b": headline(),
+    }
+
+
+def tables(found: dict[str, Any]) -> tuple[str, str, str]:
+    """Returns the state, the totals beside the papers', and what 7B's layers save."""
+    sizes = list(RANKS)
+    by_method = [
+        [name, *(f"{found['state'][size][name] / GB:.3f}" for size in sizes)]
+        for name in methods(1)
+    ]
+    against = [
+        [
+            name,
+            *(
+                f"{found['totals'][size][name]:.2f} ({paper.get(size, '-')})"
+                for size in sizes
+            ),
+        ]
+        for name, paper in PAPERS.items()
+    ]
+    layers = found["layer_matrices_7b"]
+    saved = [
+        [name, f"{size / 2**20:,.0f}", f"{100 * layers['saved'][name]:.2f} %"]
+        for name, size in layers["bytes"].items()
+    ]
+    return (
+        table(by_method, ["method", *sizes]),
+        table(against, ["method", *sizes]),
+        table(saved, ["method", "MiB", "saved"]),
+    )
+
+
+def text(found: dict[str, Any]) -> str:
+    """Returns the tables with their titles."""
+    states, totals, saved = tables(found)
+    return "\n\n".join(
+        [
+            "State in GB, the whole model:",
+            states,
+            "Weights and states in GB, and the paper's estimate:",
+            totals,
+            "LLaMA-7B, layer matrices, rank 1024, against AdamW in bfloat16:",
+            saved,
+        ]
+    )
+
+
+def main() -> None:
+    """Prints the tables, and writes the counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file")
+    args = parser.parse_args()
+    found = report()
+    print(text(found))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
