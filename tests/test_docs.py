@@ -199,7 +199,7 @@ def test_trainer_flags_exist():
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
             if "examples.llama.train" in line or "TRAIN_ARGS" in line:
-                found |= set(re.findall(r"--([a-z][a-z-]*)", line))
+                found |= set(re.findall(r"--([a-z][a-z0-9-]*)", line))
     assert "optimizer" in found
     assert found <= known, found - known
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from examples.llama.model import ModelConfig
+from examples.llama.weights import WEIGHTS
 
 
 class UsageError(Exception):
@@ -103,10 +104,11 @@ class TrainConfig:
     """model and recipe: tiny, 9m, 20m, 35m, 40m, 60m, 71m, 100m, 130m, 250m, 350m,
     1b, 3b, 7b or 13b"""
     optimizer: str = "galore"
-    """name in the registry of examples/llama/optimizers.py: adamw, galore, fira,
-    subtrack, grass_walk, grass_jump, ldadam (without error feedback), apollo,
-    online_subspace_descent, apollo_mini, coap, sara, dct_adamw (without error
-    feedback), natural_galore, galore_plus, frugal, gwt or sumo"""
+    """name in the registry of examples/llama/optimizers.py: adamw, adamw_8bit, galore,
+    galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam (without
+    error feedback), apollo, online_subspace_descent, apollo_mini, coap, sara,
+    dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt or
+    sumo"""
 
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
@@ -153,25 +155,30 @@ class TrainConfig:
     clip: float | None = None
     """largest global norm of the gradient; 0: no clipping"""
     rank: int | None = None
-    """rank of the projection (all but adamw and gwt), columns; left out: the
-    preset's, apollo_mini 1"""
+    """rank of the projection (all but adamw, adamw_8bit and gwt), columns; left out:
+    the preset's, apollo_mini 1"""
     level: int = 2
     """levels of the wavelet transform (gwt); each halves the moments"""
     update_proj_gap: int | None = None
-    """steps between two refreshes of the projection (all but adamw and gwt; the basis
-    of ldadam and online_subspace_descent moves at every step); left out: the
-    preset's, coap 32, dct_adamw 1"""
+    """steps between two refreshes of the projection (all but adamw, adamw_8bit and gwt;
+    at first, in q_galore; the basis of ldadam and online_subspace_descent moves at
+    every step); left out: the preset's, coap 32, dct_adamw 1"""
     scale: float | None = None
-    """factor on the update inside the subspace of projected matrices (all but adamw);
-    left out: 0.25; 1 for ldadam, apollo, dct_adamw, frugal and sumo, 128 (of which
-    the root counts) for apollo_mini"""
+    """factor on the update inside the subspace of projected matrices (all but adamw
+    and adamw_8bit); left out: 0.25; 1 for ldadam, apollo, dct_adamw, frugal and sumo,
+    128 (of which the root counts) for apollo_mini"""
     max_skips: int = 10
     """stop when this many steps in a row had a gradient that was not finite"""
 
     param_dtype: str | None = None
-    """type of the parameters: float32 or bfloat16"""
+    """type of the parameters in a step, of their gradients and of the moments (not
+    8-bit ones): float32 or bfloat16"""
     compute_dtype: str | None = None
     """type of activations and matrix products: float32 or bfloat16"""
+    weights: str = "plain"
+    """how parameters are stored between steps: plain (in --param-dtype),
+    stochastic-bf16 (bfloat16, rounded at random) or int8 (the layers' matrices as
+    8-bit codes, rounded at random)"""
     seed: int = 0
     """seed of the parameters, the data order and the optimizer"""
 
@@ -238,7 +245,7 @@ _METHODS = {
 # rate, length, evaluation, logging) may change between a run and its continuation.
 IDENTITY = (
     "preset optimizer packing seq_len batch_size seed param_dtype compute_dtype "
-    "tokenizer rank level update_proj_gap b1 b2"
+    "weights tokenizer rank level update_proj_gap b1 b2"
 ).split()
 
 
@@ -274,6 +281,7 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         "packing": ("padded", "packed"),
         "param_dtype": ("float32", "bfloat16"),
         "compute_dtype": ("float32", "bfloat16"),
+        "weights": tuple(WEIGHTS),
     }
     for name, allowed in choices.items():
         if (value := getattr(config, name)) not in allowed:

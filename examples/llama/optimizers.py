@@ -35,6 +35,12 @@ def adamw(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
+def adamw_8bit(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+    decay = config.weight_decay or None
+    betas = config.b1, config.b2
+    return lro.adamw_8bit(lr, *betas, config.eps, decay, mask=is_decayed)
+
+
 def low_rank(config: Resolved) -> dict[str, Any]:
     """What every low-rank method takes from the flags."""
     return {
@@ -66,6 +72,17 @@ def at_gaps(method: Callable[..., optax.GradientTransformation]) -> Factory:
     return make
 
 
+def encoded(method: Callable[..., optax.GradientTransformation]) -> Factory:
+    """The factory of a method of gaps whose moments are codes, of one type only."""
+
+    def make(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+        options = low_rank(config)
+        del options["mu_dtype"], options["nu_dtype"]
+        return method(lr, update_proj_gap=config.update_proj_gap, **options)
+
+    return make
+
+
 def galore_plus(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
     """The kernels whose columns are cut into heads have one basis for all of them."""
     heads = PRESETS[config.preset].model.heads
@@ -86,7 +103,10 @@ def gwt(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
 
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
     "galore": at_gaps(lro.galore),
+    "galore_8bit": encoded(lro.galore_8bit),
+    "q_galore": encoded(lro.q_galore),
     "fira": at_gaps(lro.fira),
     "subtrack": at_gaps(lro.subtrack),
     "grass_walk": at_gaps(lro.grass_walk),

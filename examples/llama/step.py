@@ -10,12 +10,13 @@ import optax
 from flax import nnx
 
 from examples.llama.model import Params
+from examples.llama.weights import PLAIN, Weights
 
 
 class Steps(NamedTuple):
-    """`train(params, opt_state, batch)` and `evaluate(params, batch)`."""
+    """`train(stored, opt_state, batch, key)` and `evaluate(stored, batch)`."""
 
-    train: Callable[..., tuple[Params, Any, dict[str, jax.Array]]]
+    train: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -50,10 +51,18 @@ def mean_gradient(definition: Any, params: Params, batch: Any) -> tuple[Any, Par
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
-def make_steps(definition: Any, tx: optax.GradientTransformation) -> Steps:
-    """Compiled steps of a model under an optimizer with the guard outermost."""
+def make_steps(
+    definition: Any, tx: optax.GradientTransformation, weights: Weights = PLAIN
+) -> Steps:
+    """Compiled steps of a model under an optimizer with the guard outermost.
 
-    def train(params: Params, opt_state: Any, batch: Any) -> tuple[Params, Any, Any]:
+    Parameters that are stored as they are (`PLAIN`) need no key.
+    """
+
+    def train(
+        stored: Any, opt_state: Any, batch: Any, key: Any = None
+    ) -> tuple[Any, Any, Any]:
+        params = weights.load(stored)
         loss, grads = mean_gradient(definition, params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = {
@@ -63,10 +72,10 @@ def make_steps(definition: Any, tx: optax.GradientTransformation) -> Steps:
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,
         }
-        return optax.apply_updates(params, updates), opt_state, metrics  # pyright: ignore[reportReturnType]
+        return weights.apply(stored, updates, key), opt_state, metrics
 
-    def evaluate(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-        losses = token_losses(definition, params, batch)
+    def evaluate(stored: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        losses = token_losses(definition, weights.load(stored), batch)
         return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
 
     return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))

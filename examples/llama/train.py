@@ -41,9 +41,11 @@ def summary(
     config, params = trainer.config, trainer.abstract_params
     state = optimizers.state_bytes(trainer.optimizer, params)
     adamw = optimizers.state_bytes(optax.adamw(1e-3), params)
+    weights = optimizers.tree_bytes(trainer.params)
     kind = "byte" if config.tokenizer == "bytes" else "token"
     rows = [
         ("model", f"{config.preset}, {count_params(params):,} parameters"),
+        (f"weights, {config.weights}", readable_bytes(weights)),
         (
             f"optimizer state, {config.optimizer}",
             f"{readable_bytes(state)} ({state / adamw:.0%} of AdamW's)",

@@ -31,6 +31,7 @@ from examples.llama.report import Metrics
 from examples.llama.rundir import choose_run_dir
 from examples.llama.step import make_steps, split_rows
 from examples.llama.tokenizer import BPETokenizer, load_tokenizer, write_whole
+from examples.llama.weights import WEIGHTS, step_key
 
 
 class TrainingStopped(Exception):
@@ -60,7 +61,8 @@ class Trainer:
         self.tx = optimizers.guarded(config, self.optimizer)
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.definition, self.abstract_params = abstract_model(model)
-        self.steps = make_steps(self.definition, self.tx)
+        self.weights = WEIGHTS[config.weights](config.param_dtype)
+        self.steps = make_steps(self.definition, self.tx, self.weights)
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
 
@@ -89,11 +91,16 @@ class Trainer:
         self.checkpoints = Checkpoints(store, self.config.keep)
         self.step, self.position, self.tokens = start or 0, Position(), 0
         if start is None:
-            self.params = init_params(self.model_config, self.config.seed)
-            self.opt_state = jax.jit(self.tx.init)(self.params)
+            params = init_params(self.model_config, self.config.seed)
+            params = jax.jit(self.weights.store)(params)
+            opt_state = jax.jit(lambda p: self.tx.init(self.weights.load(p)))(params)
+            # Committed to a device, as what is restored: both take the same program.
+            state = jax.device_put((params, opt_state), jax.devices()[0])
+            self.params, self.opt_state = state
         else:
+            params = jax.eval_shape(self.weights.store, self.abstract_params)
             opt_state = jax.eval_shape(self.tx.init, self.abstract_params)
-            abstract = {"params": self.abstract_params, "opt_state": opt_state}
+            abstract = {"params": params, "opt_state": opt_state}
             state = self.checkpoints.restore(start, on_device(abstract))
             self.params, self.opt_state = state["params"], state["opt_state"]
             meta = store.meta(start)
@@ -182,8 +189,9 @@ class Trainer:
         batch, position = item
         started = time.perf_counter()
         micro = split_rows(batch, self.config.micro_batches)
+        key = step_key(self.config.seed, self.step)
         self.params, self.opt_state, metrics = self.steps.train(
-            self.params, self.opt_state, micro
+            self.params, self.opt_state, micro, key
         )
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - started

@@ -15,7 +15,7 @@ from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model, init_params
 from examples.llama.step import make_steps, mean_gradient, split_rows
 
-LOW_RANK = [name for name in optimizers.OPTIMIZERS if name != "adamw"]
+LOW_RANK = [name for name in optimizers.OPTIMIZERS if not name.startswith("adamw")]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,15 @@ NUMBERS = {
     "gwt": lambda m, n, r: 2 * m * n / 4,
     # and one moment only
     "sumo": lambda m, n, r: r * n + m * r,
+    # and a basis of half the bytes; these moments are too few to be coded
+    "galore_8bit": lambda m, n, r: 2 * r * n + m * r / 2,
+    # and one of an eighth, a step and a zero for each row, and what the gap depends on
+    "q_galore": lambda m, n, r: 2 * r * n + m * r / 8 + (5 * m + 25) / 4,
+}
+# Bytes of embedding and head, whose moments are codes with a scale for every 256 of a
+# row.
+FULL = {
+    name: 2 * 2 * 264 * 32 + 8 * (264 + 2 * 32) for name in ("galore_8bit", "q_galore")
 }
 
 
@@ -141,9 +150,11 @@ def test_low_rank_leaves_embeddings_head_and_norms_full(name, micro_preset, para
     numbers = NUMBERS.get(name, lambda m, n, r: 2 * r * n + m * r)
     attention = 4 * layers * 4 * (2 * d * d - numbers(d, d, rank))
     mlp = 3 * layers * 4 * (2 * d * f - numbers(d, f, rank))
+    full_leaves = 2 * 4 * 2 * 264 * d
+    rest = full_leaves - FULL.get(name, full_leaves)
     # What else it keeps (counters, the key, which bases are pending, a norm for every
     # matrix that is recovered) is small.
-    assert full - small == pytest.approx(attention + mlp, abs=200)
+    assert full - small == pytest.approx(attention + mlp + rest, abs=200)
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
