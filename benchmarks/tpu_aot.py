@@ -36,6 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 import lowrank_optax as lro  # noqa: E402
 from benchmarks._collectives import collectives  # noqa: E402
+from lowrank_optax.quantization import blockwise_int8  # noqa: E402
 
 # Width, feed-forward width, layers: the GaLore scripts' models.
 PRESETS = {
@@ -47,7 +48,11 @@ PRESETS = {
 }
 VOCABULARY = 32000
 PROJECTORS = {"power": lro.power, "svd": lro.svd, "gaussian": lro.gaussian}
-METHODS = ("fira", "subtrack", "ldadam", "online_subspace_descent", "apollo", "gwt")
+METHODS = (
+    "fira", "subtrack", "ldadam", "online_subspace_descent", "apollo", "gwt",
+    "galore_8bit", "galore_8bit block 128", "q_galore",
+    "adamw_8bit", "adamw_8bit block 128", "adamw_8bit tables",
+)  # fmt: skip
 AXIS = "fsdp"
 MIB = 2**20
 
@@ -105,9 +110,24 @@ def optimizers(options: argparse.Namespace, shardings: Any) -> dict[str, Any]:
             bracket, optax.scale_by_adam(), lro.backproject(0.25, 1e-2)
         )
     for name in options.methods:
-        size = () if name == "gwt" else (options.rank,)  # its own: two levels
-        rows[name] = getattr(lro, name)(1e-2, *size, layer_axis=0)
+        rows[name] = method(name, options.rank)
     return rows
+
+
+def method(name: str, rank: int) -> optax.GradientTransformation:
+    """Returns the optimizer of a row."""
+    if name == "adamw_8bit":
+        return lro.adamw_8bit(1e-3)
+    if name == "adamw_8bit block 128":  # whole blocks in every shard
+        return lro.adamw_8bit(1e-3, block=128)
+    if name == "galore_8bit block 128":
+        return lro.galore_8bit(1e-2, rank, layer_axis=0, block=128)
+    if name == "adamw_8bit tables":  # codes looked up instead of computed
+        codecs = blockwise_int8(signed_scale=True), blockwise_int8(signed=False)
+        inner = lro.quantize_state(optax.scale_by_adam(), *codecs)
+        return optax.chain(inner, optax.scale_by_learning_rate(1e-3))
+    size = () if name == "gwt" else (rank,)  # its own: two levels
+    return getattr(lro, name)(1e-2, *size, layer_axis=0)
 
 
 def measure(tx: optax.GradientTransformation, params: Any, shardings: Any) -> dict:
@@ -139,8 +159,14 @@ def measure(tx: optax.GradientTransformation, params: Any, shardings: Any) -> di
         "state_bytes_per_device": _bytes_per_device(state),
         "temp_bytes_per_device": memory.temp_size_in_bytes,
         "argument_bytes_per_device": memory.argument_size_in_bytes,
+        # The compiler's count, which takes loop bodies and branches once.
+        "bytes_accessed_per_device": _bytes_accessed(compiled),
         **_sent(compiled.as_text() or ""),
     }
+
+
+def _bytes_accessed(compiled: Any) -> float:
+    return compiled.cost_analysis()["bytes accessed"]
 
 
 def _state(tx: optax.GradientTransformation, params: Any) -> Any:

@@ -82,6 +82,6 @@ def eight_bit(block: int, authors: bool) -> tuple[Codec, Codec]:
             blockwise_int8(block, signed=False, blocks="flat", keep_nonzero=False),
         )
     return (
-        blockwise_int8(block, signed=True, signed_scale=True),
-        blockwise_int8(block, signed=False),
+        blockwise_int8(block, signed=True, signed_scale=True, exact=False),
+        blockwise_int8(block, signed=False, exact=False),
     )

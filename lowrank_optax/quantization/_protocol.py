@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.quantization.blocks import Cut, one
+from lowrank_optax.quantization import packing
+from lowrank_optax.quantization.blocks import Cut
 from lowrank_optax.quantization.rounding import uniform
 
 
@@ -39,10 +40,12 @@ class Codec:
     where the block divides the last axis; leading axes are batch axes.
 
     Everything is computed in float32. Entries that are not finite do not reach their
-    block's scale: NaN becomes 0, and plus or minus infinity the last code on its side.
+    block's scale: NaN becomes 0, and plus or minus infinity the last code on its side
+    (``symmetric``, made for activations, decodes their whole group to NaN instead).
     Numbers below 1.2e-38 in magnitude count as zero where the backend flushes them.
 
-    A subclass says how pieces ``[..., blocks, size]`` are encoded and decoded.
+    A subclass finds the scales of blocks (``fit``) and says what the code of an entry
+    is (``code``) and what that stands for (``value``), given its block's scale.
     """
 
     has_zeros = False  # whether blocks differ in the code of 0.0
@@ -68,12 +71,21 @@ class Codec:
         """The stored byte of zeros, in a block of zeros."""
         return 0
 
-    def encode_blocks(self, x: Array, draws: Array | None) -> Encoded:
-        """Encodes blocks ``[..., k, size]`` in float32, given uniform draws or None."""
+    @property
+    def empty_code(self) -> int:
+        """The code of 0.0 in a block of zeros; of 4-bit codes, one of the two."""
+        return self.zero_code & 15 if self.bits == 4 else self.zero_code
+
+    def fit(self, x: Array) -> tuple[Array, Any]:
+        """Returns scales and zeros ``[..., k, 1]`` of blocks ``[..., k, size]``."""
         raise NotImplementedError
 
-    def decode_blocks(self, blocks: Encoded, size: int) -> Array:
-        """Inverse of ``encode_blocks``, in float32."""
+    def code(self, x: Array, scale: Array, zero: Any, draws: Array | None) -> Array:
+        """Returns the codes of entries, given uniform draws or None."""
+        raise NotImplementedError
+
+    def value(self, codes: Array, scale: Array, zero: Any) -> Array:
+        """Returns what codes stand for, in float32."""
         raise NotImplementedError
 
     def encode(self, x: Any, key: Any = None) -> Encoded:
@@ -88,19 +100,22 @@ class Codec:
           ValueError: if a key is given to a codec that rounds to the nearest only.
         """
         x = jnp.asarray(x).astype(jnp.float32)
-        shape = self.cut.row_shape(x.shape)
-        parts = self._pieces(x.reshape(shape), _size)
-        draws: list[Any] = [None] * len(parts)
+        rows = x.reshape(self.cut.row_shape(x.shape))
+        draws = None
         if key is not None:
             self._check_stochastic()
-            draws = self._pieces(uniform(key, x.shape).reshape(shape), _size)
-        done = [self.encode_blocks(*pair) for pair in zip(parts, draws, strict=True)]
-        codes, scales, zeros = (list(field) for field in zip(*done, strict=True))
-        return Encoded(
-            self.cut.join(codes).reshape(self.code_shape(x.shape)),
-            self.cut.join(scales),
-            self.cut.join(zeros) if self.has_zeros else (),
-        )
+            draws = uniform(key, x.shape).reshape(rows.shape)
+        fits = [self.fit(piece) for piece in self._pieces(rows)]
+        scales = self.cut.join([scale for scale, _ in fits])
+        zeros = self.cut.join([zero for _, zero in fits]) if self.has_zeros else ()
+        # Entry by entry, not block by block: what follows is one pass, and where the
+        # last block is short nothing is joined.
+        spread = self._spread(scales, zeros, rows.shape[-1])
+        codes = self.code(rows, *spread, draws)
+        if self.bits == 4:
+            packed = [packing.pack(p, self.empty_code) for p in self._pieces(codes)]
+            codes = self.cut.join(packed)
+        return Encoded(codes.reshape(self.code_shape(x.shape)), scales, zeros)
 
     def decode(self, encoded: Encoded, shape: Sequence[int]) -> Array:
         """Returns the array of this shape, in float32.
@@ -114,22 +129,21 @@ class Codec:
                 f"`shape` must be that of the array that was encoded: {shape} has "
                 f"codes of shape {self.code_shape(shape)}, got {encoded.codes.shape}."
             )
-        n = self.cut.row_shape(shape)[-1]
-        codes = encoded.codes
-        if self.bits == 8:
-            codes = codes.reshape(self.cut.row_shape(shape))
-        fields = [
-            self.cut.split(codes, n, self._width),
-            self.cut.split(encoded.scales, n, one),
-        ]
-        if self.has_zeros:
-            fields.append(self.cut.split(encoded.zeros, n, one))
-        sizes = [size for _, size in self.cut.pieces(n)]
-        done = [
-            self.decode_blocks(Encoded(*piece), size)
-            for size, piece in zip(sizes, zip(*fields, strict=True), strict=True)
-        ]
-        return self.cut.join(done).reshape(shape)
+        rows = self.cut.row_shape(shape)
+        codes, n = encoded.codes, rows[-1]
+        if self.bits == 4:
+            sizes = [size for _, size in self.cut.pieces(n)]
+            pieces = zip(self.cut.split(codes, n, self._width), sizes, strict=True)
+            codes = self.cut.join([packing.unpack(*piece) for piece in pieces])
+        spread = self._spread(encoded.scales, encoded.zeros, n)
+        return self.value(codes.reshape(rows), *spread).reshape(shape)
+
+    def _spread(self, scales: Array, zeros: Any, n: int) -> tuple[Array, Any]:
+        """Returns scale and zero of every entry of rows of n."""
+        return (
+            self.cut.spread(scales, n),
+            self.cut.spread(zeros, n) if self.has_zeros else (),
+        )
 
     def zeros(self, shape: Sequence[int]) -> Encoded:
         """Returns what zeros of this shape are encoded as."""
@@ -149,8 +163,8 @@ class Codec:
         blocks = math.prod(self._block_shape(shape))
         return math.prod(self.code_shape(shape)) + blocks * (4 + self.has_zeros)
 
-    def _pieces(self, rows: Array, width: Any) -> list[Array]:
-        return self.cut.split(rows, rows.shape[-1], width)
+    def _pieces(self, rows: Array) -> list[Array]:
+        return self.cut.split(rows, rows.shape[-1], lambda size: size)
 
     def _width(self, size: int) -> int:
         """Bytes that the codes of a block take; every block starts on a byte."""
@@ -173,7 +187,3 @@ class Codec:
                 f"{type(self).__name__} rounds to the nearest and takes no `key`. For "
                 "stochastic rounding use affine(bits=...) or linear_int4()."
             )
-
-
-def _size(size: int) -> int:
-    return size

@@ -1,13 +1,14 @@
 """Groups of even steps between a group's smallest and largest entry."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.quantization import packing, scaling
-from lowrank_optax.quantization._protocol import Codec, Encoded
+from lowrank_optax.quantization import scaling
+from lowrank_optax.quantization._protocol import Codec
 from lowrank_optax.quantization.blocks import Cut
 from lowrank_optax.quantization.rounding import round_with
 
@@ -83,19 +84,23 @@ class affine(Codec):
     def _levels(self) -> int:
         return 2**self.bits - 1
 
-    def encode_blocks(self, x: Array, draws: Array | None) -> Encoded:
-        """Returns codes, steps and zeros."""
+    def fit(self, x: Array) -> tuple[Array, Array]:
+        """Returns steps and zeros."""
         low, high = scaling.finite_range(x)
         scale = self._step(low, high)
-        step = jnp.where(scale > 0, scale, 1.0)  # too small to divide by: zeros
-        zero = jnp.clip(-jnp.round(low / step), 0, self._levels)
-        q = scaling.divided(x, step)
+        zero = jnp.clip(-jnp.round(low / _divisor(scale)), 0, self._levels)
+        return scale, zero.astype(jnp.uint8)
+
+    def code(self, x: Array, scale: Array, zero: Any, draws: Array | None) -> Array:
+        """Returns codes, those of 4 bits not yet packed."""
+        q = scaling.divided(x, _divisor(scale))
         q = jnp.round(q) if draws is None else round_with(q, draws)
-        q = jnp.where(jnp.isnan(q), 0.0, q) + zero
-        codes = jnp.clip(q, 0, self._levels).astype(jnp.uint8)
-        if self.bits == 4:
-            codes = packing.pack(codes)
-        return Encoded(codes, scale, zero.astype(jnp.uint8))
+        q = jnp.where(jnp.isnan(q), 0.0, q) + zero.astype(jnp.float32)
+        return jnp.clip(q, 0, self._levels).astype(jnp.uint8)
+
+    def value(self, codes: Array, scale: Array, zero: Any) -> Array:
+        """Returns ``(q - z) s``."""
+        return (codes.astype(jnp.float32) - zero.astype(jnp.float32)) * scale
 
     def _step(self, low: Array, high: Array) -> Array:
         """Returns ``(high - low) / h``, which is finite where the range is not."""
@@ -104,10 +109,7 @@ class affine(Codec):
         halved = scaling.divided(0.5 * high - 0.5 * low, levels)
         return jnp.where(jnp.isfinite(step), step, 2.0 * halved)
 
-    def decode_blocks(self, blocks: Encoded, size: int) -> Array:
-        """Returns ``(q - z) s``."""
-        codes = blocks.codes
-        if self.bits == 4:
-            codes = packing.unpack(codes, size)
-        offset = codes.astype(jnp.float32) - blocks.zeros.astype(jnp.float32)
-        return offset * blocks.scales
+
+def _divisor(scale: Array) -> Array:
+    """Returns the steps, and 1 for those too small to divide by: zeros."""
+    return jnp.where(scale > 0, scale, 1.0)

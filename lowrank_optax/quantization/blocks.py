@@ -75,6 +75,13 @@ class Cut:
             start = stop
         return out
 
+    def spread(self, per_block: Array, n: int) -> Array:
+        """Returns ``[*batch, n]``: of what there is one per block, every entry's."""
+        *batch, count = per_block.shape
+        size = min(self.size, n)
+        wide = jnp.broadcast_to(per_block[..., None], (*batch, count, size))
+        return wide.reshape((*batch, count * size))[..., :n]
+
     def join(self, pieces: Sequence[Array]) -> Array:
         """Inverse of ``split``."""
         rows = [p.reshape((*p.shape[:-2], p.shape[-2] * p.shape[-1])) for p in pieces]

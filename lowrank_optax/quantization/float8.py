@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.quantization import scaling
-from lowrank_optax.quantization._protocol import Codec, Encoded
+from lowrank_optax.quantization._protocol import Codec
 from lowrank_optax.quantization.blocks import Cut
 
 _NAMES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
@@ -78,21 +78,24 @@ class float8(Codec):
         """The format."""
         return jnp.dtype(self.dtype)
 
-    def encode_blocks(self, x: Array, draws: Array | None) -> Encoded:
-        """Returns codes and scales."""
-        del draws
+    def fit(self, x: Array) -> tuple[Array, Any]:
+        """Returns scales."""
+        return scaling.absmax(x), ()
+
+    def code(self, x: Array, scale: Array, zero: Any, draws: Array | None) -> Array:
+        """Returns the nearest codes."""
+        del zero, draws
         format_ = jnp.finfo(self.code_dtype)
-        scale = scaling.absmax(x)
         codes = scaling.normalized(x, scale) * jnp.float32(format_.max)
         if self.keep_nonzero:
             least = jnp.float32(format_.smallest_subnormal)
             signed = jnp.where(scaling.is_negative(x), -least, least)
             lost = scaling.is_nonzero(x) & (jnp.abs(codes) < least)
             codes = jnp.where(lost, signed, codes)
-        return Encoded(codes.astype(self.code_dtype), scale)
+        return codes.astype(self.code_dtype)
 
-    def decode_blocks(self, blocks: Encoded, size: int) -> Array:
+    def value(self, codes: Array, scale: Array, zero: Any) -> Array:
         """Returns ``(code / F) scale``."""
-        del size
-        codes, most = blocks.codes.astype(jnp.float32), jnp.finfo(self.code_dtype).max
-        return scaling.divided(codes, jnp.float32(most)) * blocks.scales
+        del zero
+        most = jnp.float32(jnp.finfo(self.code_dtype).max)
+        return scaling.divided(codes.astype(jnp.float32), most) * scale

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.quantization import packing, scaling
-from lowrank_optax.quantization._protocol import Codec, Encoded
+from lowrank_optax.quantization import scaling
+from lowrank_optax.quantization._protocol import Codec
 from lowrank_optax.quantization.blocks import Cut
 from lowrank_optax.quantization.rounding import round_with
 
@@ -88,17 +88,22 @@ class linear_int4(Codec):
     def _levels(self) -> int:
         return 7 if self.signed else 15
 
-    def encode_blocks(self, x: Array, draws: Array | None) -> Encoded:
-        """Returns packed codes and scales."""
-        scale = scaling.absmax(x)
+    def fit(self, x: Array) -> tuple[Array, Any]:
+        """Returns scales."""
+        return scaling.absmax(x), ()
+
+    def code(self, x: Array, scale: Array, zero: Any, draws: Array | None) -> Array:
+        """Returns codes, not yet packed."""
+        del zero
         q = scaling.normalized(x, scale) * self._levels
         q = jnp.round(q) if draws is None else round_with(q, draws)
         codes = jnp.clip(q + self._zero, 0, 15).astype(jnp.uint8)
         if self.keep_nonzero:
             codes = scaling.away_from_zero(codes, self._zero, x, scale)
-        return Encoded(packing.pack(codes, self._zero), scale)
+        return codes
 
-    def decode_blocks(self, blocks: Encoded, size: int) -> Array:
+    def value(self, codes: Array, scale: Array, zero: Any) -> Array:
         """Returns ``((nibble - 8) / h) scale``."""
-        codes = packing.unpack(blocks.codes, size).astype(jnp.float32) - self._zero
-        return scaling.divided(codes, jnp.float32(self._levels)) * blocks.scales
+        del zero
+        steps = codes.astype(jnp.float32) - self._zero
+        return scaling.divided(steps, jnp.float32(self._levels)) * scale

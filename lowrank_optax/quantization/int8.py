@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array
 
 from lowrank_optax.quantization import dynamic_map, scaling
-from lowrank_optax.quantization._protocol import Codec, Encoded
+from lowrank_optax.quantization._protocol import Codec
 from lowrank_optax.quantization.blocks import Cut
 
 
@@ -36,6 +36,10 @@ class blockwise_int8(Codec):
         has 1 but not -1, so with ``a = max|x|`` a negative largest entry loses 0.7 %
         each time it is encoded; so it stays, and decoding and encoding again changes
         nothing. False as released.
+      exact: codes and values from tables, as released. False computes them: entries
+        within 4 ulps of a midpoint may get the other code, values are off by as much.
+        Nothing is looked up then: on a TPU that costs far more than arithmetic does
+        (``python -m benchmarks.tpu_aot`` compiles both).
 
     Raises:
       TypeError: if ``block`` is not a Python int.
@@ -68,6 +72,7 @@ class blockwise_int8(Codec):
     blocks: str = "last"
     keep_nonzero: Any = None
     signed_scale: bool = False
+    exact: bool = True
 
     def __post_init__(self):
         """Checks the numbers that fix shapes, and settles ``keep_nonzero``."""
@@ -85,16 +90,21 @@ class blockwise_int8(Codec):
         """127 in the signed map, 0 in the unsigned one."""
         return dynamic_map.zero_code(self.signed)
 
-    def encode_blocks(self, x: Array, draws: Array | None) -> Encoded:
-        """Returns codes and scales."""
-        del draws
-        scale = (scaling.signed_absmax if self.signed_scale else scaling.absmax)(x)
-        codes = dynamic_map.nearest(scaling.normalized(x, scale), self.signed)
+    def fit(self, x: Array) -> tuple[Array, Any]:
+        """Returns scales."""
+        return (scaling.signed_absmax if self.signed_scale else scaling.absmax)(x), ()
+
+    def code(self, x: Array, scale: Array, zero: Any, draws: Array | None) -> Array:
+        """Returns the nearest codes."""
+        del zero, draws
+        find = dynamic_map.nearest if self.exact else dynamic_map.computed_nearest
+        codes = find(scaling.normalized(x, scale), self.signed)
         if self.keep_nonzero:
             codes = scaling.away_from_zero(codes, self.zero_code, x, scale)
-        return Encoded(codes, scale)
+        return codes
 
-    def decode_blocks(self, blocks: Encoded, size: int) -> Array:
+    def value(self, codes: Array, scale: Array, zero: Any) -> Array:
         """Returns ``map[code] scale``."""
-        del size
-        return dynamic_map.values(blocks.codes, self.signed) * blocks.scales
+        del zero
+        found = dynamic_map.values if self.exact else dynamic_map.computed_values
+        return found(codes, self.signed) * scale

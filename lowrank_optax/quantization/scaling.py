@@ -15,18 +15,33 @@ _RUN = 16
 
 def absmax(x: Blocks) -> Scales:
     """Returns the largest magnitude among the finite entries, 0 if there are none."""
-    return _most(x, jax.lax.max, lambda v: jnp.abs(_finite(v)))
+    return _most(x, lambda v: jnp.abs(_finite(v)), jax.lax.max, _reduced(jax.lax.max))
 
 
 def finite_range(x: Blocks) -> tuple[Scales, Scales]:
     """Returns the smallest and the largest of zero and the finite entries."""
-    return _most(x, jax.lax.min, _finite), _most(x, jax.lax.max, _finite)
+    low = _most(x, _finite, jax.lax.min, _reduced(jax.lax.min))
+    return low, _most(x, _finite, jax.lax.max, _reduced(jax.lax.max))
 
 
 def signed_absmax(x: Blocks) -> Scales:
     """Returns the finite entry of the largest magnitude; the positive one of two."""
-    low, high = finite_range(x)
-    return jnp.where(-low > high, low, high)
+
+    def larger(a: Array, b: Array) -> Array:
+        size, other = jnp.abs(a), jnp.abs(b)
+        one = jnp.where(size > other, a, b)
+        return jnp.where(size == other, jnp.maximum(a, b), one)
+
+    def whole(v: Array) -> Array:
+        low, high = _reduced(jax.lax.min)(v), _reduced(jax.lax.max)(v)
+        return jnp.where(-low > high, low, high)
+
+    return _most(x, _finite, larger, whole)
+
+
+def _reduced(pick: Any) -> Any:
+    """Returns the reduction over the last axis and 0."""
+    return lambda x: jax.lax.reduce(x, np.float32(0), pick, (x.ndim - 1,))
 
 
 def _finite(x: Array) -> Array:
@@ -34,16 +49,14 @@ def _finite(x: Array) -> Array:
     return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.zeros_like(x))
 
 
-def _most(x: Blocks, pick: Any, of: Any) -> Scales:
-    """Returns ``pick`` over each block of ``of(x)`` and 0; ``of(of(v)) == of(v)``.
+def _most(x: Blocks, of: Any, pick: Any, whole: Any) -> Scales:
+    """Returns ``whole`` of each block of ``of(x)``; ``of(of(v)) == of(v)``.
 
     XLA on CPU writes ``of(x)``, as large as x, out before it reduces. There runs of 16
-    are reduced first, by a function that contains ``of``. A run lies inside one shard,
-    so no such function, which a collective could not have, is needed between shards.
+    are reduced first, to one of their entries, by a function that contains ``of``. A
+    run lies inside one shard, so no such function, which a collective could not have,
+    is needed between shards.
     """
-
-    def whole(x: Array) -> Array:
-        return jax.lax.reduce(x, np.float32(0), pick, (x.ndim - 1,))
 
     def by_runs(x: Array) -> Array:
         runs = x.reshape((*x.shape[:-1], -1, _RUN))
@@ -60,7 +73,7 @@ def _most(x: Blocks, pick: Any, of: Any) -> Scales:
     ]
 
 
-def normalized(x: Blocks, scale: Scales) -> Blocks:
+def normalized(x: Float[Array, "..."], scale: Array) -> Float[Array, "..."]:
     """Returns ``x (1 / scale)`` in [-1, 1]; 0 for NaN and where the scale is 0.
 
     The reciprocal is rounded to float32 before the product, as the released 8-bit
@@ -100,7 +113,7 @@ def is_negative(x: Array) -> Bool[Array, "..."]:
     return jax.lax.bitcast_convert_type(x, jnp.int32) < 0
 
 
-def away_from_zero(codes: Array, zero: int, x: Blocks, scale: Scales) -> Array:
+def away_from_zero(codes: Array, zero: int, x: Array, scale: Array) -> Array:
     """Moves codes that read as zero, of entries that are not, by one to their side.
 
     Codes ascend with ``x / scale``. If code 0 is zero there are no negative codes, and

@@ -19,8 +19,8 @@ from lowrank_optax.quantization import (
     quantize,
 )
 
-_SIGNED = blockwise_int8(signed=True, signed_scale=True)
-_UNSIGNED = blockwise_int8(signed=False)
+_SIGNED = blockwise_int8(signed=True, signed_scale=True, exact=False)
+_UNSIGNED = blockwise_int8(signed=False, exact=False)
 
 
 def quantize_state(
@@ -49,8 +49,10 @@ def quantize_state(
       inner: any transformation whose states name their moments ``mu``, ``nu``,
         ``trace``, ``ema``.
       mu: codec of ``mu``, ``trace`` and ``ema``; None leaves them. The default is the
-        signed 8-bit map in blocks of 256, whose scale keeps its sign.
-      nu: codec of ``nu``; None leaves it. The default is the unsigned 8-bit map.
+        signed 8-bit map in blocks of 256, whose scale keeps its sign, its codes
+        computed and not looked up (``blockwise_int8(exact=False)``).
+      nu: codec of ``nu``; None leaves it. The default is the unsigned 8-bit map, computed
+        likewise.
       min_size: matrices with fewer elements stay as they are (4096 in the released
         code), layers of a stack counted one by one.
 

@@ -129,10 +129,9 @@ class looked_up(quantization.blockwise_int8):
     Found from `codes_bnbcpu_*` of quant8_blockwise, of which it gives all but one.
     """
 
-    def encode_blocks(self, x, draws):
-        scale = jnp.max(jnp.abs(x), -1, keepdims=True)
+    def code(self, x, scale, zero, draws):
         steps = jnp.floor(x / jnp.where(scale > 0, scale, 1.0) * 32767.5 + 32768.0)
-        return super().encode_blocks((steps / 32767.5 - 1.0) * scale, draws)
+        return super().code((steps / 32767.5 - 1.0) * scale, scale, zero, draws)
 
 
 def _eight_bit(config: Config, betas: dict[str, Any]) -> optax.GradientTransformation:

@@ -15,6 +15,7 @@ BLOCK, SHAPE = 64, (4, 150)  # rows of two full blocks and a short one
 SIGNED = {
     "int8": int8(BLOCK),
     "int8 signed scale": int8(BLOCK, signed_scale=True),
+    "int8 computed": int8(BLOCK, signed_scale=True, exact=False),
     "e4m3": float8("e4m3", BLOCK),
     "e5m2": float8("e5m2", BLOCK),
     "int4": int4(BLOCK),
@@ -23,6 +24,7 @@ SIGNED = {
 }
 UNSIGNED = {
     "int8 unsigned": int8(BLOCK, signed=False),
+    "int8 unsigned computed": int8(BLOCK, signed=False, exact=False),
     "int4 unsigned": int4(BLOCK, signed=False),
 }
 CODECS = SIGNED | UNSIGNED

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowrank_optax import quantization
 from lowrank_optax.quantization import dynamic_map
 
 signs = pytest.mark.parametrize("signed", [True, False])
@@ -78,3 +79,51 @@ def test_every_value_has_its_own_code(signed):
         dynamic_map.values(jnp.arange(256, dtype=jnp.uint8), signed), values
     )
     assert values[dynamic_map.zero_code(signed)] == 0
+
+
+computed = jax.jit(dynamic_map.computed_nearest, static_argnames="signed")
+computed_values = jax.jit(dynamic_map.computed_values, static_argnames="signed")
+
+
+@signs
+def test_computed_values_are_the_tables(signed):
+    codes = np.arange(256, dtype=np.uint8)
+    values = np.asarray(computed_values(codes, signed=signed))
+    table = dynamic_map.code_values(signed)
+    # Three products and a sum against the table's own four roundings.
+    assert np.all(np.abs(values - table) <= 4 * np.spacing(np.abs(table)))
+    for exact in (dynamic_map.zero_code(signed), 255):
+        assert values[exact] == table[exact]
+    np.testing.assert_array_equal(computed(values, signed=signed), codes)
+    np.testing.assert_array_equal(computed(table, signed=signed), codes)
+
+
+@signs
+def test_computed_codes_differ_next_to_midpoints_only(signed):
+    decades = np.float32(10.0) ** np.arange(-7, 1)
+    borders, values = dynamic_map.borders(signed), dynamic_map.code_values(signed)
+    positive = np.concatenate([borders, values, decades, np.float32(0.1) * decades])
+    rng = np.random.default_rng(0)
+    spread = 2.0 ** rng.uniform(-126, 0, 200_000) * rng.choice([-1, 1], 200_000)
+    near = around(np.concatenate([positive, -positive]), 200)
+    q = np.concatenate([near, spread, rng.uniform(-1, 1, 200_000), [0.0, -0.0]])
+    q = q.astype(np.float32)
+    codes, exact = computed(q, signed=signed), searched(q, signed)
+    other = np.flatnonzero(codes != exact)
+    assert np.all(np.abs(np.int32(codes)[other] - exact[other]) == 1)
+    crossed = borders[np.minimum(np.int32(codes), exact)[other]]
+    assert np.all(np.abs(q[other] - crossed) <= 4 * np.spacing(np.abs(crossed)))
+
+
+def test_nothing_is_looked_up_in_a_computed_form():
+    def primitives(codec):
+        def both(x):
+            return codec.decode(codec.encode(x), x.shape)
+
+        return str(jax.make_jaxpr(both)(jnp.ones((4, 256))))
+
+    for signed in (True, False):
+        exact = quantization.blockwise_int8(signed=signed)
+        assert "gather" in primitives(exact)
+        quick = quantization.blockwise_int8(signed=signed, exact=False)
+        assert "gather" not in primitives(quick)
