@@ -28,6 +28,9 @@ from lowrank_optax.weights import (
     stochastic_round_apply_updates as stochastic_round_apply_updates,
 )
 
+# Activation memory.
+from lowrank_optax import activations as activations
+
 # Methods.
 from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
 from lowrank_optax.methods.apollo import apollo as apollo

@@ -14,3 +14,4 @@ from lowrank_optax.quantization.rounding import stochastic_round as stochastic_r
 from lowrank_optax.quantization.rounding import (
     stochastic_round_to_bfloat16 as stochastic_round_to_bfloat16,
 )
+from lowrank_optax.quantization.symmetric import symmetric as symmetric
