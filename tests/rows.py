@@ -114,11 +114,10 @@ ROWS = {
     "galore_8bit_stacked": galore_8bit(
         params=stacked_params(), layer_axis=0, transport=lro.rotate_moments()
     ),
-    "q_galore": q_galore(),
+    "q_galore": q_galore(weight_decay=0.1),
     "q_galore_stacked": q_galore(
         params=stacked_params(), layer_axis=0, transport=lro.rotate_moments()
     ),
-    "q_galore_both": q_galore(side="both", weight_decay=0.1),
     "galore_adafactor": Row(
         functools.partial(
             lro.galore_adafactor,

@@ -1,5 +1,6 @@
 """Moments in eight bits: what is stored, what it costs, and who decodes it."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from lowrank_optax import quantization
 from lowrank_optax.quantization import QuantizedArray, blockwise_int8, dequantize
+from lowrank_optax.testing import assert_bit_equal
 
 ADAM = optax.scale_by_adam(0.9, 0.96875, 1e-8)
 SIGNED = blockwise_int8(16, signed_scale=True)
@@ -185,6 +187,49 @@ def test_a_leaf_is_decoded_in_two_moments_memory():
     assert temporaries <= 2.1 * 512 * 512 * 4
 
 
+@pytest.mark.parametrize("min_size", [0, 100])
+def test_leaf_by_leaf_is_the_same(min_size):
+    """Also with leaves that stay as they are, and with none at all."""
+    params = {
+        "a": jnp.zeros((8, 32)),
+        "b": jnp.zeros(16),
+        "c": {"d": jnp.ones((9, 30))},
+    }
+    whole, by_leaf = (quantized(min_size=min_size, leafwise=x) for x in (False, True))
+    state = whole.init(params)
+    assert_bit_equal(state, by_leaf.init(params))
+    steps = [jax.jit(tx.update) for tx in (whole, by_leaf)]
+    for seed in range(3):
+        gradient = jax.tree.map(lambda p: normal(seed, *p.shape), params)  # noqa: B023
+        (want, after), (got, same) = (step(gradient, state, params) for step in steps)
+        assert jax.tree.structure(after) == jax.tree.structure(same)
+        chex.assert_trees_all_close(got, want, rtol=1e-6)
+        for name in ("mu", "nu"):
+            one, other = (
+                [dequantize(x) for x in jax.tree.leaves(tree[name], is_leaf=is_encoded)]
+                for tree in (after._asdict(), same._asdict())
+            )
+            # Another program may round to the other side of a border between codes.
+            for a, b in zip(one, other, strict=True):
+                assert np.mean(np.abs(a - b) > 1e-6 * np.abs(a)) <= 0.01
+        assert int(after.count) == int(same.count) == seed + 1
+        state = same
+    empty = by_leaf.init({})
+    assert by_leaf.update({}, empty)[0] == {}
+
+
+def test_leaf_by_leaf_one_waits_for_the_other():
+    """Barriers: what a TPU's compiler makes of them shows benchmarks.tpu_aot."""
+    params = {name: jnp.zeros((8, 32)) for name in "abc"}
+
+    def barriers(tx):
+        state = tx.init(params)
+        return str(jax.make_jaxpr(tx.update)(params, state)).count("optimization_barr")
+
+    assert barriers(quantized(min_size=0)) == 0
+    assert barriers(quantized(min_size=0, leafwise=True)) == 2 * 3
+
+
 def test_blocks_that_cross_shards():
     """32 columns to a shard, blocks of 64: something is sent, and all is the same."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
@@ -203,6 +248,7 @@ def test_blocks_that_cross_shards():
     ("arguments", "error", "message"),
     [
         ({"inner": "adam"}, TypeError, r"`inner` must be an optax\.Gradient.*got str"),
+        ({"leafwise": "yes"}, ValueError, r"`leafwise` must be one of False, True"),
         ({"mu": "int8"}, TypeError, r"codec of `mu` must be one of .*got 'int8'"),
         ({"nu": 8}, TypeError, "codec of `nu` must be one of .*got 8"),
         ({"min_size": 0.5}, TypeError, r"`min_size` must be an int, got 0\.5"),

@@ -60,7 +60,9 @@ def adamw_8bit(
     """
     mu, nu = _recipe.eight_bit(block, authors=False)
     stages: list[Any] = [
-        quantize_state(optax.scale_by_adam(b1, b2, eps), mu, nu, min_size)
+        quantize_state(
+            optax.scale_by_adam(b1, b2, eps), mu, nu, min_size, leafwise=True
+        )
     ]
     if weight_decay is not None:
         stages.append(optax.add_decayed_weights(weight_decay, mask))

@@ -16,8 +16,9 @@ def _eight_bit(b1, b2, eps, block, min_size, conventions, options) -> dict[str, 
     """Returns GaLore's options, with encoded moments inside."""
     authors = _recipe.is_authors(conventions)
     mu, nu = _recipe.eight_bit(block, authors)
-    inner = options.get("base_optimizer") or optax.scale_by_adam(b1, b2, eps)
-    inner = quantize_state(inner, mu, nu, min_size)
+    given = options.get("base_optimizer")
+    inner = optax.scale_by_adam(b1, b2, eps) if given is None else given
+    inner = quantize_state(inner, mu, nu, min_size, leafwise=given is None)
     return {**options, "base_optimizer": inner, "conventions": conventions}
 
 

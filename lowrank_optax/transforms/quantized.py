@@ -28,6 +28,7 @@ def quantize_state(
     mu: Any = _SIGNED,
     nu: Any = _UNSIGNED,
     min_size: Any = 4096,
+    leafwise: Any = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the moments of ``inner`` encoded: 8-bit Adam, Lion, momentum, ...
 
@@ -36,10 +37,9 @@ def quantize_state(
 
         N, state = inner.update(R, decode(state));    store encode(state)
 
-    Every leaf is decoded, stepped and encoded by itself. What is encoded becomes a
-    ``QuantizedArray`` at the moment's place (``optax.tree_utils.tree_get`` finds it by
-    name), N elements in N bytes and four per block of 256. Transports and recoveries of
-    a bracket see the decoded moments.
+    What is encoded becomes a ``QuantizedArray`` at the moment's place
+    (``optax.tree_utils.tree_get`` finds it by name), N elements in N bytes and four per
+    block of 256. Transports and recoveries of a bracket see the decoded moments.
 
     A second moment that is not zero is never stored as zero: it is rounded up to the
     smallest level, 3e-7 of its block's largest. Adam would divide by ``eps`` alone.
@@ -51,10 +51,14 @@ def quantize_state(
       mu: codec of ``mu``, ``trace`` and ``ema``; None leaves them. The default is the
         signed 8-bit map in blocks of 256, whose scale keeps its sign, its codes
         computed and not looked up (``blockwise_int8(exact=False)``).
-      nu: codec of ``nu``; None leaves it. The default is the unsigned 8-bit map, computed
-        likewise.
+      nu: codec of ``nu``; None leaves it. The default is the unsigned 8-bit map,
+        computed likewise.
       min_size: matrices with fewer elements stay as they are (4096 in the released
         code), layers of a stack counted one by one.
+      leafwise: whether ``inner`` steps every leaf by itself, as Adam does and a clip by
+        the global norm does not. True calls it leaf by leaf, each behind an
+        optimization barrier, so that where the compiler keeps those (a TPU's does, the
+        CPU's does not) only one leaf is decoded at a time.
 
     Returns:
       The transformation.
@@ -92,6 +96,7 @@ def quantize_state(
                 f"such as blockwise_int8(), got {codec!r}."
             )
     _checks.positive_int("min_size", min_size, least=0)
+    _checks.choice("leafwise", leafwise, (False, True))
 
     def store(state: Any) -> Any:
         moments = _moments.find(state)
@@ -115,10 +120,49 @@ def quantize_state(
         treedef = jax.tree.structure(updates, is_leaf=is_box)
         if _moments.are_altered(treedef, state):
             state = restore(state, lambda: init(updates))
-        updates, state = inner.update(updates, load(state), params, **extra_args)
-        return updates, store(state)
+
+        def step(updates, state, params):
+            out, state = inner.update(updates, load(state), params, **extra_args)
+            return out, store(state)
+
+        if leafwise and treedef.num_leaves > 1:
+            return _one_by_one(step, treedef, updates, state, params)
+        return step(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) -> Any:
+    """Returns what ``step`` makes of all leaves, one after another.
+
+    What every leaf has, its update and its moments, waits for what the leaf before it
+    became.
+    """
+    moments = _moments.find(state)
+    columns = [
+        {name: treedef.flatten_up_to(tree) for name, tree in group.items()}
+        for group in moments.groups
+    ]
+    weights = None if params is None else treedef.flatten_up_to(params)
+    done, found, turn = [], moments, jnp.zeros((), jnp.int32)
+    for i, update in enumerate(treedef.flatten_up_to(updates)):
+        groups = tuple(
+            {name: [column[i]] for name, column in group.items()} for group in columns
+        )
+        update, groups, turn = jax.lax.optimization_barrier((update, groups, turn))
+        weight = None if weights is None else [weights[i]]
+        (out,), state = step([update], moments.rebuild(groups), weight)
+        found = _moments.find(state)
+        groups, turn = jax.lax.optimization_barrier((found.groups, turn))
+        for column, group in zip(columns, groups, strict=True):
+            for name, (leaf,) in group.items():
+                column[name][i] = leaf
+        done.append(out)
+    trees = tuple(
+        {name: treedef.unflatten(leaves) for name, leaves in column.items()}
+        for column in columns
+    )
+    return treedef.unflatten(done), found.rebuild(trees)
 
 
 def _encoded(tree: Any, codec: Codec | None, min_size: int) -> Any:
