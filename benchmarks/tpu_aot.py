@@ -98,7 +98,7 @@ def fsdp(mesh: Mesh, params: Any) -> Any:
 def optimizers(options: argparse.Namespace, shardings: Any) -> dict[str, Any]:
     """Returns the rows of the table."""
     projector = PROJECTORS[options.projector](options.rank)
-    rows = {"optax.adamw": optax.adamw(1e-3)}
+    rows: dict[str, Any] = {"optax.adamw": optax.adamw(1e-3)}
     for side in options.sides:
         bracket = lro.project(
             projector,

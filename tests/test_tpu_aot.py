@@ -27,3 +27,18 @@ def test_an_update_compiles_for_a_tpu(tmp_path):
         assert row["program_bytes"] > 0, name
     auto = figures["rows"]["galore side=auto"]
     assert "all-reduce" not in auto["collectives_every_step"]
+
+
+def test_four_bits_take_a_quarter_of_the_activations(tmp_path):
+    pytest.importorskip("libtpu")
+    path = tmp_path / "activations.json"
+    command = [sys.executable, "-m", "benchmarks.activations", "--tpu"]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [*command, "--out", str(path)], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["tpu"]["rows"]
+    none, four, full = rows["no remat"], rows["int4"], rows["full remat"]
+    assert four["temp_bytes"] <= 0.25 * none["temp_bytes"]
+    assert four["flops"] <= 1.03 * none["flops"] < 1.2 * none["flops"] < full["flops"]

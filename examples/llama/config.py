@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from examples.llama.activations import ACTIVATIONS
 from examples.llama.model import ModelConfig
 from examples.llama.weights import WEIGHTS
 
@@ -179,6 +180,11 @@ class TrainConfig:
     """how parameters are stored between steps: plain (in --param-dtype),
     stochastic-bf16 (bfloat16, rounded at random) or int8 (the layers' matrices as
     8-bit codes, rounded at random)"""
+    activation_policy: str = "none"
+    """what a layer keeps for its backward pass: none (no policy: all that the gradient
+    uses), full (its input; the rest is recomputed), names (what matrix products made)
+    or adacc (the same in 4 and 8 bits; gradients differ slightly). A run may go on with
+    another"""
     seed: int = 0
     """seed of the parameters, the data order and the optimizer"""
 
@@ -282,6 +288,7 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         "param_dtype": ("float32", "bfloat16"),
         "compute_dtype": ("float32", "bfloat16"),
         "weights": tuple(WEIGHTS),
+        "activation_policy": tuple(ACTIVATIONS),
     }
     for name, allowed in choices.items():
         if (value := getattr(config, name)) not in allowed:

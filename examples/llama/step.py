@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.llama.activations import Wrap
 from examples.llama.model import Params
 from examples.llama.weights import PLAIN, Weights
 
@@ -20,14 +21,19 @@ class Steps(NamedTuple):
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def token_losses(definition: Any, params: Params, batch: Any) -> jax.Array:
+def token_losses(
+    definition: Any, params: Params, batch: Any, wrap_layer: Wrap | None = None
+) -> jax.Array:
     """Negative log likelihood of every target `[B, S]`, 0 where masked."""
-    logits = nnx.merge(definition, params)(batch["tokens"])
+    options = {} if wrap_layer is None else {"wrap_layer": wrap_layer}
+    logits = nnx.merge(definition, params)(batch["tokens"], **options)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return losses * batch["mask"]
 
 
-def mean_gradient(definition: Any, params: Params, batch: Any) -> tuple[Any, Params]:
+def mean_gradient(
+    definition: Any, params: Params, batch: Any, wrap_layer: Wrap | None = None
+) -> tuple[Any, Params]:
     """Loss and gradient, the mean over all real tokens of all micro-batches.
 
     Each leaf of `batch` is `[micro-batches, rows, positions]`. Every token weighs the
@@ -36,7 +42,8 @@ def mean_gradient(definition: Any, params: Params, batch: Any) -> tuple[Any, Par
     tokens = jnp.maximum(jnp.sum(batch["mask"]), 1)
 
     def share(params: Params, micro: Any) -> jax.Array:
-        return jnp.sum(token_losses(definition, params, micro)) / tokens
+        losses = token_losses(definition, params, micro, wrap_layer)
+        return jnp.sum(losses) / tokens
 
     value_and_grad = jax.value_and_grad(share)
     if batch["mask"].shape[0] == 1:
@@ -52,18 +59,22 @@ def mean_gradient(definition: Any, params: Params, batch: Any) -> tuple[Any, Par
 
 
 def make_steps(
-    definition: Any, tx: optax.GradientTransformation, weights: Weights = PLAIN
+    definition: Any,
+    tx: optax.GradientTransformation,
+    weights: Weights = PLAIN,
+    wrap_layer: Wrap | None = None,
 ) -> Steps:
     """Compiled steps of a model under an optimizer with the guard outermost.
 
-    Parameters that are stored as they are (`PLAIN`) need no key.
+    Parameters that are stored as they are (`PLAIN`) need no key. `wrap_layer` says what
+    layers keep for the backward pass; the evaluation has none.
     """
 
     def train(
         stored: Any, opt_state: Any, batch: Any, key: Any = None
     ) -> tuple[Any, Any, Any]:
         params = weights.load(stored)
-        loss, grads = mean_gradient(definition, params, batch)
+        loss, grads = mean_gradient(definition, params, batch, wrap_layer)
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = {
             "loss": loss,

@@ -14,6 +14,7 @@ import tqdm
 
 import lowrank_optax as lro
 from examples.llama import optimizers
+from examples.llama.activations import ACTIVATIONS
 from examples.llama.batches import (
     Batch,
     Position,
@@ -62,7 +63,8 @@ class Trainer:
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.definition, self.abstract_params = abstract_model(model)
         self.weights = WEIGHTS[config.weights](config.param_dtype)
-        self.steps = make_steps(self.definition, self.tx, self.weights)
+        wrap_layer = ACTIVATIONS[config.activation_policy]
+        self.steps = make_steps(self.definition, self.tx, self.weights, wrap_layer)
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
 
