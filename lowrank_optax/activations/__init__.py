@@ -15,4 +15,18 @@ from lowrank_optax.activations.checkpoint import (
 )
 from lowrank_optax.activations.checkpoint import tagged_values as tagged_values
 from lowrank_optax.activations.compress import Compressed as Compressed
+from lowrank_optax.activations.cost import BlockCost as BlockCost
+from lowrank_optax.activations.cost import TagCost as TagCost
+from lowrank_optax.activations.cost import block_cost as block_cost
+from lowrank_optax.activations.hardware import Hardware as Hardware
+from lowrank_optax.activations.hardware import calibrate as calibrate
+from lowrank_optax.activations.hardware import hardware_profile as hardware_profile
+from lowrank_optax.activations.plan import ActivationPlan as ActivationPlan
+from lowrank_optax.activations.plan import Choice as Choice
+from lowrank_optax.activations.plan import Prediction as Prediction
+from lowrank_optax.activations.plan import Segment as Segment
+from lowrank_optax.activations.planner import plan_activations as plan_activations
+from lowrank_optax.activations.probe import probe_errors as probe_errors
 from lowrank_optax.activations.roles import transformer_policy as transformer_policy
+from lowrank_optax.activations.stack import apply_plan as apply_plan
+from lowrank_optax.activations.stack import scan_layers as scan_layers
