@@ -185,6 +185,10 @@ class TrainConfig:
     uses), full (its input; the rest is recomputed), names (what matrix products made)
     or adacc (the same in 4 and 8 bits; gradients differ slightly). A run may go on with
     another"""
+    activation_budget: str = ""
+    """memory for what layers keep: a percentage of what keeping every tagged value
+    takes, such as 30%, or bytes in all. A plan decides what is kept, compressed or
+    recomputed (adacc); it is written to the run's folder"""
     seed: int = 0
     """seed of the parameters, the data order and the optimizer"""
 
@@ -296,6 +300,11 @@ def _check(config: Resolved, model: ModelConfig) -> None:
                 f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}; "
                 f"got {value!r}"
             )
+    if config.activation_budget and config.activation_policy not in ("none", "adacc"):
+        raise UsageError(
+            "--activation-budget plans compressed activations (adacc); leave out "
+            f"--activation-policy {config.activation_policy}, or the budget"
+        )
     positive = (
         "steps seq_len batch_size micro_batches lr rank level update_proj_gap "
         "max_skips eval_tokens eval_batch_size keep"

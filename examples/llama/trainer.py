@@ -28,6 +28,7 @@ from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
 from examples.llama.corpus import Counts, load_corpora
 from examples.llama.evaluate import Evaluation, eval_batches, evaluate
 from examples.llama.model import abstract_model, count_params, init_params
+from examples.llama.plan_layers import plan_layers, wrap_with, write_plan
 from examples.llama.report import Metrics
 from examples.llama.rundir import choose_run_dir
 from examples.llama.step import make_steps, split_rows
@@ -63,7 +64,9 @@ class Trainer:
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.definition, self.abstract_params = abstract_model(model)
         self.weights = WEIGHTS[config.weights](config.param_dtype)
-        wrap_layer = ACTIVATIONS[config.activation_policy]
+        self.plan = plan_layers(config, model) if config.activation_budget else None
+        policy = ACTIVATIONS[config.activation_policy]
+        wrap_layer = policy if self.plan is None else wrap_with(self.plan)
         self.steps = make_steps(self.definition, self.tx, self.weights, wrap_layer)
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
@@ -127,6 +130,8 @@ class Trainer:
         with contextlib.suppress(ValueError):  # an optimizer without a bracket
             selection = lro.selection_report(self.optimizer, self.abstract_params)
             write_whole(self.run_dir / "selection.txt", f"{selection}\n")
+        if self.plan is not None:
+            write_plan(self.plan, self.run_dir)
         if isinstance(self.tokenizer, BPETokenizer):
             write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
 

@@ -166,6 +166,7 @@ def _segments(
                 tag=tag.tag,
                 action=actions[a],
                 nbytes=int(tables.nbytes[t, a]),
+                saved_bytes=tag.nbytes,
                 time_ms=float(tables.time[t, a]),
                 error=math.sqrt(tables.error2[t, a]),
             )

@@ -15,6 +15,7 @@ class Choice:
       tag: its name.
       action: what is done.
       nbytes: that are kept.
+      saved_bytes: of the values as they are.
       time_ms: predicted, of computing again or of encoding and decoding.
       error: of the layer's gradient, from this tag alone.
     """
@@ -22,6 +23,7 @@ class Choice:
     tag: str
     action: Action
     nbytes: int
+    saved_bytes: int
     time_ms: float
     error: float
 
