@@ -21,6 +21,7 @@ import jax
 import optax
 
 from examples.llama import optimizers
+from examples.llama.activations import Wrap
 from examples.llama.batches import Position, Rows, training_batches, validation_rows
 from examples.llama.config import Resolved, TrainConfig, resolve
 from examples.llama.corpus import load_corpora
@@ -63,11 +64,14 @@ class Workload:
         }  # fmt: skip
 
     def train(
-        self, config: Resolved, tx: optax.GradientTransformation
+        self,
+        config: Resolved,
+        tx: optax.GradientTransformation,
+        wrap_layer: Wrap | None = None,
     ) -> Iterator[Step]:
         """Trains from the start that `config.seed` says, clipped and guarded."""
         tx = optimizers.guarded(config, tx)
-        train = make_steps(self.definition, tx).train
+        train = make_steps(self.definition, tx, wrap_layer=wrap_layer).train
         params = init_params(self.model, config.seed)
         state = jax.jit(tx.init)(params)
         text = Rows(self.text, self.tokenizer, config.seq_len, True, config.seed)

@@ -133,6 +133,7 @@ NNX = {
     "galore": lambda: lro.galore(1e-2, rank=2),
     "galore both": lambda: lro.galore(1e-2, rank=2, side="both"),
     "osd": lambda: lro.online_subspace_descent(1e-2, rank=2),
+    "q_galore": lambda: lro.q_galore(1e-2, rank=2, min_size=0),
     "frugal": lambda: lro.frugal(1e-2, rank=2, state_free=optax.trace(0.9)),
 }
 
