@@ -41,6 +41,12 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from benchmarks import _tagged_block  # noqa: E402
+from benchmarks._planned import (  # noqa: E402
+    Layer,
+    find_layer,
+    planned,
+    predicted_bytes,
+)
 from benchmarks._runs import Workload  # noqa: E402
 from examples.llama import activations as policies  # noqa: E402
 from examples.llama.batches import Position, Rows, training_batches  # noqa: E402
@@ -52,6 +58,7 @@ from lowrank_optax import activations  # noqa: E402
 
 MIB = 2**20
 NONE, FULL = "no remat", "full remat"
+PROFILE = "v5e"  # of the planner, for the TPU's compiler
 BLOCK = {"layers": 4, "batch_size": 16, "seq_len": 512, "width": 1024, "ff_width": 2816}
 
 
@@ -62,27 +69,50 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def kept(action: str) -> policies.Wrap:
-    """One action for what the block's matrix products made."""
-    policy = dict.fromkeys(policies.PRODUCTS, action)
-    return lambda layer: activations.compressed_checkpoint(layer, policy)
-
-
-WRAPS: dict[str, policies.Wrap] = {
+PEERS: dict[str, policies.Wrap] = {
     NONE: lambda layer: layer,
     FULL: policies.full,
     "jax.checkpoint, names": policies.names,
-    **{action: kept(action) for action in ("save", "int8", "int4", "int4+4")},
-    "transformer_policy()": policies.adacc,
 }
+FRACTIONS = (0.5, 0.3, 0.2, 0.1)
 
 
-def rows(case: Case) -> dict[str, Callable[..., Any]]:
+def compressed(policy: activations.Policy) -> policies.Wrap:
+    return lambda layer: activations.compressed_checkpoint(layer, policy)
+
+
+def our_policies(layer: Layer, hardware: str) -> dict[str, activations.Policy]:
+    """One action for what the block's matrix products made, roles, and plans."""
+    found = {
+        action: activations.Policy(dict.fromkeys(policies.PRODUCTS, action))
+        for action in ("save", "int8", "int4", "int4+4")
+    }
+    found["transformer_policy()"] = activations.transformer_policy()
+    for fraction in FRACTIONS:
+        found[f"planned, {fraction:.0%}"] = planned(layer, fraction, hardware)
+    return found
+
+
+def rows(
+    case: Case, ours: dict[str, activations.Policy]
+) -> dict[str, Callable[..., Any]]:
     """Returns the rows of the table: functions of the case's arguments."""
+    wraps = PEERS | {name: compressed(policy) for name, policy in ours.items()}
     return {
         name: functools.partial(case.gradient, wrap=wrap)
-        for name, wrap in WRAPS.items()
+        for name, wrap in wraps.items()
     }
+
+
+def add_predictions(
+    found: dict[str, dict], ours: dict[str, Any], layer: Layer, hardware: str
+) -> None:
+    """Adds what the planner predicts, and which policy a row has."""
+    alike = {FULL: {}, "jax.checkpoint, names": ours["save"]}
+    for name, policy in (alike | ours).items():
+        found[name]["predicted_bytes"] = predicted_bytes(layer, policy, hardware)
+    for name, policy in ours.items():
+        found[name]["policy"] = str(policy)
 
 
 # --- compiled and run on the CPU ----------------------------------------------------
@@ -116,7 +146,9 @@ def trained(options: argparse.Namespace) -> tuple[Case, dict[str, Any], dict]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Compiles and runs all rows on the CPU; times are medians over the rounds."""
     case, weights, facts = trained(options)
-    programs = {name: compiled(row, case) for name, row in rows(case).items()}
+    layer = find_layer(*case, facts["model"]["layers"])
+    ours = our_policies(layer, "cpu")
+    programs = {name: compiled(row, case) for name, row in rows(case, ours).items()}
     found = {name: account(program) for name, program in programs.items()}
     _, batch = case.arguments
     for age, params in weights.items():
@@ -127,6 +159,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             layers = distance(got["layers"], exact["layers"])
             found[name][f"layers_error_{age}"] = layers
             found[name][f"loss_equal_{age}"] = bool(loss == exact_loss)
+    add_predictions(found, ours, layer, "cpu")
     seconds = turns(programs, case.arguments, options.rounds)
     for name, row in found.items():
         pairs = zip(seconds[name], seconds[FULL], strict=True)
@@ -173,11 +206,14 @@ def compile_for_tpu(options: argparse.Namespace) -> dict[str, Any]:
         _tagged_block.shapes(**BLOCK, dtype="bfloat16"),
     )
     case, found = Case(_tagged_block.value_and_grad, arguments), {}
-    for name, row in rows(case).items():
+    layer = find_layer(*case, BLOCK["layers"])
+    ours = our_policies(layer, PROFILE)
+    for name, row in rows(case, ours).items():
         started = time.perf_counter()
         found[name] = account(compiled(row, case))
         found[name]["compile_seconds"] = round(time.perf_counter() - started, 1)
         print(f"{name}: {found[name]}", flush=True)
+    add_predictions(found, ours, layer, PROFILE)
     facts = {"topology": options.topology, "devices": 1, "dtype": "bfloat16"}
     versions = {"jax": jax.__version__, "libtpu": compiler}
     return {**versions, **facts, **BLOCK, "rows": found}
@@ -199,6 +235,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """Formats rows as Markdown."""
     ran = "step_seconds" in found[NONE]
     head = ["kept", "temp MiB", "of no remat", "GFLOP", "of no remat"]
+    head += ["predicted/compiled"]
     head += ["error", "error, layers", "step ms", "of full remat"] * ran
     head += ["compile s"] * (not ran)
     lines = [head, ["---"] * len(head)]
@@ -207,6 +244,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         for key, unit in (("temp_bytes", MIB), ("flops", 1e9)):
             cells.append(f"{row[key] / unit:.1f}")
             cells.append(f"{100 * row[key] / found[NONE][key]:.1f} %")
+        predicted = row.get("predicted_bytes")
+        cells.append(f"{predicted / row['temp_bytes']:.2f}" if predicted else "-")
         if ran:
             cells.append(f"{row['error_trained']:.4f}")
             cells.append(f"{row['layers_error_trained']:.4f}")
