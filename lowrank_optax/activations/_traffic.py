@@ -1,5 +1,6 @@
 """The memory that operations move, and the most that is alive at once."""
 
+import collections
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 
@@ -45,11 +46,12 @@ def peak(
       operations: in their order.
       inputs: those whose memory counts.
       dropped: the tags that are not kept.
-      fuses: whether an elementwise result that only elementwise operations read is
-        never written, as compilers for accelerators have it. It then keeps alive what
-        its loop reads, until the next result that is written.
+      fuses: whether an elementwise result that only elementwise operations and at most
+        one product read is never written, as compilers for accelerators have it. It
+        then keeps alive what its loop reads, until the next result that is written.
     """
-    operands = {v for o in operations if o.written for v in o.reads}
+    uses = collections.Counter(v for o in operations if o.written for v in {*o.reads})
+    operands = {value for value, count in uses.items() if count > 1}
     read = {v for o in operations for v in o.needs(dropped)}
     held = [v for v in inputs if v in read]
     sources: dict[Value, frozenset[Value]] = {v: frozenset([v]) for v in held}
