@@ -8,6 +8,7 @@ from lowrank_optax.activations.actions import Quantize as Quantize
 from lowrank_optax.activations.actions import Recompute as Recompute
 from lowrank_optax.activations.actions import Save as Save
 from lowrank_optax.activations.actions import parse_action as parse_action
+from lowrank_optax.activations.adaptive import AdaptivePlanner as AdaptivePlanner
 from lowrank_optax.activations.audit import Audit as Audit
 from lowrank_optax.activations.audit import audit as audit
 from lowrank_optax.activations.checkpoint import (
