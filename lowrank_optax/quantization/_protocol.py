@@ -50,6 +50,7 @@ class Codec:
 
     has_zeros = False  # whether blocks differ in the code of 0.0
     stochastic = False  # whether encode can round at random
+    scale_dtype = jnp.float32
 
     @property
     def cut(self) -> Cut:
@@ -150,18 +151,19 @@ class Codec:
         blocks = self._block_shape(shape)
         return Encoded(
             jnp.full(self.code_shape(shape), self.zero_code, self.code_dtype),
-            jnp.zeros(blocks, jnp.float32),
+            jnp.zeros(blocks, self.scale_dtype),
             jnp.zeros(blocks, jnp.uint8) if self.has_zeros else (),
         )
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Returns the bytes that an array of this shape is stored in.
 
-        One per code, or one per two, and per block four for its scale and one for its
-        zero if it has one.
+        One per code, or one per two, and per block those of its scale (four, if that
+        is a float32) and one for its zero if it has one.
         """
+        each = jnp.dtype(self.scale_dtype).itemsize + self.has_zeros
         blocks = math.prod(self._block_shape(shape))
-        return math.prod(self.code_shape(shape)) + blocks * (4 + self.has_zeros)
+        return math.prod(self.code_shape(shape)) + blocks * each
 
     def _pieces(self, rows: Array) -> list[Array]:
         return self.cut.split(rows, rows.shape[-1], lambda size: size)

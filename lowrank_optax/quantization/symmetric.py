@@ -1,8 +1,6 @@
 """Groups of even steps about zero with a bfloat16 step."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.quantization._protocol import Codec, Encoded
+from lowrank_optax.quantization._protocol import Codec
 from lowrank_optax.quantization.blocks import Cut
 from lowrank_optax.quantization.rounding import round_with
 
@@ -63,6 +61,7 @@ class symmetric(Codec):
     blocks: str = "last"
 
     stochastic = True
+    scale_dtype = jnp.bfloat16
 
     def __post_init__(self):
         """Checks the numbers that fix shapes."""
@@ -87,7 +86,7 @@ class symmetric(Codec):
     def fit(self, x: Array) -> tuple[Array, Any]:
         """Returns steps."""
         most = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
-        return _bfloat16_up(most / (self._zero - 1)).astype(jnp.bfloat16), ()
+        return _bfloat16_up(most / (self._zero - 1)).astype(self.scale_dtype), ()
 
     def code(self, x: Array, scale: Array, zero: Any, draws: Array | None) -> Array:
         """Returns codes, those of 4 bits not yet packed."""
@@ -104,16 +103,6 @@ class symmetric(Codec):
         q = codes.astype(jnp.float32) - self._zero
         most = jnp.finfo(jnp.float32).max  # h s may lie a little above max|x|
         return jnp.clip(q * scale.astype(jnp.float32), -most, most)
-
-    def zeros(self, shape: Sequence[int]) -> Encoded:
-        """Returns what zeros of this shape are encoded as."""
-        encoded = super().zeros(shape)
-        return encoded._replace(scales=encoded.scales.astype(jnp.bfloat16))
-
-    def nbytes(self, shape: Sequence[int]) -> int:
-        """Returns the bytes that an array of this shape is stored in."""
-        steps = math.prod(self._block_shape(shape))
-        return math.prod(self.code_shape(shape)) + 2 * steps
 
 
 def _bfloat16_up(size: Array) -> Array:
