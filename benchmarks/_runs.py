@@ -14,6 +14,7 @@ import pathlib
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -80,6 +81,24 @@ class Workload:
             batch = split_rows(next(batches)[0], config.micro_batches)
             params, state, metrics = train(params, state, batch)
             yield Step(number, params, state, metrics)
+
+    def outcome(
+        self,
+        config: Resolved,
+        tx: optax.GradientTransformation,
+        wrap_layer: Wrap | None = None,
+    ) -> dict[str, Any]:
+        """Trains to the last step; returns the losses there and the seconds."""
+        started = time.perf_counter()
+        for step in self.train(config, tx, wrap_layer):
+            if step.number == config.steps:
+                return {
+                    "val_loss": self.validation_loss(step.params),
+                    "train_loss": step.metrics["loss"].item(),
+                    "skipped_steps": int(step.metrics["skipped"]),
+                    "seconds": round(time.perf_counter() - started, 1),
+                }
+        raise ValueError("No step was made.")
 
     def validation_loss(self, params: Params) -> float | None:
         """Returns nats per token of the validation text, None if not finite."""

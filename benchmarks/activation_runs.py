@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import os
 import statistics
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # beside XLA's own threads
@@ -29,21 +28,15 @@ def experiment(work: Workload) -> Callable[[str, int], dict]:
         config = dataclasses.replace(
             work.config, seed=seed, activation_budget=BUDGETS[name]
         )
-        tx, started = optimizers.build_optimizer(config), time.perf_counter()
+        tx = optimizers.build_optimizer(config)
         plan = plan_layers(config, work.model) if BUDGETS[name] else None
         wrap_layer = None if plan is None else wrap_with(plan)
-        for step in work.train(config, tx, wrap_layer):
-            if step.number == config.steps:
-                return {
-                    "name": name,
-                    "seed": seed,
-                    "policy": "" if plan is None else str(plan.segments[0].policy),
-                    "val_loss": work.validation_loss(step.params),
-                    "train_loss": step.metrics["loss"].item(),
-                    "skipped_steps": int(step.metrics["skipped"]),
-                    "seconds": round(time.perf_counter() - started, 1),
-                }
-        raise ValueError("No step was made.")
+        return {
+            "name": name,
+            "seed": seed,
+            "policy": "" if plan is None else str(plan.segments[0].policy),
+            **work.outcome(config, tx, wrap_layer),
+        }
 
     return run
 

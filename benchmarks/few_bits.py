@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import os
 import statistics
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # beside XLA's own threads
@@ -36,20 +35,14 @@ def experiment(work: Workload) -> Callable[[str, int], dict]:
         config = dataclasses.replace(
             work.config, optimizer=name, lr=RATES[name], seed=seed
         )
-        tx, started = optimizers.build_optimizer(config), time.perf_counter()
-        for step in work.train(config, tx):
-            if step.number == config.steps:
-                return {
-                    "name": name,
-                    "seed": seed,
-                    "lr": RATES[name],
-                    "val_loss": work.validation_loss(step.params),
-                    "train_loss": step.metrics["loss"].item(),
-                    "skipped_steps": int(step.metrics["skipped"]),
-                    "state_bytes": optimizers.state_bytes(tx, work.abstract_params),
-                    "seconds": round(time.perf_counter() - started, 1),
-                }
-        raise ValueError("No step was made.")
+        tx = optimizers.build_optimizer(config)
+        return {
+            "name": name,
+            "seed": seed,
+            "lr": RATES[name],
+            "state_bytes": optimizers.state_bytes(tx, work.abstract_params),
+            **work.outcome(config, tx),
+        }
 
     return run
 
