@@ -1,0 +1,142 @@
+"""Where parameters, data and activations lie on a mesh: all rules are in this file.
+
+Every axis of a parameter has a logical name, and a rule says which axis of the mesh
+cuts axes of that name. An axis that its mesh axis does not divide stays whole.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from examples.llama.activations import Wrap
+from examples.llama.config import UsageError
+
+# data: whole copies; fsdp: parameters and state cut, gathered for use; tensor: products
+# cut. Rows of a batch are cut over the first two.
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# Logical axis -> axis of the mesh.
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "width": "fsdp",
+    "heads": "tensor",
+    "ff_width": "tensor",
+    "vocabulary": "tensor",
+    "gain": None,
+}
+
+# Pattern of a parameter's path -> logical names of its axes.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    r"embed/embedding": ("vocabulary", "width"),
+    r"layers/attn/[qkv]/kernel": ("layers", "width", "heads"),
+    r"layers/attn/o/kernel": ("layers", "heads", "width"),
+    r"layers/mlp/(gate|up)/kernel": ("layers", "width", "ff_width"),
+    r"layers/mlp/down/kernel": ("layers", "ff_width", "width"),
+    r"layers/norm[12]/scale": ("layers", "gain"),
+    r"norm/scale": ("gain",),
+    r"lm_head/kernel": ("width", "vocabulary"),
+}
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes: "data=2,fsdp=-1" is fsdp=4, tensor=1 on 8 devices."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, re.split(r"[,\s]+", text)):
+        match = re.fullmatch(r"(\w+)=(-1|[1-9]\d*)", part)
+        if match is None or match[1] not in AXES:
+            raise UsageError(
+                f"--mesh takes sizes of {', '.join(AXES)}, such as data=2,fsdp=4 or "
+                f"fsdp=-1 for all that is left; got {part!r}"
+            )
+        sizes[match[1]] = int(match[2])
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UsageError(
+            f"--mesh may leave one axis open (-1), not {' and '.join(open_axes)}"
+        )
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and devices % given == 0:
+        sizes[open_axes[0]] = devices // given
+    elif open_axes or given != devices:
+        raise UsageError(
+            f"--mesh {text} names {given} devices{' or a multiple' * bool(open_axes)}, "
+            f"and there are {devices}; for example {_nearest(sizes, devices)}"
+        )
+    return sizes
+
+
+def _nearest(sizes: dict[str, int], devices: int) -> str:
+    """The same mesh cut down to divisors of the devices, the rest on fsdp."""
+    left, found = devices, {}
+    for name in ("tensor", "data"):
+        found[name] = math.gcd(max(sizes[name], 1), left)
+        left //= found[name]
+    return f"data={found['data']},fsdp={left},tensor={found['tensor']}"
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh whose layout the compiler chooses (Auto), neighbours on fast links."""
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def logical_axes(path: str) -> tuple[str, ...]:
+    """The names of a parameter's axes; the path's keys are joined by "/"."""
+    for pattern, names in LOGICAL_AXES.items():
+        if re.fullmatch(pattern, path):
+            return names
+    raise ValueError(f"LOGICAL_AXES in {__name__} has no pattern for {path!r}.")
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """A sharding for every parameter, of arrays or of shapes."""
+
+    def place(keys: Any, leaf: Any) -> NamedSharding:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        axes = [RULES[name] for name in logical_axes(path)]
+        spec = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch `[micro-batches, rows, positions]`: its rows."""
+    return NamedSharding(mesh, PartitionSpec(None, ROWS))
+
+
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """Raises if the rows of a micro-batch cannot be cut evenly."""
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % parts:
+        least = -(-rows // parts) * parts
+        raise UsageError(
+            f"{rows} rows of a micro-batch cannot be cut over data x fsdp = {parts} "
+            f"devices; the nearest --batch-size gives {least} rows each"
+        )
+
+
+def constrained(mesh: Mesh) -> Wrap:
+    """Wraps a scanned layer: activations are cut along their rows and nothing else."""
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def wrap(layer: Callable) -> Callable:
+        def on_mesh(x: Any, params: Any) -> Any:
+            x, out = layer(jax.lax.with_sharding_constraint(x, rows), params)
+            return jax.lax.with_sharding_constraint(x, rows), out
+
+        return on_mesh
+
+    return wrap
