@@ -49,13 +49,4 @@ def planned(layer: Layer, fraction: float, hardware: str) -> activations.Policy:
 
 def predicted_bytes(layer: Layer, policy: Mapping[str, Any], hardware: str) -> int:
     """What the planner counts for all layers under a policy."""
-    fuses = activations.hardware_profile(hardware).fuses
-    cost = activations.block_cost(layer.block, layer.args, fuses)
-    settled = activations.Policy(policy)
-    kept = sum(
-        settled[tag.tag].nbytes(value.shape, value.dtype)
-        for tag in cost.tags
-        if tag.tag in settled
-        for value in tag.values
-    )
-    return layer.count * (cost.input_bytes + kept) + cost.working_bytes
+    return activations.predict(*layer, policy, hardware=hardware).total_bytes

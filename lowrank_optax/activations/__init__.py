@@ -27,6 +27,7 @@ from lowrank_optax.activations.plan import Choice as Choice
 from lowrank_optax.activations.plan import Prediction as Prediction
 from lowrank_optax.activations.plan import Segment as Segment
 from lowrank_optax.activations.planner import plan_activations as plan_activations
+from lowrank_optax.activations.predict import predict as predict
 from lowrank_optax.activations.probe import probe_errors as probe_errors
 from lowrank_optax.activations.roles import transformer_policy as transformer_policy
 from lowrank_optax.activations.stack import apply_plan as apply_plan

@@ -9,12 +9,10 @@ from typing import Any
 import jax
 
 from lowrank_optax import _checks
-from lowrank_optax.activations import probe
+from lowrank_optax.activations import _steps, probe
 from lowrank_optax.activations._requests import parse
 from lowrank_optax.activations.plan import ActivationPlan
 from lowrank_optax.activations.planner import ACTIONS, plan_activations
-
-Key = tuple[tuple[int, Any], ...]
 
 
 class AdaptivePlanner:
@@ -31,6 +29,9 @@ class AdaptivePlanner:
     under the old one, and takes over between two steps. Parameters, optimizer state and
     data are not touched: a policy changes nothing but the gradients' rounding.
 
+    Memory is measured, too: with ``memory_bytes`` a plan whose compiled step takes more
+    than that is made anew with as many bytes less.
+
     Args:
       build: plan -> ``jax.jit`` of the step under it, for example with
         ``scan_layers(block, plan, ...)`` inside. Arguments and results must not depend
@@ -42,6 +43,14 @@ class AdaptivePlanner:
       every: steps from one measurement to the next.
       gain: the least part of the predicted time that a new plan must save.
       executables: compiled steps that are kept; the one used longest ago goes first.
+      swap_after: steps from the decision for a plan to the first one under it, for
+        which the compiler is waited for if need be: a run can be repeated. None takes
+        it over as soon as it is compiled.
+      memory_bytes: the most that the step may take per device, arguments, results and
+        temporaries together (see ``audit``); None: any.
+      errors: the step's arguments -> errors, as from ``probe_errors``, in place of the
+        measurement at ``sample``.
+      record: what ``record()`` returned in a run that goes on here.
       log: called with a dictionary for every decision, for the run's metrics: step,
         what was decided, policies, predictions, the present plan's measured error, and
         the device's peak of memory where it counts that.
@@ -50,7 +59,8 @@ class AdaptivePlanner:
     Raises:
       TypeError: if a count is no Python int.
       ValueError: if a number is out of range; and as ``plan_activations``, at the first
-        call. Later plans that cannot be made are logged, and the present one stays.
+        call, or if no plan keeps ``memory_bytes``. Later plans that cannot be made are
+        logged, and the present one stays.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -83,6 +93,10 @@ class AdaptivePlanner:
         every: Any = 500,
         gain: float = 0.02,
         executables: Any = 4,
+        swap_after: Any = None,
+        memory_bytes: Any = None,
+        errors: Callable[..., Any] | None = None,
+        record: Any = None,
         log: Callable[[dict[str, Any]], None] | None = None,
         **options: Any,
     ):
@@ -95,26 +109,32 @@ class AdaptivePlanner:
             raise ValueError(
                 f"`gain` must be in [0, 1), a part of the time; got {gain}."
             )
+        if swap_after is not None:
+            _checks.positive_int("swap_after", swap_after)
+        self._swap_after, self._limit = swap_after, memory_bytes
         self._gain, self._log, self._options = gain, log or (lambda _: None), options
         self._actions = parse(options.get("actions", ACTIONS))
-        self._compiled: collections.OrderedDict[Key, Any] = collections.OrderedDict()
+        self._errors = errors or self._probed
+        self._compiled: collections.OrderedDict[_steps.Key, Any] = (
+            collections.OrderedDict()
+        )
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "activation-plan")
         self._next: tuple[ActivationPlan, concurrent.futures.Future] | None = None
+        self._due = 0
+        self._past = record
         self.plan: Any = None
         self.steps = 0
 
     def __call__(self, *args: Any) -> Any:
         """Runs one step under the present plan."""
         if self.plan is None:
-            self.plan = self._planned(args)
-            self._keep(self.plan, self._compile(self.plan, _shapes(args)))
-            self._say("planned", self.plan)
-        elif self._next is not None and self._next[1].done():
+            self._begin(args)
+        elif self._next is not None and self._may_swap():
             self._swap()
         elif self._next is None and self.steps % self._every == 0:
             self._reconsider(args)
         self.steps += 1
-        return self._compiled[_key(self.plan)](*args)
+        return self._compiled[_steps.key(self.plan)](*args)
 
     def wait(self) -> None:
         """Waits for the compilation under way, and takes its plan over."""
@@ -122,16 +142,59 @@ class AdaptivePlanner:
             concurrent.futures.wait([self._next[1]])
             self._swap()
 
-    def _planned(self, args: Any, errors: Any = None) -> ActivationPlan:
-        layer = self._sample(*args)
+    def record(self) -> dict[str, Any]:
+        """Returns the present plan, and one that is under way, as JSON can hold them.
+
+        A planner that is given this goes on as this one would, if the plans under way
+        have a ``swap_after``.
+        """
+        coming = None if self._next is None else self._next[0].to_json()
+        return {
+            "steps": self.steps,
+            "plan": self.plan and self.plan.to_json(),
+            "next": coming,
+            "due": self._due,
+        }
+
+    def _begin(self, args: Any) -> None:
+        """The first call: plans and compiles, or takes up what was recorded."""
+        past, self._past = self._past, None
+        if past is None or past["plan"] is None:
+            errors = self._errors(*args)
+            plan = self._planned(args, errors)
+            self.plan, program = self._fitted(plan, args, errors)
+            self._keep(self.plan, program)
+            self._say("planned", self.plan)
+            return
+        self.steps, self._due = past["steps"], past["due"]
+        self.plan = ActivationPlan.from_json(past["plan"])
+        self._keep(self.plan, self._compile(self.plan, _steps.shapes(args)))
+        self._say("resumed", self.plan)
+        if past["next"] is not None:
+            coming = ActivationPlan.from_json(past["next"])
+            self._next = coming, self._submit(coming, args, None)
+
+    def _may_swap(self) -> bool:
+        if self._swap_after is None:
+            return self._next is not None and self._next[1].done()
+        return self.steps >= self._due
+
+    def _probed(self, *args: Any) -> Any:
+        return probe.probe_errors(
+            self._block, self._sample(*args), self._actions, n_layers=self._layers
+        )
+
+    def _planned(self, args: Any, errors: Any, **options: Any) -> ActivationPlan:
+        layer = jax.eval_shape(self._sample, *args)
+        options = self._options | options
         return plan_activations(
-            self._block, layer, self._layers, errors=errors, **self._options
+            self._block, layer, self._layers, errors=errors, **options
         )
 
     def _reconsider(self, args: Any) -> None:
         """Measures, plans, and starts to compile if that is worth it."""
-        errors = probe.probe_errors(self._block, self._sample(*args), self._actions)
-        error = _error(self.plan, errors)
+        errors = self._errors(*args)
+        error = _steps.error_of(self.plan, errors)
         try:
             new = self._planned(args, errors)
         except ValueError as problem:
@@ -140,14 +203,43 @@ class AdaptivePlanner:
         bound = self._options.get("error_budget") or math.inf
         saved = self.plan.predicted.time_ms - new.predicted.time_ms
         worth = saved > self._gain * self.plan.predicted.time_ms
-        if _key(new) == _key(self.plan) or not (error > bound or worth):
+        if _steps.key(new) == _steps.key(self.plan) or not (error > bound or worth):
             self._say("kept", self.plan, error=error)
             return
         self._say("compiling", new, error=error)
-        ready = self._compiled.get(_key(new))
-        shapes = _shapes(args)
-        task = (lambda: ready) if ready else (lambda: self._compile(new, shapes))
-        self._next = new, self._worker.submit(task)
+        self._due = self.steps + (self._swap_after or 0)
+        self._next = new, self._submit(new, args, errors)
+
+    def _submit(self, plan: ActivationPlan, args: Any, errors: Any) -> Any:
+        """Starts to compile in the other thread, which must not hold arrays."""
+        ready, shapes = self._compiled.get(_steps.key(plan)), _steps.shapes(args)
+        if ready is not None:
+            return self._worker.submit(lambda: (plan, ready))
+        return self._worker.submit(lambda: self._fitted(plan, shapes, errors))
+
+    def _fitted(self, plan: ActivationPlan, args: Any, errors: Any) -> Any:
+        """Returns a compiled step that keeps ``memory_bytes``, and its plan."""
+        while True:
+            program = self._compile(plan, _steps.shapes(args))
+            more = (
+                0
+                if self._limit is None
+                else _steps.program_bytes(program) - self._limit
+            )
+            if more <= 0 or errors is None:
+                return plan, program
+            planned, least = plan.predicted.total_bytes, plan.full_recompute.total_bytes
+            if planned <= least:
+                raise ValueError(
+                    f"The compiled step takes {more:,} bytes more than memory_bytes="
+                    f"{self._limit:,}, though every tagged value is computed again. "
+                    "Use a smaller batch, or more devices."
+                )
+            budget = {
+                "budget_fraction": None,
+                "budget_bytes": max(planned - more, least),
+            }
+            plan = self._planned(args, errors, **budget)
 
     def _compile(self, plan: ActivationPlan, shapes: Any) -> Any:
         return self._build(plan).lower(*shapes).compile()
@@ -155,7 +247,7 @@ class AdaptivePlanner:
     def _swap(self) -> None:
         (plan, future), self._next = self._next, None  # pyright: ignore[reportGeneralTypeIssues]
         try:
-            program = future.result()
+            plan, program = future.result()
         except Exception as problem:
             self._say("failed", plan, problem=str(problem))
             return
@@ -164,8 +256,8 @@ class AdaptivePlanner:
         self._say("swapped", plan)
 
     def _keep(self, plan: ActivationPlan, program: Any) -> None:
-        self._compiled[_key(plan)] = program
-        self._compiled.move_to_end(_key(plan))
+        self._compiled[_steps.key(plan)] = program
+        self._compiled.move_to_end(_steps.key(plan))
         while len(self._compiled) > self._most:
             self._compiled.popitem(last=False)
 
@@ -179,38 +271,10 @@ class AdaptivePlanner:
                 "predicted_bytes": found.total_bytes,
                 "predicted_ms": found.time_ms,
                 "predicted_error": found.error,
-                "peak_bytes": _peak_bytes(),
+                "compiled_bytes": _steps.program_bytes(
+                    self._compiled.get(_steps.key(plan))
+                ),
+                "peak_bytes": _steps.peak_bytes(),
                 **more,
             }
         )
-
-
-def _peak_bytes() -> int | None:
-    """Returns the most memory in use so far, where the device counts it."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def _key(plan: ActivationPlan) -> Key:
-    return tuple((segment.layers, segment.policy) for segment in plan.segments)
-
-
-def _error(plan: ActivationPlan, errors: Any) -> float:
-    """Returns a plan's error by other measurements than those it was made with."""
-    squares = sum(
-        segment.layers * sum(errors[c.tag, c.action] ** 2 for c in segment.choices)
-        for segment in plan.segments
-    )
-    return math.sqrt(squares / plan.n_layers)
-
-
-def _shapes(args: Any) -> Any:
-    """Returns the shapes of the arguments, and where arrays are."""
-
-    def shape(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array):
-            return leaf
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=leaf.weak_type
-        )
-
-    return jax.tree.map(shape, args)

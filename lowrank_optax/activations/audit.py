@@ -19,6 +19,7 @@ class Audit:
         if it gives none. That of a CPU leaves the temporaries out.
       flops: floating point operations, or None. The compiler counts the body of a loop
         once, however often it runs.
+      predicted_bytes: of the activations, by the planner's count, if it was given.
     """
 
     argument_bytes: int
@@ -27,6 +28,7 @@ class Audit:
     temp_bytes: int
     peak_bytes: int | None
     flops: float | None
+    predicted_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -44,6 +46,10 @@ class Audit:
         ]
         if self.alias_bytes:
             rows.insert(2, ("of them reused", _mib(self.alias_bytes)))
+        if self.predicted_bytes is not None:
+            ratio = self.predicted_bytes / max(self.temp_bytes, 1)
+            rows.append(("predicted", _mib(self.predicted_bytes)))
+            rows.append(("of temporaries", f"{100 * ratio:.0f} %"))
         if self.peak_bytes is not None:
             rows.append(("peak", _mib(self.peak_bytes)))
         if self.flops is not None:
@@ -51,14 +57,20 @@ class Audit:
         return "\n".join(f"{name:<14}  {value:>16}" for name, value in rows)
 
 
-def audit(step_fn: Any, args: Any = ()) -> Audit:
+def audit(step_fn: Any, args: Any = (), predicted: Any = None) -> Audit:
     """Reads bytes and operations of a step off its compiled program.
+
+    With a prediction the table sets it against the compiled temporaries. These also
+    hold what is no activation of the layers: logits, gradients, the optimizer's work
+    space. For the layers alone audit the gradient of a loss that needs nothing else.
 
     Args:
       step_fn: a function of arrays, jitted or not, or a program that is compiled
         already (``jax.jit(f).lower(...).compile()``).
       args: the sequence of its arguments, or ShapeDtypeStructs of them; nothing is
         executed. Not needed for a compiled program.
+      predicted: a plan, or a ``Prediction`` from ``predict``; one per policy that is
+        compared.
 
     Returns:
       What the compiler says. On several devices these are the bytes on one of them.
@@ -73,8 +85,28 @@ def audit(step_fn: Any, args: Any = ()) -> Audit:
       >>> found = activations.audit(lambda x, y: x @ y, [jnp.ones((64, 64))] * 2)
       >>> found.argument_bytes, found.output_bytes, found.flops
       (32768, 16384, 524288.0)
+
+      A policy's prediction against what is compiled:
+
+      >>> import jax
+      >>> from jax.ad_checkpoint import checkpoint_name
+      >>> def layer(w, x):
+      ...     return x + jnp.sin(checkpoint_name(x @ w, "hidden")) @ w.T
+      >>> w, x = jnp.ones((8, 64, 256)), jnp.ones((512, 64))
+      >>> def gradient(policy):
+      ...     body = activations.compressed_checkpoint(layer, policy)
+      ...     def loss(w, x):
+      ...         return jax.lax.scan(lambda x, w: (body(w, x), None), x, w)[0].sum()
+      ...     return jax.grad(loss)
+      >>> for policy in ({"hidden": "save"}, {"hidden": "int8"}):
+      ...     expected = activations.predict(layer, (w[0], x), 8, policy)
+      ...     found = activations.audit(gradient(policy), (w, x), expected)
+      ...     print(0.8 < found.predicted_bytes / found.temp_bytes < 1.25)
+      True
+      True
     """
     compiled = _compiled(step_fn, args)
+    predicted = getattr(predicted, "predicted", predicted)  # of a plan
     memory = compiled.memory_analysis()
     if memory is None:
         raise ValueError(
@@ -90,6 +122,7 @@ def audit(step_fn: Any, args: Any = ()) -> Audit:
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes=peak or None,
         flops=cost.get("flops"),
+        predicted_bytes=None if predicted is None else predicted.total_bytes,
     )
 
 

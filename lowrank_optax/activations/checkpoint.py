@@ -123,15 +123,15 @@ def tagged_values(fn: Callable, *args: Any, **kwargs: Any) -> tuple[TaggedValue,
 
 
 @jax.custom_vjp
-def _override(value: Array, stored: Array) -> Array:
+def override(value: Array, stored: Array) -> Array:
     """Returns ``stored``, whose gradient goes to what computed ``value``."""
     del value
     return stored
 
 
 # The rule calls the function itself: so it also holds for the rule's own derivative.
-_override.defvjp(
-    lambda value, stored: (_override(value, stored), None), lambda _, g: (g, None)
+override.defvjp(
+    lambda value, stored: (override(value, stored), None), lambda _, g: (g, None)
 )
 
 
@@ -194,7 +194,7 @@ def _differentiable(program: Program, policy: Policy) -> Callable:
             if (tag, index) not in kept:
                 return value
             stored = policy[tag].decompress(kept[tag, index], jax.typeof(value))
-            return _override(value, stored) if _is_inexact(value) else stored
+            return override(value, stored) if _is_inexact(value) else stored
 
         def replay(*inputs: Any) -> list[Any]:
             values = list(flat)

@@ -10,7 +10,7 @@ import jax
 from lowrank_optax.activations import _interpret, _operations, _traffic
 from lowrank_optax.activations._interpret import Program, TaggedValue
 from lowrank_optax.activations._operations import Operation, Value
-from lowrank_optax.activations.checkpoint import _override
+from lowrank_optax.activations.checkpoint import override
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def replayed(program: Program, flat: Any, tagged: Sequence[TaggedValue]) -> Call
         kept = dict(zip(keys, stored, strict=True))
 
         def replace(tag: str, index: int, value: Any) -> Any:
-            return _override(value, kept[tag, index])
+            return override(value, kept[tag, index])
 
         def replay(*inputs: Any) -> Any:
             values = list(flat)

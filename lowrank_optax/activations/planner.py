@@ -31,6 +31,7 @@ def plan_activations(
     roles: Any = TRANSFORMER_TAGS,
     forbidden: Any = None,
     errors: Any = None,
+    cotangent: Any = None,
     groups: Any = 1,
 ) -> ActivationPlan:
     r"""Chooses for every tagged value of a stack of layers whether and how it is kept.
@@ -69,6 +70,7 @@ def plan_activations(
       forbidden: tag -> actions that it may not get.
       errors: (tag, action) -> error, in place of those that would be measured; as
         ``probe_errors`` returns them.
+      cotangent: of the loss at this layer, for the measurement; see ``probe_errors``.
       groups: into how many runs of layers the stack may be cut, each with a policy and
         a loop of its own. Runs with equal policies are joined.
 
@@ -123,7 +125,9 @@ def plan_activations(
     if errors is not None:
         _requests.check_errors(errors, costs, actions)
     elif data:
-        errors = probe.probe_errors(block, example_args, actions)
+        errors = probe.probe_errors(
+            block, example_args, actions, cotangent=cotangent, n_layers=n_layers
+        )
     else:
         errors = _tables.errors_by_role(costs, actions, roles)
     tables = _tables.build(costs, actions, layers, profile, errors, barred)

@@ -1,5 +1,6 @@
 """Plans that follow the training."""
 
+import json
 import threading
 
 import jax
@@ -62,8 +63,8 @@ def measured(monkeypatch):
     """Errors that a test sets in place of those that would be measured."""
     table = {"scale": 1.0}
 
-    def errors(block, args, actions):
-        del block
+    def errors(block, args, actions, **options):
+        del block, options
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(args))
         found = {}
         for tag in ("hidden", "act"):
@@ -203,9 +204,69 @@ def test_real_measurements():
     [
         ({"every": 0}, ValueError, "`every` must be at least 1"),
         ({"executables": 1.5}, TypeError, "`executables` must be a positive int"),
+        ({"swap_after": 0}, ValueError, "`swap_after` must be at least 1"),
         ({"gain": 1.0}, ValueError, r"`gain` must be in \[0, 1\)"),
     ],
 )
 def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
         planner(Builder(), [], **options)
+
+
+def run_with(step, measured, steps):
+    """The losses of a run whose measurements change at step 3."""
+    params, x = start()
+    for number in range(steps):
+        measured["scale"] = 3.0 if number >= 3 else 1.0
+        params, loss = step(params, x)
+        yield step, params, float(loss)
+
+
+def test_a_run_with_a_fixed_delay_repeats_itself_and_goes_on_where_it_was(measured):
+    log = []
+    options = {"budget_fraction": 0.3, "swap_after": 4}
+    whole = list(run_with(planner(Builder(), log, **options), measured, 9))
+    said = [(entry["step"], entry["activation_plan"]) for entry in log]
+    # Nothing is reconsidered while a plan is under way.
+    assert said == [(0, "planned"), (3, "compiling"), (7, "swapped")]
+    # Stopped between the decision and the swap, recorded as text, gone on with.
+    first = planner(Builder(), [], **options)
+    *_, (_, params, _) = run_with(first, measured, 5)
+    record = json.loads(json.dumps(first.record()))
+    assert record["next"] is not None and record["due"] == 7
+    log, measured["scale"] = [], 3.0
+    second = planner(Builder(), log, record=record, **options)
+    losses = []
+    for _ in range(4):
+        params, loss = second(params, start()[1])
+        losses.append(float(loss))
+    assert [(e["step"], e["activation_plan"]) for e in log] == [
+        (5, "resumed"),
+        (7, "swapped"),
+    ]
+    assert losses == [loss for _, _, loss in whole[5:]]
+    assert second.plan == whole[-1][0].plan
+
+
+def test_a_plan_whose_step_takes_too_much_is_made_smaller(measured):
+    del measured
+    log = []
+    params, x = start()
+    free = planner(Builder(), log, budget_fraction=1.0, error_budget=None)
+    free(params, x)
+    most = log[0]["compiled_bytes"]
+    params, _ = start()
+    build = Builder()
+    tight = planner(
+        build,
+        log,
+        budget_fraction=1.0,
+        error_budget=None,
+        memory_bytes=most - 50_000,
+    )
+    tight(params, x)
+    assert log[-1]["compiled_bytes"] <= most - 50_000 and len(build.plans) > 1
+    assert tight.plan.predicted.total_bytes < free.plan.predicted.total_bytes
+    with pytest.raises(ValueError, match="computed again. Use a smaller batch"):
+        params, _ = start()
+        planner(Builder(), log, budget_fraction=1.0, memory_bytes=1)(params, x)

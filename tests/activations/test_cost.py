@@ -146,7 +146,6 @@ def probed(gain):
 
 def test_a_probe_is_the_error_of_the_block_under_that_policy():
     params, x = layer()
-    errors = probed(1.0)
     key = jax.random.split(jax.random.key(0), 1)[0]
     r = jax.random.normal(key, x.shape)
 
@@ -157,16 +156,31 @@ def test_a_probe_is_the_error_of_the_block_under_that_policy():
         return jax.jit(pull, compiler_options=model.QUICK)(params, x)
 
     exact = gradient(model.block)
-    save, _, _, int4, _ = ACTIONS
-    # All others kept: otherwise they would be computed from the rounded one.
-    policy = {**dict.fromkeys(model.TAGS, save), "gate": int4}
-    got = gradient(activations.compressed_checkpoint(model.block, policy))
-    assert errors["gate", int4] == pytest.approx(model.distance(got, exact), rel=1e-3)
-    assert errors["gate", save] == errors["gate", ACTIONS[1]] == 0
+    _, _, int8, int4, _ = ACTIONS
+    got = gradient(activations.compressed_checkpoint(model.block, {"gate": int4}))
+    own, below = map(model.distance, got, exact)
+    assert own > 0.01 and below > 0.01
+    errors = probed(1.0)
+    # Float32 rounding of two programs, against errors of a few per cent.
+    assert errors["gate", int4] == pytest.approx(own, rel=1e-3)
+    assert errors["gate", ACTIONS[0]] == errors["gate", ACTIONS[1]] == 0
     # 127 steps against 7.
-    assert errors["gate", ACTIONS[2]] == pytest.approx(
-        errors["gate", int4] / 18, rel=0.5
+    assert errors["gate", int8] == pytest.approx(errors["gate", int4] / 18, rel=0.5)
+    # The layers below see what comes out of it; a cotangent may be given.
+    stack = activations.probe_errors(
+        model.block, (params, x), [int4], cotangent=r, n_layers=5
     )
+    expected = (own**2 + 2 * below**2) ** 0.5
+    assert stack["gate", int4] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_block_without_parameters_is_probed_at_its_input():
+    def block(params, x):
+        return jnp.sin(checkpoint_name(x, "a"))
+
+    x = jax.random.normal(jax.random.key(0), (8, 64))
+    errors = activations.probe_errors(block, ((), x), ACTIONS)
+    assert 0.01 < errors["a", ACTIONS[3]] < 0.3
 
 
 def test_outliers_in_norms_need_their_channels():

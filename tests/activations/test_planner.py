@@ -82,7 +82,7 @@ def test_less_memory_costs_more_time_and_budgets_hold():
 
 
 def test_the_totals_are_the_sums_of_the_choices():
-    found = plan(budget_fraction=0.25, error_budget=0.05, groups=4, n_layers=8)
+    found = plan(budget_fraction=0.25, error_budget=0.08, groups=4, n_layers=8)
     assert len(found.segments) > 1 and found.n_layers == 8
     pairs = [(s.layers, c) for s in found.segments for c in s.choices]
     kept = sum(n * c.nbytes for n, c in pairs)
@@ -165,8 +165,9 @@ def test_the_gradient_is_off_by_what_was_predicted():
     (body,) = activations.apply_plan(model.block, found)
     loss, got = model.run(body, (params, x))
     model.assert_same(loss, model.run(model.block, (params, x))[0])
-    # The goal of the planner. A probe sees one layer and random cotangents.
-    assert 1 / 1.5 < model.distance(got, exact) / found.predicted.error < 1.5
+    # The goal of the planner, and that the bound says something: a probe sees one layer
+    # and random cotangents, and nothing kept but the one tag that it rounds.
+    assert 1 / 4 < model.distance(got, exact) / found.predicted.error < 1.5
 
 
 def test_a_stack_under_a_plan():
