@@ -28,6 +28,7 @@ from examples.llama.config import Resolved, TrainConfig, resolve
 from examples.llama.corpus import load_corpora
 from examples.llama.evaluate import eval_batches, evaluate
 from examples.llama.model import Params, abstract_model, init_params
+from examples.llama.plan_layers import planned_train
 from examples.llama.step import make_steps, split_rows
 from examples.llama.tokenizer import load_tokenizer, write_whole
 
@@ -68,11 +69,20 @@ class Workload:
         self,
         config: Resolved,
         tx: optax.GradientTransformation,
-        wrap_layer: Wrap | None = None,
+        log: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> Iterator[Step]:
-        """Trains from the start that `config.seed` says, clipped and guarded."""
+        """Trains from the start that `config.seed` says, clipped and guarded.
+
+        `log` is told what is decided for `config.activation_budget`.
+        """
         tx = optimizers.guarded(config, tx)
-        train = make_steps(self.definition, tx, wrap_layer=wrap_layer).train
+
+        def build(wrap_layer: Wrap | None) -> Any:
+            return make_steps(self.definition, tx, wrap_layer=wrap_layer).train
+
+        train = build(None)
+        if config.activation_budget:
+            train = planned_train(config, self.model, build, lambda params: params, log)
         params = init_params(self.model, config.seed)
         state = jax.jit(tx.init)(params)
         text = Rows(self.text, self.tokenizer, config.seq_len, True, config.seed)
@@ -86,11 +96,11 @@ class Workload:
         self,
         config: Resolved,
         tx: optax.GradientTransformation,
-        wrap_layer: Wrap | None = None,
+        log: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> dict[str, Any]:
         """Trains to the last step; returns the losses there and the seconds."""
         started = time.perf_counter()
-        for step in self.train(config, tx, wrap_layer):
+        for step in self.train(config, tx, log):
             if step.number == config.steps:
                 return {
                     "val_loss": self.validation_loss(step.params),

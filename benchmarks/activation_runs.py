@@ -16,7 +16,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from benchmarks._runs import Workload, add_flags, run_missing
 from examples.llama import optimizers
-from examples.llama.plan_layers import plan_layers, wrap_with
 
 BUDGETS = {"all": "", "30 %": "30%", "10 %": "10%"}
 
@@ -28,14 +27,16 @@ def experiment(work: Workload) -> Callable[[str, int], dict]:
         config = dataclasses.replace(
             work.config, seed=seed, activation_budget=BUDGETS[name]
         )
+        decisions: list[dict] = []
         tx = optimizers.build_optimizer(config)
-        plan = plan_layers(config, work.model) if BUDGETS[name] else None
-        wrap_layer = None if plan is None else wrap_with(plan)
+        outcome = work.outcome(config, tx, decisions.append)
+        used = [d for d in decisions if d["activation_plan"] in ("planned", "swapped")]
         return {
             "name": name,
             "seed": seed,
-            "policy": "" if plan is None else str(plan.segments[0].policy),
-            **work.outcome(config, tx, wrap_layer),
+            "policy": used[-1]["policies"][0][1] if used else "",
+            "plans": len(used),
+            **outcome,
         }
 
     return run
@@ -69,10 +70,19 @@ def main() -> None:
     """Runs what is missing, one line each, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_flags(parser, steps=300, seeds=[0, 1, 2])
+    parser.add_argument("--error", type=float, default=0.05, help="--activation-error")
+    parser.add_argument("--replan", type=int, default=100, help="--replan-every")
     options = parser.parse_args()
-    work = Workload(steps=options.steps, optimizer="galore")
+    work = Workload(
+        steps=options.steps,
+        optimizer="galore",
+        activation_error=options.error,
+        replan_every=options.replan,
+    )
     shared = "preset optimizer lr steps warmup final_lr rank update_proj_gap scale "
-    shared += "b1 b2 eps clip batch_size seq_len eval_tokens"
+    shared += (
+        "b1 b2 eps clip batch_size seq_len eval_tokens activation_error replan_every"
+    )
     settings = work.settings(shared)
     print(table(run_missing(options, settings, BUDGETS, experiment(work))))
 

@@ -189,6 +189,12 @@ class TrainConfig:
     """memory for what layers keep: a percentage of what keeping every tagged value
     takes, such as 30%, or bytes in all. A plan decides what is kept, compressed or
     recomputed (adacc); it is written to the run's folder"""
+    activation_error: float = 0.05
+    """largest relative error of the layers' gradient that the plan for
+    --activation-budget may cause, as measured on the first batch; 0: any"""
+    replan_every: int = 500
+    """steps after which errors are measured again and the plan is made anew where it
+    breaks --activation-error or another is faster; 0: never"""
     seed: int = 0
     """seed of the parameters, the data order and the optimizer"""
 
@@ -313,6 +319,12 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         if getattr(config, name) <= 0:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be positive; "
+                f"got {getattr(config, name)}"
+            )
+    for name in ("activation_error", "replan_every"):
+        if getattr(config, name) < 0:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must not be negative; "
                 f"got {getattr(config, name)}"
             )
     rows, parts = config.batch_size, config.micro_batches

@@ -1,7 +1,9 @@
-"""`--activation-budget`: a plan for the model's layers, kept in the run's folder."""
+"""`--activation-budget`: plans for the model's layers, made on the run's own data."""
 
-import pathlib
+import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +13,6 @@ from flax import nnx
 from examples.llama.activations import Wrap
 from examples.llama.config import Resolved, UsageError
 from examples.llama.model import ModelConfig, abstract_model
-from examples.llama.tokenizer import write_whole
 from lowrank_optax import activations
 
 # What a device calls itself -> its profile; the first that fits.
@@ -23,6 +24,8 @@ DEVICES = {
     "h100": "h100",
     "a100": "a100",
 }
+NEVER = 2**31
+DELAY = 20  # steps from a new plan to the first step under it
 
 
 def parse_budget(text: str) -> dict[str, Any]:
@@ -45,67 +48,157 @@ def profile_name(device_kind: str) -> str:
     )
 
 
-def plan_layers(config: Resolved, model: ModelConfig) -> activations.ActivationPlan:
-    """The plan for a micro-batch, from shapes alone: a resumed run has the same."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers:
+    """The scanned layer of a model as the planner takes it, and what enters it."""
+
+    definition: Any
+    model: ModelConfig
+    block: Callable[[Any, jax.Array], jax.Array]
+    rows: int
+    length: int
+
+    def args(self, params: Any) -> tuple[Any, jax.Array]:
+        """The shapes of the block's arguments, when traced."""
+        shape = (self.rows, self.length, self.model.width)
+        x = jnp.zeros(shape, self.model.compute_dtype)
+        return jax.tree.map(lambda leaf: leaf[0], params["layers"]), x
+
+    def errors(self, params: Any, micro: Any) -> Any:
+        """Probed errors of every tag and action, the larger of two layers'.
+
+        The first layer sees what no other does, embeddings; the one in the middle
+        stands for the rest. Both are probed with their real inputs and the loss's real
+        cotangents.
+        """
+        actions = [activations.parse_action(name) for name in ACTIONS]
+        found: dict[Any, float] = {}
+        for at in {0, self.model.layers // 2}:
+            args, cotangent = self._sample(params, micro, at)
+            errors = activations.probe_errors(
+                self.block,
+                args,
+                actions,
+                cotangent=cotangent,
+                n_layers=self.model.layers,
+            )
+            found = {key: max(e, found.get(key, 0.0)) for key, e in errors.items()}
+        return found
+
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def _sample(self, params: Any, micro: Any, at: int) -> Any:
+        """A layer's arguments, and the cotangent of its result; nothing is kept."""
+        model = nnx.merge(self.definition, params)
+
+        def run(x: jax.Array, part: slice) -> jax.Array:
+            stack = jax.tree.map(lambda leaf: leaf[part], params["layers"])
+            body = jax.checkpoint(self.block, prevent_cse=False)
+            return jax.lax.scan(lambda x, p: (body(p, x), None), x, stack)[0]
+
+        def loss(y: jax.Array) -> jax.Array:
+            y = run(y, slice(at + 1, None))
+            logits = model.lm_head(model.norm(y)).astype(jnp.float32)
+            picked = jnp.take_along_axis(logits, micro["targets"][..., None], -1)[
+                ..., 0
+            ]
+            losses = (jax.nn.logsumexp(logits, -1) - picked) * micro["mask"]
+            return jnp.sum(losses) / jnp.maximum(jnp.sum(micro["mask"]), 1)
+
+        x = model.embed(micro["tokens"]).astype(self.model.compute_dtype)
+        x = run(x, slice(0, at))
+        own = jax.tree.map(lambda leaf: leaf[at], params["layers"])
+        return (own, x), jax.grad(loss)(self.block(own, x))
+
+
+ACTIONS = ("save", "recompute", "int8", "int4", "int4+8")
+
+
+def find_layers(config: Resolved, model: ModelConfig) -> Layers:
+    """The model's layer for a micro-batch; nothing is computed."""
     definition, params = abstract_model(model)
     rows = config.batch_size // config.micro_batches
-    shape = (rows, config.seq_len)
-    layers: list[Any] = []
+    seen: list[Any] = []
+
+    def look(layer: Any) -> Any:
+        seen.append(layer)
+        return layer
 
     def forward(params: Any, tokens: Any) -> jax.Array:
-        def look(layer: Any) -> Any:
-            layers.append(layer)
-            return layer
-
         return nnx.merge(definition, params)(tokens, wrap_layer=look)
 
-    jax.eval_shape(forward, params, jax.ShapeDtypeStruct(shape, jnp.int32))
-    one = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]
-    )
-    x = jax.ShapeDtypeStruct((*shape, model.width), model.compute_dtype)
+    tokens = jax.ShapeDtypeStruct((rows, config.seq_len), jnp.int32)
+    jax.eval_shape(forward, params, tokens)
+
+    def block(params: Any, x: jax.Array) -> jax.Array:
+        return seen[0](x, params)[0]
+
+    return Layers(definition, model, block, rows, config.seq_len)
+
+
+def options(config: Resolved) -> dict[str, Any]:
+    """What the flags ask of the planner."""
+    return {
+        "hardware": profile_name(jax.devices()[0].device_kind),
+        "error_budget": config.activation_error or None,
+        "actions": ACTIONS,
+        **parse_budget(config.activation_budget),
+    }
+
+
+def plan_from_shapes(
+    config: Resolved, model: ModelConfig
+) -> activations.ActivationPlan:
+    """A plan with errors by role: what cannot be is said before anything runs."""
+    layers = find_layers(config, model)
+    _, abstract = abstract_model(model)
+    args = jax.eval_shape(layers.args, abstract)
     try:
         return activations.plan_activations(
-            lambda params, x: layers[0](x, params)[0],
-            (one, x),
-            model.layers,
-            hardware=profile_name(jax.devices()[0].device_kind),
-            **parse_budget(config.activation_budget),
+            layers.block, args, model.layers, **options(config)
         )
     except (ImportError, ValueError) as error:
         raise UsageError(f"--activation-budget: {error}") from error
+
+
+def planned_train(
+    config: Resolved,
+    model: ModelConfig,
+    build: Callable[[Wrap], Any],
+    load: Callable[[Any], Any],
+    log: Callable[[dict[str, Any]], None],
+    record: Any = None,
+) -> activations.AdaptivePlanner:
+    """The training step under plans for its layers.
+
+    `build` makes the step with a wrapped layer, `load` turns what is stored between
+    steps into parameters, `record` is what a run that goes on left.
+    """
+    plan_from_shapes(config, model)
+    layers = find_layers(config, model)
+
+    def errors(stored: Any, opt_state: Any, batch: Any, *key: Any) -> Any:
+        del opt_state, key
+        return layers.errors(load(stored), jax.tree.map(lambda x: x[0], batch))
+
+    def sample(stored: Any, *rest: Any) -> Any:
+        del rest
+        return layers.args(load(stored))
+
+    return activations.AdaptivePlanner(
+        lambda plan: build(wrap_with(plan)),
+        sample,
+        layers.block,
+        model.layers,
+        every=config.replan_every or NEVER,
+        swap_after=DELAY,
+        errors=errors,
+        record=record,
+        log=log,
+        **options(config),
+    )
 
 
 def wrap_with(plan: activations.ActivationPlan) -> Wrap:
     """The layer under the plan, which has one policy for all layers."""
     (segment,) = plan.segments
     return lambda layer: activations.compressed_checkpoint(layer, segment.policy)
-
-
-def write_plan(plan: activations.ActivationPlan, folder: pathlib.Path) -> None:
-    """The plan as a table, as JSON and as a picture."""
-    write_whole(folder / "activation_plan.txt", plan.table() + "\n")
-    write_whole(folder / "activation_plan.json", plan.to_json() + "\n")
-    draw(plan, folder / "activation_plan.png")
-
-
-def draw(plan: activations.ActivationPlan, path: pathlib.Path) -> None:
-    """Bytes of a layer's tagged values: as they are, and what is kept of them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    choices = plan.segments[0].choices
-    figure = Figure(figsize=(7, 0.4 * len(choices) + 1.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    places = range(len(choices))
-    whole = [choice.saved_bytes / 2**20 for choice in choices]
-    kept = [choice.nbytes / 2**20 for choice in choices]
-    axes.barh(places, whole, color="#d0d0d0", label="as it is")
-    axes.barh(places, kept, height=0.5, color="#4477aa", label="kept")
-    axes.set_yticks(places, [f"{c.tag}: {c.action}" for c in choices])
-    axes.invert_yaxis()
-    axes.set_xlabel("MiB per layer")
-    axes.set_xlim(left=0)
-    axes.legend()
-    figure.savefig(path, dpi=120)

@@ -14,7 +14,7 @@ import tqdm
 
 import lowrank_optax as lro
 from examples.llama import optimizers
-from examples.llama.activations import ACTIVATIONS
+from examples.llama.activations import ACTIVATIONS, Wrap
 from examples.llama.batches import (
     Batch,
     Position,
@@ -28,10 +28,11 @@ from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
 from examples.llama.corpus import Counts, load_corpora
 from examples.llama.evaluate import Evaluation, eval_batches, evaluate
 from examples.llama.model import abstract_model, count_params, init_params
-from examples.llama.plan_layers import plan_layers, wrap_with, write_plan
+from examples.llama.plan_layers import planned_train
+from examples.llama.plan_report import write_plan
 from examples.llama.report import Metrics
 from examples.llama.rundir import choose_run_dir
-from examples.llama.step import make_steps, split_rows
+from examples.llama.step import Steps, make_steps, split_rows
 from examples.llama.tokenizer import BPETokenizer, load_tokenizer, write_whole
 from examples.llama.weights import WEIGHTS, step_key
 
@@ -64,10 +65,7 @@ class Trainer:
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.definition, self.abstract_params = abstract_model(model)
         self.weights = WEIGHTS[config.weights](config.param_dtype)
-        self.plan = plan_layers(config, model) if config.activation_budget else None
-        policy = ACTIVATIONS[config.activation_policy]
-        wrap_layer = policy if self.plan is None else wrap_with(self.plan)
-        self.steps = make_steps(self.definition, self.tx, self.weights, wrap_layer)
+        self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
 
@@ -80,6 +78,9 @@ class Trainer:
             config.packing == "packed",
             config.seed if training else None,
         )
+
+    def make_steps(self, wrap_layer: Wrap | None) -> Steps:
+        return make_steps(self.definition, self.tx, self.weights, wrap_layer)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run."""
@@ -95,6 +96,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(store, self.config.keep)
         self.step, self.position, self.tokens = start or 0, Position(), 0
+        record = None
         if start is None:
             params = init_params(self.model_config, self.config.seed)
             params = jax.jit(self.weights.store)(params)
@@ -112,9 +114,36 @@ class Trainer:
             self.position = Position.from_json(meta["position"])
             self.tokens = meta["tokens"]
             print(f"going on from step {start} in {self.run_dir}", flush=True)
+            record = self._plan_record(meta)
             say_changes(meta["settings"], dataclasses.asdict(self.config))
         self._describe()
         self.metrics = Metrics(self.run_dir, self.step)
+        self.planner = None
+        if self.config.activation_budget:
+            self.planner = planned_train(
+                self.config,
+                self.model_config,
+                lambda wrap_layer: self.make_steps(wrap_layer).train,
+                jax.jit(self.weights.load),
+                self._log_plan,
+                record,
+            )
+            self.steps = self.steps._replace(train=self.planner)
+
+    def _plan_record(self, meta: dict[str, Any]) -> Any:
+        """What the saved run knew of its plan, if this one asks for the same."""
+        names = ("activation_budget", "activation_error", "replan_every")
+        same = all(
+            meta["settings"].get(n) == getattr(self.config, n)
+            for n in (*names, "batch_size", "micro_batches", "seq_len")
+        )
+        return meta.get("activation_plan") if same else None
+
+    def _log_plan(self, line: dict[str, Any]) -> None:
+        """Every decision goes to the metrics, every plan that is used to the folder."""
+        self.metrics.add(line)
+        if self.planner is not None and line["activation_plan"] != "compiling":
+            write_plan(self.planner.plan, self.run_dir)
 
     def _describe(self) -> None:
         """Says what is about to run, and leaves the particulars in its folder."""
@@ -130,8 +159,6 @@ class Trainer:
         with contextlib.suppress(ValueError):  # an optimizer without a bracket
             selection = lro.selection_report(self.optimizer, self.abstract_params)
             write_whole(self.run_dir / "selection.txt", f"{selection}\n")
-        if self.plan is not None:
-            write_plan(self.plan, self.run_dir)
         if isinstance(self.tokenizer, BPETokenizer):
             write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
 
@@ -146,6 +173,7 @@ class Trainer:
             "position": self.position.to_json(),
             "tokens": self.tokens,
             "settings": dataclasses.asdict(self.config),
+            "activation_plan": self.planner and self.planner.record(),
         }
         self.checkpoints.save(self.step, state, meta)
 

@@ -40,8 +40,9 @@ def shapes(args: Any) -> Any:
     def shape(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array):
             return leaf
+        weak = getattr(leaf, "weak_type", False)  # keys have none
         return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=leaf.weak_type
+            leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=weak
         )
 
     return jax.tree.map(shape, args)

@@ -134,7 +134,8 @@ class AdaptivePlanner:
         elif self._next is None and self.steps % self._every == 0:
             self._reconsider(args)
         self.steps += 1
-        return self._compiled[_steps.key(self.plan)](*args)
+        present: Any = self.plan
+        return self._compiled[_steps.key(present)](*args)
 
     def wait(self) -> None:
         """Waits for the compilation under way, and takes its plan over."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.activations import _interpret
+from lowrank_optax.activations._interpret import Program, TaggedValue
 from lowrank_optax.activations.actions import Action, Save
 from lowrank_optax.activations.checkpoint import override
 from lowrank_optax.activations.cost import is_inexact
@@ -83,46 +84,14 @@ def probe_errors(
     """
     program, flat = _interpret.trace(block, args, {})
     tagged = [value for value in program.tagged if not value.inside]
-    at = {(value.tag, value.index): i for i, value in enumerate(tagged)}
     tags = list(dict.fromkeys(value.tag for value in tagged))
-    of_params, of_input = (len(jax.tree.leaves(part)) for part in args[:2])
-    inputs = range(of_params, of_params + of_input)
-    moving = [i for i, x in enumerate(flat) if is_inexact(x)]
-
-    def collect(flat: Any) -> tuple[Any, Any]:
-        found: list[Any] = [None] * len(tagged)
-
-        def record(tag: str, index: int, value: Any) -> Any:
-            if (tag, index) in at:
-                found[at[tag, index]] = value
-            return value
-
-        out = program(flat, record)
-        return found, [y for y in out if is_inexact(y)]
-
-    @jax.jit
-    def gradients(flat: Any, stored: Any, which: Any, cotangents: Any) -> Any:
-        """Gradients of the parts where the values of tag number `which` are stored."""
-
-        def replace(tag: str, index: int, value: Any) -> Any:
-            if (tag, index) not in at or not is_inexact(value):
-                return value
-            chosen = which == tags.index(tag)
-            kept = jnp.where(chosen, stored[at[tag, index]], value)
-            return override(value, kept)
-
-        def run(*values: Any) -> list[Any]:
-            given = list(flat)
-            for i, x in zip(moving, values, strict=True):
-                given[i] = x
-            return [y for y in program(given, replace) if is_inexact(y)]
-
-        _, pull_back = jax.vjp(run, *(flat[i] for i in moving))
-        found = dict(zip(moving, pull_back(cotangents), strict=True))
-        below = [found.pop(i) for i in inputs if i in found]
-        return list(found.values()), below
-
-    stored, outs = jax.jit(collect)(flat)
+    sizes = tuple(len(jax.tree.leaves(part)) for part in (args, args[0], args[1]))
+    # The same block is probed again and again while it trains: compiled once.
+    made = _made(block, tuple(map(_type, flat)), sizes)
+    if not made:
+        made += [_collector(program, tagged), _gradients(program, tagged, sizes)]
+    collect, gradients = made
+    stored, outs = collect(flat)
     given = None
     if cotangent is not None:
         given = [r for r in jax.tree.leaves(cotangent) if is_inexact(r)]
@@ -146,6 +115,73 @@ def probe_errors(
                 before = squares.get((tag, action), 0.0)
                 squares[tag, action] = before + square / probes
     return {key: value**0.5 for key, value in squares.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _made(block: Callable, types: tuple, sizes: tuple) -> list[Any]:
+    """Returns a list of its own for each block and each kind of its arguments."""
+    del block, types, sizes
+    return []
+
+
+def _type(x: Any) -> Any:
+    aval = jax.typeof(x)
+    return aval.shape, str(aval.dtype), str(getattr(aval, "sharding", ""))
+
+
+def _collector(program: Program, tagged: Sequence[TaggedValue]) -> Callable:
+    """Returns a function of flat inputs: tagged values, floating point results."""
+    keys = [(value.tag, value.index) for value in tagged]
+
+    @jax.jit
+    def collect(flat: Any) -> tuple[Any, Any]:
+        found: dict[tuple[str, int], Any] = {}
+
+        def record(tag: str, index: int, value: Any) -> Any:
+            found[tag, index] = value
+            return value
+
+        out = program(flat, record)
+        return [found[key] for key in keys], [y for y in out if is_inexact(y)]
+
+    return collect
+
+
+def _gradients(
+    program: Program, tagged: Sequence[TaggedValue], sizes: tuple[int, ...]
+) -> Callable:
+    """Returns a function that gives the block's gradients, those of its input apart.
+
+    Where the values of tag number ``which`` occur, the backward pass reads ``stored``.
+    """
+    at = {(value.tag, value.index): i for i, value in enumerate(tagged)}
+    tags = list(dict.fromkeys(value.tag for value in tagged))
+    leaves, of_params, of_input = sizes
+
+    @jax.jit
+    def gradients(flat: Any, stored: Any, which: Any, cotangents: Any) -> Any:
+        moving = [i for i, x in enumerate(flat) if is_inexact(x)]
+        first = len(flat) - leaves + of_params  # what is closed over comes before
+
+        def replace(tag: str, index: int, value: Any) -> Any:
+            if not is_inexact(value):
+                return value
+            kept = jnp.where(which == tags.index(tag), stored[at[tag, index]], value)
+            return override(value, kept)
+
+        def run(*values: Any) -> list[Any]:
+            given = list(flat)
+            for i, x in zip(moving, values, strict=True):
+                given[i] = x
+            return [y for y in program(given, replace) if is_inexact(y)]
+
+        _, pull_back = jax.vjp(run, *(flat[i] for i in moving))
+        found = dict(zip(moving, pull_back(cotangents), strict=True))
+        inputs = range(first, first + of_input)
+        below = [found.pop(i) for i in inputs if i in found]
+        return list(found.values()), below
+
+    return gradients
 
 
 def _drawn(outs: Sequence[Any], seed: int) -> list[Any]:
