@@ -124,7 +124,8 @@ class Compression:
 
     def __init__(self, tx: optax.GradientTransformation, params: Any):
         self._make = lambda: tx.init(params)
-        self._records = _records(tx, params)
+        self._records, shapes = _records(tx, params)
+        self._structure = jax.tree.structure(shapes)
         self._where: dict[str, tuple[int, int]] = {}
         self.rows: dict[str, LeafTraffic] = {}
         plans: dict[str, list[tuple[int, int, LeafPlan]]] = {}
@@ -148,7 +149,9 @@ class Compression:
 
     def channels(self, state: Any) -> dict[str, Channel]:
         """Returns the channel of every compressed leaf in this state, by path."""
-        states = _states(restore(state, self._make))
+        if jax.tree.structure(state) != self._structure:
+            state = restore(state, self._make)
+        states = _states(state)
         if len(states) != len(self._records):
             raise ValueError(
                 f"Expected the state of this optimizer, with {len(self._records)} "
@@ -204,8 +207,8 @@ def _states(tree: Any) -> list[SubspaceState]:
     return [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
 
 
-def _records(tx: optax.GradientTransformation, params: Any) -> list[Record]:
-    """Returns the brackets of ``tx`` in the order in which its state has theirs."""
+def _records(tx: optax.GradientTransformation, params: Any) -> tuple[list[Record], Any]:
+    """Returns the brackets of ``tx`` in its state's order, and the state's shapes."""
     with recording() as records:
         counts: list[Any] = []
 
@@ -214,7 +217,7 @@ def _records(tx: optax.GradientTransformation, params: Any) -> list[Record]:
             counts.extend(bracket.count for bracket in _states(state))
             return state
 
-        jax.eval_shape(init, params)
+        shapes = jax.eval_shape(init, params)
     if not records:
         raise ValueError(
             "lro.distributed found no low-rank bracket in this optimizer, so there is "
@@ -222,4 +225,4 @@ def _records(tx: optax.GradientTransformation, params: Any) -> list[Record]:
             "method of lro. For any other, take jax.lax.pmean of the gradients."
         )
     owners = {id(record.state.count): record for record in records}
-    return [owners[id(count)] for count in counts]
+    return [owners[id(count)] for count in counts], shapes

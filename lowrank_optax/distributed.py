@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._compression import Channel, Compression, LeafTraffic
+from lowrank_optax._meshes import explicit_like, explicit_mesh
 from lowrank_optax._matrices import is_box, path_string, refill, unbox
 from lowrank_optax.linalg.layout import wide
 
@@ -184,17 +185,25 @@ def pmean(
       (1, 8, 4)
     """
     _check_averaging(gradients, axis_name)
-    channels = Compression(tx, params).channels(state)
-    if refresh:
-        return _widened(channels, jax.lax.pmean(gradients, axis_name))
-    sent = jax.lax.pmean(_down(channels, gradients), axis_name)
-    if refresh is False:
-        return _up(channels, sent)
+    compression = Compression(tx, params)
 
-    def finish(channel: Channel, low: Array, gradient: Array) -> Array:
-        return channel.either(low, lambda x: jax.lax.pmean(x, axis_name), gradient)
+    def average(gradients: Any, state: Any) -> Any:
+        channels = compression.channels(state)
+        if refresh:
+            return _widened(channels, mean(gradients))
+        sent = mean(_down(channels, gradients))
+        if refresh is False:
+            return _up(channels, sent)
 
-    return _map(channels, finish, sent, gradients)
+        def finish(channel: Channel, low: Array, gradient: Array) -> Array:
+            return channel.either(low, mean, gradient)
+
+        return _map(channels, finish, sent, gradients)
+
+    def mean(tree: Any) -> Any:
+        return jax.lax.pmean(tree, axis_name)
+
+    return explicit_like(gradients, average, gradients, state)
 
 
 def value_and_grad(
@@ -266,6 +275,7 @@ def value_and_grad(
                 grads = pmean(grads, tx, state, params, axis_name, refresh=refresh)
             return mean(value), grads
         micro = _cut(batch, micro_batches)
+        _refuse_explicit_axes(params)
         channels = Compression(tx, params).channels(state)
 
         def total(form: Callable[[Any], Any]) -> tuple[Array, Any]:
@@ -347,6 +357,17 @@ def _cut(batch: Any, parts: int) -> Any:
         return x.reshape((parts, x.shape[0] // parts, *x.shape[1:]))
 
     return jax.tree_util.tree_map_with_path(cut, batch)
+
+
+def _refuse_explicit_axes(params: Any) -> None:
+    mesh = explicit_mesh(params)
+    if mesh is not None:
+        raise ValueError(
+            "Accumulation (micro_batches > 1) needs automatic axes wherever parameters "
+            f"may be sharded; the mesh has the explicit axes {mesh.explicit_axes}. Make "
+            "it with axis_types=AxisType.Auto, or accumulate inside jax.shard_map over "
+            "all axes."
+        )
 
 
 # --- What JAX knows of a mapped axis -------------------------------------------------
