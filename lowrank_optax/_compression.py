@@ -134,15 +134,15 @@ class Compression:
                 plans.setdefault(leaf.path, []).append((k, i, leaf))
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
             path, shape = path_string(keys), unbox(leaf).shape
-            seen = [plan for plan in plans.get(path, []) if plan[2].matrix]
-            found = [plan[2].reason for plan in plans.get(path, [])]
+            found = plans.get(path, [])
+            seen = [(k, i, plan.matrix) for k, i, plan in found if plan.matrix]
             sent = size = unbox(leaf).size
-            reason = found[0] if found else "no bracket sees it"
+            reason = found[0][2].reason if found else "no bracket sees it"
             if len(seen) > 1:
                 reason = "several brackets project it"
             elif seen:
-                k, i, _ = seen[0]
-                reason, sent = _judge(self._records[k].bracket, seen[0][2].matrix, size)
+                ((k, i, matrix),) = seen
+                reason, sent = _judge(self._records[k].bracket, matrix, size)
                 if sent < size:
                     self._where[path] = k, i
             self.rows[path] = LeafTraffic(path, shape, size, sent, reason)

@@ -17,7 +17,7 @@ def explicit_mesh(tree: Any) -> Any:
 
 
 def explicit_like(like: Any, fn: Callable, *args: Any) -> Any:
-    """Calls ``fn(*args)``, whose result has the types of ``like``, on any kind of mesh."""
+    """Calls ``fn(*args)``, whose result has the types of ``like``, on any mesh."""
     mesh = explicit_mesh((like, args))
     if mesh is None:
         return fn(*args)

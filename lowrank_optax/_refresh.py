@@ -78,7 +78,7 @@ class Refresher:
         return LeafBasis(stored, pending)
 
     def due(self, clock: Clock, leaf: LeafBasis) -> Array:
-        """Returns for every matrix, stacked flat, whether this step renews its basis."""
+        """Returns for every matrix, stacked flat, whether it is due in this step."""
         stored = jax.tree.map(lambda x: _flat(self, x), leaf.stored)
         due = self.projector.is_due(stored, clock.count + self._shift())
         return clock.open & (due | _flat(self, leaf.pending))

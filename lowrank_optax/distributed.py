@@ -17,8 +17,8 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._compression import Channel, Compression, LeafTraffic
-from lowrank_optax._meshes import explicit_like, explicit_mesh
 from lowrank_optax._matrices import is_box, path_string, refill, unbox
+from lowrank_optax._meshes import explicit_like, explicit_mesh
 from lowrank_optax.linalg.layout import wide
 
 
@@ -310,7 +310,9 @@ def _mean_of_parts(part: Callable[[Any], Any], parts: Any, axis_name: Any) -> An
         zeros = _varying(zeros, axis_name)
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, part(micro)), None
+        return jax.tree.map(
+            lambda t, x: t + x.astype(t.dtype), total, part(micro)
+        ), None
 
     total, _ = jax.lax.scan(add, zeros, parts)
     count = len(jax.tree.leaves(parts)[0])
@@ -323,7 +325,7 @@ def _any_whole(channels: dict[str, Channel]) -> Array:
 
 
 def _map(channels: dict[str, Channel], fn: Callable, tree: Any, *rest: Any) -> Any:
-    """Applies ``fn(channel, leaf, *leaves)`` to the compressed leaves, in their boxes."""
+    """Applies ``fn(channel, leaf, *leaves)`` to the compressed leaves."""
 
     def each(path: Any, box: Any, *boxes: Any) -> Any:
         channel = channels.get(path_string(path))
@@ -364,9 +366,9 @@ def _refuse_explicit_axes(params: Any) -> None:
     if mesh is not None:
         raise ValueError(
             "Accumulation (micro_batches > 1) needs automatic axes wherever parameters "
-            f"may be sharded; the mesh has the explicit axes {mesh.explicit_axes}. Make "
-            "it with axis_types=AxisType.Auto, or accumulate inside jax.shard_map over "
-            "all axes."
+            f"may be sharded; the mesh has the explicit axes {mesh.explicit_axes}. "
+            "Make it with axis_types=AxisType.Auto, or accumulate inside jax.shard_map "
+            "over all axes."
         )
 
 
@@ -408,8 +410,8 @@ def _varying(tree: Any, axis_name: Any) -> Any:
         if any(_varies(leaf, name) for name in names):
             raise ValueError(
                 f"Parameter {path_string(path)!r} is itself spread over {axis_name!r} "
-                f"(each device has {leaf.shape}), and there is one P^T G only where all "
-                "devices have the whole of it. Replicate parameters over that axis "
+                f"(each device has {leaf.shape}), and there is one P^T G only where "
+                "all devices have the whole of it. Replicate parameters over that axis "
                 "(in_specs=P()); shard them over another, automatic, one."
             )
     return jax.lax.pcast(tree, names, to="varying")
