@@ -14,7 +14,6 @@ from lowrank_optax._matrices import (
     Matrix,
     is_box,
     path_string,
-    restore,
     unbox,
     unbox_tree,
 )
@@ -123,9 +122,7 @@ class Compression:
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any):
-        self._make = lambda: tx.init(params)
-        self._records, shapes = _records(tx, params)
-        self._structure = jax.tree.structure(shapes)
+        self._records = _records(tx, params)
         self._where: dict[str, tuple[int, int]] = {}
         self.rows: dict[str, LeafTraffic] = {}
         plans: dict[str, list[tuple[int, int, LeafPlan]]] = {}
@@ -149,8 +146,6 @@ class Compression:
 
     def channels(self, state: Any) -> dict[str, Channel]:
         """Returns the channel of every compressed leaf in this state, by path."""
-        if jax.tree.structure(state) != self._structure:
-            state = restore(state, self._make)
         states = _states(state)
         if len(states) != len(self._records):
             raise ValueError(
@@ -207,8 +202,8 @@ def _states(tree: Any) -> list[SubspaceState]:
     return [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
 
 
-def _records(tx: optax.GradientTransformation, params: Any) -> tuple[list[Record], Any]:
-    """Returns the brackets of ``tx`` in its state's order, and the state's shapes."""
+def _records(tx: optax.GradientTransformation, params: Any) -> list[Record]:
+    """Returns the brackets of ``tx`` in the order in which its state has theirs."""
     with recording() as records:
         counts: list[Any] = []
 
@@ -217,7 +212,7 @@ def _records(tx: optax.GradientTransformation, params: Any) -> tuple[list[Record
             counts.extend(bracket.count for bracket in _states(state))
             return state
 
-        shapes = jax.eval_shape(init, params)
+        jax.eval_shape(init, params)
     if not records:
         raise ValueError(
             "lro.distributed found no low-rank bracket in this optimizer, so there is "
@@ -225,4 +220,4 @@ def _records(tx: optax.GradientTransformation, params: Any) -> tuple[list[Record
             "method of lro. For any other, take jax.lax.pmean of the gradients."
         )
     owners = {id(record.state.count): record for record in records}
-    return [owners[id(count)] for count in counts], shapes
+    return [owners[id(count)] for count in counts]

@@ -91,7 +91,7 @@ def traffic_report(tx: optax.GradientTransformation, params: Any) -> TrafficRepo
       >>> lro.distributed.traffic_report(lro.galore(1e-3, rank=4), params).numbers
       (2080, 288)
       >>> lro.distributed.traffic_report(lro.fira(1e-3, rank=4), params).whole
-      ('kernel', 'bias')
+      ('bias', 'kernel')
     """
     return TrafficReport(tuple(Compression(tx, params).rows.values()))
 
