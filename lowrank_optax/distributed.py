@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
+from lowrank_optax._axes import check_averaging, varying
 from lowrank_optax._compression import Channel, Compression, LeafTraffic
 from lowrank_optax._matrices import is_box, path_string, refill, unbox
 from lowrank_optax._meshes import explicit_like, explicit_mesh
@@ -184,7 +185,7 @@ def pmean(
       >>> jax.pmap(mean, axis_name="data")(one)["kernel"].shape
       (1, 8, 4)
     """
-    _check_averaging(gradients, axis_name)
+    check_averaging(gradients, axis_name)
     compression = Compression(tx, params)
 
     def average(gradients: Any, state: Any) -> Any:
@@ -268,7 +269,7 @@ def value_and_grad(
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     def run(params: Any, state: Any, batch: Any) -> tuple[Array, Any]:
-        own = params if axis_name is None else _varying(params, axis_name)
+        own = params if axis_name is None else varying(params, axis_name)
         if micro_batches == 1:
             value, grads = gradient(own, batch)
             if axis_name is not None:
@@ -307,7 +308,7 @@ def _mean_of_parts(part: Callable[[Any], Any], parts: Any, axis_name: Any) -> An
         lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)), like
     )
     if axis_name is not None:
-        zeros = _varying(zeros, axis_name)
+        zeros = varying(zeros, axis_name)
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(
@@ -370,64 +371,3 @@ def _refuse_explicit_axes(params: Any) -> None:
             "Make it with axis_types=AxisType.Auto, or accumulate inside jax.shard_map "
             "over all axes."
         )
-
-
-# --- What JAX knows of a mapped axis -------------------------------------------------
-
-
-def _names(axis_name: Any) -> tuple[Any, ...]:
-    """Returns the axis' names; raises where one is not mapped."""
-    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-    for name in names:
-        try:
-            jax.lax.axis_size(name)
-        except NameError:
-            raise ValueError(
-                f"axis_name={name!r} is no mapped axis here. Call this inside "
-                f"jax.shard_map over a mesh with an axis {name!r} (in its axis_names, "
-                f"if given), or inside jax.pmap(..., axis_name={name!r})."
-            ) from None
-    return names
-
-
-def _varies(x: Any, name: Any) -> bool:
-    """Whether JAX tracks that ``x`` differs from device to device.
-
-    It does so under ``jax.shard_map`` with ``check_vma``, and refuses to let vary what
-    already does.
-    """
-    try:
-        jax.lax.pcast(x, name, to="varying")
-    except ValueError:
-        return True
-    return False
-
-
-def _varying(tree: Any, axis_name: Any) -> Any:
-    """Returns the tree as each device's own, so that its gradient is, too."""
-    names = _names(axis_name)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if any(_varies(leaf, name) for name in names):
-            raise ValueError(
-                f"Parameter {path_string(path)!r} is itself spread over {axis_name!r} "
-                f"(each device has {leaf.shape}), and there is one P^T G only where "
-                "all devices have the whole of it. Replicate parameters over that axis "
-                "(in_specs=P()); shard them over another, automatic, one."
-            )
-    return jax.lax.pcast(tree, names, to="varying")
-
-
-def _check_averaging(gradients: Any, axis_name: Any) -> None:
-    """Raises for gradients that JAX knows to be the same on all devices."""
-    for name in _names(axis_name):
-        if not _varies(jax.lax.axis_index(name), name):
-            continue  # not tracked
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-            if not _varies(leaf, name):
-                raise ValueError(
-                    f"The gradient of {path_string(path)!r}, shape {leaf.shape}, is "
-                    f"the same on all devices of {name!r} already: jax.grad has summed "
-                    "it, at full size, because the parameters were. Differentiate with "
-                    f'jax.lax.pcast(params, {name!r}, to="varying"), or use '
-                    "lro.distributed.value_and_grad."
-                )

@@ -18,7 +18,7 @@ LAYERS = (
     ("_checks", "_hyperparams", "_meshes"),
     ("linalg", "quantization"),
     ("_matrices",),
-    ("_moments", "_selection"),
+    ("_moments", "_selection", "_axes"),
     ("projectors",),
     ("transport", "recovery", "_plan"),
     ("transforms", "_refresh"),

@@ -431,7 +431,7 @@ def test_parameters_sharded_over_another_axis(kind):
     assert jax.tree.map(lambda x: x.sharding, state) == layout
     # A device sends its shard of what is whole, and of R; the products with the sharded
     # rows of dense are more sums, over fsdp. Plainly it would be half of NUMBERS.
-    found = collectives(step.as_text(), by_channel=False)
+    found = collectives(str(step.as_text()), by_channel=False)
     reduced = [x for x in found if x.op == "all-reduce" and not x.conditional]
     assert sum(x.total for x in reduced) < 4 * sum(NUMBERS.values()) / 2 / 2
 
