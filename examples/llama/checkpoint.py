@@ -221,11 +221,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def on_device(abstract: Any) -> Any:
-    """The same shapes, placed on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def on_device(abstract: Any, shardings: Any = None) -> Any:
+    """The same shapes, placed by shardings like them; None: on the first device."""
+    if shardings is None:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda leaf: first, abstract)
 
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(place, abstract)
+    return jax.tree.map(place, abstract, shardings)

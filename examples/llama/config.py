@@ -195,6 +195,11 @@ class TrainConfig:
     replan_every: int = 500
     """steps after which errors are measured again and the plan is made anew where it
     breaks --activation-error or another is faster; 0: never"""
+    mesh: str = ""
+    """how the devices are laid out: sizes of data (whole copies), fsdp (parameters and
+    state cut) and tensor (products cut), such as data=2,fsdp=4 or fsdp=-1 for all that
+    is left; empty: all on fsdp, if the rows of a micro-batch can be cut over them, else
+    one device. A run may go on with another"""
     seed: int = 0
     """seed of the parameters, the data order and the optimizer"""
 

@@ -21,6 +21,20 @@ class Steps(NamedTuple):
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
 
 
+class Layout(NamedTuple):
+    """Shardings of what a step reads and makes, and a wrap for its layers.
+
+    `params` are those of the parameters and their gradients, `stored` of what is kept
+    of them between steps, `state` of the optimizer's state, `rest` of all else.
+    """
+
+    params: Any
+    stored: Any
+    state: Any
+    rest: Any
+    wrap: Wrap | None
+
+
 def token_losses(
     definition: Any, params: Params, batch: Any, wrap_layer: Wrap | None = None
 ) -> jax.Array:
@@ -63,18 +77,24 @@ def make_steps(
     tx: optax.GradientTransformation,
     weights: Weights = PLAIN,
     wrap_layer: Wrap | None = None,
+    layout: Layout | None = None,
 ) -> Steps:
     """Compiled steps of a model under an optimizer with the guard outermost.
 
     Parameters that are stored as they are (`PLAIN`) need no key. `wrap_layer` says what
-    layers keep for the backward pass; the evaluation has none.
+    layers keep for the backward pass; the evaluation has none. `layout` cuts all of it
+    over a mesh; without one the compiler is left alone.
     """
+    on_mesh = layout.wrap if layout else None
+    wrap_layer = composed(on_mesh, wrap_layer)
 
     def train(
         stored: Any, opt_state: Any, batch: Any, key: Any = None
     ) -> tuple[Any, Any, Any]:
         params = weights.load(stored)
         loss, grads = mean_gradient(definition, params, batch, wrap_layer)
+        if layout is not None:
+            grads = jax.lax.with_sharding_constraint(grads, layout.params)
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = {
             "loss": loss,
@@ -86,10 +106,23 @@ def make_steps(
         return weights.apply(stored, updates, key), opt_state, metrics
 
     def evaluate(stored: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        losses = token_losses(definition, weights.load(stored), batch)
+        losses = token_losses(definition, weights.load(stored), batch, on_mesh)
         return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
 
-    return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))
+    if layout is None:
+        return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))
+    out = layout.stored, layout.state, layout.rest
+    return Steps(
+        jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
+        jax.jit(evaluate, out_shardings=layout.rest),
+    )
+
+
+def composed(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:
+    """One wrap around the other."""
+    if outer is None or inner is None:
+        return outer or inner
+    return lambda layer: outer(inner(layer))
 
 
 def split_rows(batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,9 @@ from examples.llama.checkpoint import Checkpoints, Store, find_start, on_device
 from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
 from examples.llama.corpus import Counts, load_corpora
 from examples.llama.evaluate import Evaluation, eval_batches, evaluate
-from examples.llama.model import abstract_model, count_params, init_params
+from examples.llama.mesh import whole_axes
+from examples.llama.model import abstract_model, count_params
+from examples.llama.placement import choose_placement, fresh_state
 from examples.llama.plan_layers import planned_train
 from examples.llama.plan_report import write_plan
 from examples.llama.report import Metrics
@@ -42,10 +44,13 @@ class TrainingStopped(Exception):
 
 
 class Trainer:
-    """`Trainer(config).run(should_stop)`."""
+    """`Trainer(config).run(should_stop)`, on all devices or those given."""
 
-    def __init__(self, config: TrainConfig):
-        self.config, self.model_config = config, model = resolve(config)
+    def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None):
+        config, model = resolve(config)
+        self.placement = choose_placement(config, devices)
+        self.config = config = dataclasses.replace(config, mesh=self.placement.name)
+        self.model_config = model
         self.optimizer = optimizers.build_optimizer(config)
         self.run_dir = choose_run_dir(config)
         self.train_text, self.val_text = load_corpora(
@@ -65,6 +70,9 @@ class Trainer:
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.definition, self.abstract_params = abstract_model(model)
         self.weights = WEIGHTS[config.weights](config.param_dtype)
+        self.layout = self.placement.layout(
+            self.abstract_params, self.tx, self.weights
+        )
         self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
@@ -80,7 +88,8 @@ class Trainer:
         )
 
     def make_steps(self, wrap_layer: Wrap | None) -> Steps:
-        return make_steps(self.definition, self.tx, self.weights, wrap_layer)
+        layout = self.layout if self.placement.mesh else None
+        return make_steps(self.definition, self.tx, self.weights, wrap_layer, layout)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run."""
@@ -98,17 +107,16 @@ class Trainer:
         self.step, self.position, self.tokens = start or 0, Position(), 0
         record = None
         if start is None:
-            params = init_params(self.model_config, self.config.seed)
-            params = jax.jit(self.weights.store)(params)
-            opt_state = jax.jit(lambda p: self.tx.init(self.weights.load(p)))(params)
-            # Committed to a device, as what is restored: both take the same program.
-            state = jax.device_put((params, opt_state), jax.devices()[0])
-            self.params, self.opt_state = state
+            # Committed to devices, as what is restored: both take the same program.
+            self.params, self.opt_state = fresh_state(
+                self.layout, self.model_config, self.config.seed, self.tx, self.weights
+            )
         else:
             params = jax.eval_shape(self.weights.store, self.abstract_params)
             opt_state = jax.eval_shape(self.tx.init, self.abstract_params)
             abstract = {"params": params, "opt_state": opt_state}
-            state = self.checkpoints.restore(start, on_device(abstract))
+            places = {"params": self.layout.stored, "opt_state": self.layout.state}
+            state = self.checkpoints.restore(start, on_device(abstract, places))
             self.params, self.opt_state = state["params"], state["opt_state"]
             meta = store.meta(start)
             self.position = Position.from_json(meta["position"])
@@ -154,6 +162,10 @@ class Trainer:
             f"shards, hash {corpus.fingerprint()}; writing to {self.run_dir}",
             flush=True,
         )
+        if self.placement.mesh:
+            print(f"mesh {self.config.mesh}", flush=True)
+            for line in whole_axes(self.placement.mesh, self.abstract_params):
+                print(line, flush=True)
         settings = json.dumps(dataclasses.asdict(self.config), indent=1)
         write_whole(self.run_dir / "config.json", settings + "\n")
         with contextlib.suppress(ValueError):  # an optimizer without a bracket
@@ -180,6 +192,7 @@ class Trainer:
     def evaluate(self, should_stop: Callable[[], bool]) -> Evaluation | None:
         config = self.config
         batches = eval_batches(self.validation, config.eval_batch_size, config.seq_len)
+        batches = map(self.placement.rows, batches)
         result = evaluate(self.steps.evaluate, self.params, batches, should_stop)
         if result is not None:
             line = {
@@ -223,7 +236,7 @@ class Trainer:
     def _step(self, item: tuple[Batch, Position], bar: Any) -> None:
         batch, position = item
         started = time.perf_counter()
-        micro = split_rows(batch, self.config.micro_batches)
+        micro = self.placement.batch(split_rows(batch, self.config.micro_batches))
         key = step_key(self.config.seed, self.step)
         self.params, self.opt_state, metrics = self.steps.train(
             self.params, self.opt_state, micro, key
