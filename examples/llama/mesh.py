@@ -143,6 +143,23 @@ def check_rows(mesh: Mesh, rows: int) -> None:
         )
 
 
+def gathered(mesh: Mesh) -> Callable[[Any], Any]:
+    """For parameters about to be used: the embedding is whole along its width.
+
+    A lookup in a table that is cut along it would replicate what is looked up, on its
+    way to being cut along rows.
+    """
+
+    def use(params: Any) -> Any:
+        table = params["embed"]["embedding"]
+        (axis, *_) = param_shardings(mesh, params)["embed"]["embedding"].spec
+        place = NamedSharding(mesh, PartitionSpec(axis))
+        table = jax.lax.with_sharding_constraint(table, place)
+        return params | {"embed": {"embedding": table}}
+
+    return use
+
+
 def constrained(mesh: Mesh) -> Wrap:
     """Wraps a scanned layer: activations are cut along their rows and nothing else."""
     rows = NamedSharding(mesh, PartitionSpec(ROWS))

@@ -17,6 +17,7 @@ from examples.llama.mesh import (
     batch_sharding,
     check_rows,
     constrained,
+    gathered,
     make_mesh,
     param_shardings,
     parse_mesh,
@@ -55,13 +56,14 @@ class Placement:
             one = SingleDeviceSharding(self.device)
             state = jax.eval_shape(tx.init, params)
             one_each = [jax.tree.map(lambda leaf: one, t) for t in (stored, state)]
-            return Layout(place, *one_each, one, None)
+            return Layout(place, *one_each, one)
         return Layout(
             params=place,
             stored=jax.tree.map(stored_shardings, place, params, stored),
             state=lro.state_shardings(tx, params, place),
             rest=NamedSharding(self.mesh, PartitionSpec()),
             wrap=constrained(self.mesh),
+            use=gathered(self.mesh),
         )
 
     def batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +101,9 @@ def stored_shardings(place: NamedSharding, param: Any, stored: Any) -> Any:
         names = [*place.spec, *[None] * (len(param.shape) - len(place.spec))]
         axes = zip(names, param.shape, leaf.shape, strict=False)
         kept = [name if size == own else None for name, own, size in axes]
-        spec = PartitionSpec(*kept) if leaf.ndim == len(param.shape) else PartitionSpec()
+        spec = (
+            PartitionSpec(*kept) if leaf.ndim == len(param.shape) else PartitionSpec()
+        )
         return NamedSharding(place.mesh, spec)
 
     return jax.tree.map(of, stored)

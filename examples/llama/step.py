@@ -22,17 +22,19 @@ class Steps(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Shardings of what a step reads and makes, and a wrap for its layers.
+    """Shardings of what a step reads and makes, and what else it takes to compute so.
 
     `params` are those of the parameters and their gradients, `stored` of what is kept
-    of them between steps, `state` of the optimizer's state, `rest` of all else.
+    of them between steps, `state` of the optimizer's state, `rest` of all else. The
+    forward pass is that of `use(params)`, with each layer in `wrap`.
     """
 
     params: Any
     stored: Any
     state: Any
     rest: Any
-    wrap: Wrap | None
+    wrap: Wrap | None = None
+    use: Callable[[Params], Params] = lambda params: params
 
 
 def token_losses(
@@ -86,13 +88,14 @@ def make_steps(
     over a mesh; without one the compiler is left alone.
     """
     on_mesh = layout.wrap if layout else None
+    use = layout.use if layout else lambda params: params
     wrap_layer = composed(on_mesh, wrap_layer)
 
     def train(
         stored: Any, opt_state: Any, batch: Any, key: Any = None
     ) -> tuple[Any, Any, Any]:
         params = weights.load(stored)
-        loss, grads = mean_gradient(definition, params, batch, wrap_layer)
+        loss, grads = mean_gradient(definition, use(params), batch, wrap_layer)
         if layout is not None:
             grads = jax.lax.with_sharding_constraint(grads, layout.params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -106,7 +109,8 @@ def make_steps(
         return weights.apply(stored, updates, key), opt_state, metrics
 
     def evaluate(stored: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        losses = token_losses(definition, weights.load(stored), batch, on_mesh)
+        params = use(weights.load(stored))
+        losses = token_losses(definition, params, batch, on_mesh)
         return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
 
     if layout is None:

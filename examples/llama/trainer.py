@@ -70,9 +70,7 @@ class Trainer:
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.definition, self.abstract_params = abstract_model(model)
         self.weights = WEIGHTS[config.weights](config.param_dtype)
-        self.layout = self.placement.layout(
-            self.abstract_params, self.tx, self.weights
-        )
+        self.layout = self.placement.layout(self.abstract_params, self.tx, self.weights)
         self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
