@@ -186,7 +186,8 @@ class Checkpoints:
 
     def _complete(self, step: int, meta: dict[str, Any]) -> None:
         self._manager.wait_until_finished()
-        self.store.write_record(step, meta)
+        if jax.process_index() == 0:
+            self.store.write_record(step, meta)
 
     def wait(self) -> None:
         """Until the running save is complete, with its record."""

@@ -200,6 +200,9 @@ class TrainConfig:
     state cut) and tensor (products cut), such as data=2,fsdp=4 or fsdp=-1 for all that
     is left; empty: all on fsdp, if the rows of a micro-batch can be cut over them, else
     one device. A run may go on with another"""
+    distributed: bool = False
+    """join the other processes of a TPU pod, of Slurm or of GKE, as JAX finds them;
+    elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
     seed: int = 0
     """seed of the parameters, the data order and the optimizer"""
 

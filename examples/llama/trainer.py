@@ -32,6 +32,7 @@ from examples.llama.model import abstract_model, count_params
 from examples.llama.placement import choose_placement, fresh_state
 from examples.llama.plan_layers import planned_train
 from examples.llama.plan_report import write_plan
+from examples.llama.processes import found_by_first, is_first
 from examples.llama.report import Metrics
 from examples.llama.rundir import choose_run_dir
 from examples.llama.step import Steps, make_steps, split_rows
@@ -52,7 +53,8 @@ class Trainer:
         self.config = config = dataclasses.replace(config, mesh=self.placement.name)
         self.model_config = model
         self.optimizer = optimizers.build_optimizer(config)
-        self.run_dir = choose_run_dir(config)
+        run_dir = found_by_first(lambda: str(choose_run_dir(config)))
+        self.run_dir = pathlib.Path(run_dir)
         self.train_text, self.val_text = load_corpora(
             config.data, config.val_data, config.text_key
         )
@@ -99,7 +101,9 @@ class Trainer:
 
     def _start(self) -> None:
         store = Store(self.run_dir)
-        start = find_start(store, self.identity()) if self.config.resume else None
+        start = None
+        if self.config.resume:
+            start = found_by_first(lambda: find_start(store, self.identity()))
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(store, self.config.keep)
         self.step, self.position, self.tokens = start or 0, Position(), 0
@@ -123,8 +127,13 @@ class Trainer:
             record = self._plan_record(meta)
             say_changes(meta["settings"], dataclasses.asdict(self.config))
         self._describe()
-        self.metrics = Metrics(self.run_dir, self.step)
+        self.metrics = Metrics(self.run_dir, self.step, is_first())
         self.planner = None
+        if self.config.activation_budget and jax.process_count() > 1:
+            raise UsageError(
+                "--activation-budget plans by what one process measures, and there are "
+                f"{jax.process_count()}; give an --activation-policy instead"
+            )
         if self.config.activation_budget:
             self.planner = planned_train(
                 self.config,
@@ -164,6 +173,8 @@ class Trainer:
             print(f"mesh {self.config.mesh}", flush=True)
             for line in whole_axes(self.placement.mesh, self.abstract_params):
                 print(line, flush=True)
+        if not is_first():
+            return
         settings = json.dumps(dataclasses.asdict(self.config), indent=1)
         write_whole(self.run_dir / "config.json", settings + "\n")
         with contextlib.suppress(ValueError):  # an optimizer without a bracket
@@ -208,11 +219,12 @@ class Trainer:
         """Trains to the last step; None when it was told to stop before."""
         config = self.config
         last = min(config.steps, config.stop_step or config.steps)
+        hidden = None if is_first() else True  # None: where nobody looks
         batches = prefetched(
             training_batches(self.rows(True), config.batch_size, self.position)
         )
         bar = tqdm.tqdm(
-            total=last, initial=self.step, unit="step", disable=None, smoothing=0.05
+            total=last, initial=self.step, unit="step", disable=hidden, smoothing=0.05
         )
         try:
             while self.step < last and not should_stop():

@@ -1,6 +1,7 @@
 """The trainer on meshes of CPU devices: the same losses wherever its arrays lie."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -9,14 +10,14 @@ import pytest
 from examples.llama import config as configs
 from examples.llama import optimizers
 from examples.llama.batches import as_batch
+from examples.llama.checkpoint import Checkpoints, Store, on_device
 from examples.llama.config import Preset, TrainConfig, UsageError, resolve
 from examples.llama.mesh import check_rows, make_mesh, parse_mesh, whole_axes
 from examples.llama.model import abstract_model
 from examples.llama.placement import Placement, choose_placement, fresh_state
 from examples.llama.step import make_steps, split_rows
+from examples.llama.trainer import Trainer
 from examples.llama.weights import WEIGHTS
-
-from .conftest import MICRO, RECIPE
 
 STEPS = 5
 # Sums over rows and columns are added in another order, and Adam divides by their
@@ -59,10 +60,22 @@ def test_rows_that_cannot_be_cut():
         check_rows(mesh, 12)
 
 
-def preset(monkeypatch, **model):
-    recipe = dataclasses.replace(RECIPE, batch_size=8)
-    shape = dataclasses.replace(MICRO, width=64, **model)
-    monkeypatch.setitem(configs.PRESETS, "micro", Preset(shape, recipe))
+def preset(monkeypatch, ff_width=48):
+    tiny = configs.PRESETS["tiny"]
+    model = dataclasses.replace(
+        tiny.model, width=64, ff_width=ff_width, layers=2, heads=2
+    )
+    recipe = dataclasses.replace(
+        tiny.recipe,
+        steps=8,
+        rank=8,
+        update_proj_gap=3,
+        seq_len=16,
+        batch_size=8,
+        eval_tokens=300,
+        eval_batch_size=6,
+    )
+    monkeypatch.setitem(configs.PRESETS, "micro", Preset(model, recipe))
 
 
 def test_what_is_used_when_nothing_is_said(monkeypatch, capsys):
@@ -132,8 +145,8 @@ LAYOUTS = {
 }
 
 
-def check_layouts(monkeypatch, batches, optimizer, layouts, **model):
-    preset(monkeypatch, **model)
+def check_layouts(monkeypatch, batches, optimizer, layouts, ff_width=48):
+    preset(monkeypatch, ff_width)
     expected = losses(batches, optimizer, "", 1)
     assert expected[-1] < expected[0]
     for mesh, devices in layouts:
@@ -169,3 +182,53 @@ def test_an_axis_that_does_not_divide_stays_whole(monkeypatch, batches):
         "divide 51"
     )
     check_layouts(monkeypatch, batches, "galore", [("fsdp=2,tensor=2", 4)], ff_width=51)
+
+
+def test_a_checkpoint_is_restored_on_another_mesh(monkeypatch, tmp_path):
+    preset(monkeypatch)
+    args = "galore", "data=2,fsdp=2,tensor=2", 8, "int8"
+    _, layout, _, saved = build(*args)
+    checkpoints = Checkpoints(Store(tmp_path), 1)
+    checkpoints.save(1, saved, {})
+    checkpoints.wait()
+    assert checkpoints.last_saved == 1
+    for mesh, devices in [("fsdp=4", 4), ("", 1)]:
+        _, layout, _, _ = build("galore", mesh, devices, "int8")
+        places = layout.stored, layout.state
+        shapes = on_device(jax.eval_shape(lambda: saved), places)
+        found = checkpoints.restore(1, shapes)
+        jax.tree.map(np.testing.assert_array_equal, found, saved)
+        same = jax.tree.map(lambda x, s: x.sharding == s, found, places)
+        assert all(jax.tree.leaves(same))
+    checkpoints.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["plain", "int8"])
+def test_a_run_goes_on_with_fewer_devices(monkeypatch, tmp_path, capsys, weights):
+    preset(monkeypatch)
+    text = tmp_path / "text.txt"
+    text.write_text("a basis of few columns, and a gradient of few directions\n" * 99)
+
+    def run(name, mesh, devices, **flags):
+        flags |= {"data": str(text), "val_data": str(text), "warmup": 1}
+        config = TrainConfig(
+            preset="micro", weights=weights, mesh=mesh, run_dir=str(name), **flags
+        )
+        trainer = Trainer(config, jax.devices()[:devices])
+        result = trainer.run(lambda: False)
+        trainer.close()
+        assert result is not None
+        found = [line["loss"] for line in trainer.metrics.lines if "loss" in line]
+        return [*found, result.loss]
+
+    first = tmp_path / "first"
+    run(first, "data=2,fsdp=2,tensor=2", 8, stop_step=4)
+    copies = [shutil.copytree(first, tmp_path / name) for name in ("four", "one")]
+    expected = run(first, "data=2,fsdp=2,tensor=2", 8, resume=True)
+    assert len(expected) == 9
+    for copy, mesh, devices in zip(copies, ("fsdp=4", ""), (4, 1), strict=True):
+        capsys.readouterr()
+        found = run(copy, mesh, devices, resume=True)
+        assert "mesh: data=2,fsdp=2,tensor=2, now" in capsys.readouterr().out
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE)
