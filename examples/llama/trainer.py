@@ -52,7 +52,10 @@ class Trainer:
         self.placement = choose_placement(config, devices)
         self.config = config = dataclasses.replace(config, mesh=self.placement.name)
         self.model_config = model
-        self.optimizer = optimizers.build_optimizer(config)
+        self.definition, self.abstract_params = abstract_model(model)
+        places = self.placement.params(self.abstract_params)
+        on_mesh = places if self.placement.mesh else None
+        self.optimizer = optimizers.build_optimizer(config, on_mesh)
         run_dir = found_by_first(lambda: str(choose_run_dir(config)))
         self.run_dir = pathlib.Path(run_dir)
         self.train_text, self.val_text = load_corpora(
@@ -70,7 +73,6 @@ class Trainer:
             )
         self.tx = optimizers.guarded(config, self.optimizer)
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
-        self.definition, self.abstract_params = abstract_model(model)
         self.weights = WEIGHTS[config.weights](config.param_dtype)
         self.layout = self.placement.layout(self.abstract_params, self.tx, self.weights)
         self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
@@ -93,7 +95,11 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run."""
+        side = self.config.side
+        if side == "auto":  # the state is another where a mesh leads to other sides
+            side = optimizers.sides(self.optimizer, self.abstract_params)
         return {name: getattr(self.config, name) for name in IDENTITY} | {
+            **({"side": side} if side else {}),
             "corpus_hash": self.train_text.fingerprint(),
             "tokenizer_hash": self.tokenizer.fingerprint,
             "model": dataclasses.asdict(self.model_config),

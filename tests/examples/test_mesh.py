@@ -184,6 +184,36 @@ def test_an_axis_that_does_not_divide_stays_whole(monkeypatch, batches):
     check_layouts(monkeypatch, batches, "galore", [("fsdp=2,tensor=2", 4)], ff_width=51)
 
 
+def sides(mesh, devices, **flags):
+    config, model = resolve(TrainConfig(preset="micro", mesh=mesh, **flags))
+    placement = choose_placement(config, jax.devices()[:devices])
+    params = abstract_model(model)[1]
+    places = placement.params(params) if placement.mesh else None
+    found = optimizers.sides(optimizers.build_optimizer(config, places), params)
+    return {path.split("/")[-2]: side for path, side in found.items()}
+
+
+def test_sides(monkeypatch):
+    preset(monkeypatch, ff_width=96)
+    short = {"q": "left", "k": "left", "v": "left", "o": "left"}
+    short |= {"gate": "left", "up": "left", "down": "right"}
+    assert sides("", 1) == sides("", 1, side="auto") == short
+    assert sides("", 1, side="long")["gate"] == "right"
+    # Each basis lies on the axis that the mesh leaves whole.
+    cut_in = {name: "right" for name in ("q", "k", "v", "gate", "up")}
+    assert sides("fsdp=2", 2, side="auto") == cut_in | {"o": "left", "down": "left"}
+    cut_out = {name: "left" for name in cut_in} | {"o": "right", "down": "right"}
+    assert sides("tensor=2", 2, side="auto") == cut_out
+    for name in optimizers.OPTIMIZERS:
+        if name not in configs.NO_SIDE:
+            found = sides("", 1, optimizer=name, side="right")
+            assert set(found.values()) <= {"right"}, name
+    with pytest.raises(UsageError, match="--side: gwt projects on no side"):
+        sides("", 1, optimizer="gwt", side="long")
+    with pytest.raises(UsageError, match="--side must be one of short, long, left"):
+        sides("", 1, side="top")
+
+
 def test_a_checkpoint_is_restored_on_another_mesh(monkeypatch, tmp_path):
     preset(monkeypatch)
     args = "galore", "data=2,fsdp=2,tensor=2", 8, "int8"
