@@ -24,9 +24,9 @@ def state_shardings(
     An axis of the state takes the mesh axes of the parameter axis behind it: a basis
     ``[*batch, m, r]`` is sharded like the parameter's batch and projected axes, a
     projection ``[*batch, r, n]`` like its batch and kept axes; moments of full leaves
-    like the parameter. A matrix that would keep no sharding at all (the moments, where
-    the projected axis is the sharded one) takes the parameter's mesh axes on its
-    largest axis that they divide. Counters and keys are replicated. Without this,
+    like the parameter. Mesh axes of the parameter that a matrix would not keep (the
+    moments, where the projected axis is a sharded one) go to its larger axis, if they
+    divide it. Counters and keys are replicated. Without this,
     ``jax.jit(tx.init)(params)`` puts all state on one device, and the compiler
     replicates the bases after a step.
 
@@ -189,23 +189,33 @@ def _spec(
 def _spread(
     spec: PartitionSpec, shape: tuple[int, ...], sharding: Any
 ) -> PartitionSpec:
-    """Shards a matrix that kept none of its parameter's mesh axes after all.
+    """Gives a matrix the mesh axes of its parameter that it did not keep.
 
-    The parameter's sharded axis is the one this array was projected along, or lacks.
-    Its mesh axes go to the largest of the last two axes that they divide.
+    The parameter's axis that they cut is the one this array was projected along, or
+    lacks. Each goes to that of the last two axes of which a device has the most so far,
+    if the parts are still whole.
     """
-    if not isinstance(sharding, NamedSharding) or len(shape) < 2 or any(spec):
+    if not isinstance(sharding, NamedSharding) or len(shape) < 2:
         return spec
-    flat: list[str] = []
-    for name in sharding.spec:
-        flat += mesh_axes(name)
-    parts = math.prod(sharding.mesh.shape[name] for name in flat)
-    fits = [axis for axis in (-1, -2) if flat and shape[axis] % parts == 0]
-    if not fits:
-        return spec
-    place = max(fits, key=lambda axis: shape[axis]) % len(shape)
-    named = tuple(flat) if len(flat) > 1 else flat[0]
-    return PartitionSpec(*(named if i == place else None for i in range(len(shape))))
+    sizes = sharding.mesh.shape
+    placed = [mesh_axes(entry) for entry in (*spec, *[None] * len(shape))]
+    placed = placed[: len(shape)]
+    kept = {name for names in placed for name in names}
+
+    def local(axis: int) -> int:
+        return shape[axis] // math.prod(sizes[name] for name in placed[axis])
+
+    for name in (name for entry in sharding.spec for name in mesh_axes(entry)):
+        fits = [a for a in (-1, -2) if local(a) % sizes[name] == 0]
+        if sizes[name] == 1 or name in kept or not fits:
+            continue
+        place = max(fits, key=local)
+        placed[place] = (*placed[place], name)
+    return PartitionSpec(*map(_entry, placed))
+
+
+def _entry(names: tuple[str, ...]) -> Any:
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def _place(spec: PartitionSpec, like: Any) -> Any:

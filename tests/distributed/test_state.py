@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
@@ -57,11 +58,12 @@ def test_the_state_lies_where_the_helper_says(mesh):
     assert where == run.state_shardings
     basis, mu = run.state.basis, mu_of(run.state)
     # dense [64, 32] is sharded (model, data) and projected on its 32 columns, up
-    # [2, 32, 64] is sharded (data, model) and projected on its 32 rows.
-    assert same(basis["dense"].sharding.spec, P("data", None))
-    assert same(mu["dense"].sharding.spec, P(None, "model"))
-    assert same(basis["layers"]["up"].sharding.spec, P(None, "data", None))
-    assert same(mu["layers"]["up"].sharding.spec, P(None, None, "model"))
+    # [2, 32, 64] is sharded (data, model) and projected on its 32 rows. The mesh axis
+    # of the axis that an array lacks comes behind that of the one it has.
+    assert same(basis["dense"].sharding.spec, P(("data", "model"), None))
+    assert same(mu["dense"].sharding.spec, P(None, ("model", "data")))
+    assert same(basis["layers"]["up"].sharding.spec, P(None, ("data", "model"), None))
+    assert same(mu["layers"]["up"].sharding.spec, P(None, None, ("model", "data")))
     assert same(mu["layers"]["bias"].sharding.spec, P(None, "data"))
     for leaf in jax.tree.leaves(basis):
         assert not leaf.sharding.is_fully_replicated
@@ -73,12 +75,12 @@ def test_bytes_per_device():
     assert {
         k: per_device_bytes(v) for k, v in run.state.basis.items() if k != "norm"
     } == {
-        "dense": 4 * 32 * RANK // 4,
-        "layers": 4 * 2 * 32 * RANK // 4,
+        "dense": 4 * 32 * RANK // 8,
+        "layers": 4 * 2 * 32 * RANK // 8,
     }
     mu = mu_of(run.state)
-    assert per_device_bytes(mu["dense"]) == 4 * RANK * 64 // 2
-    assert per_device_bytes(mu["layers"]["up"]) == 4 * 2 * RANK * 64 // 2
+    assert per_device_bytes(mu["dense"]) == 4 * RANK * 64 // 8
+    assert per_device_bytes(mu["layers"]["up"]) == 4 * 2 * RANK * 64 // 8
     assert per_device_bytes(mu["norm"]) == 4 * 16 // 4
 
 
@@ -93,14 +95,25 @@ def test_fsdp_replicates_no_matrix_of_the_state(side):
         assert not sharding.is_fully_replicated
 
 
-def test_trees_of_partition_specs_give_the_same():
-    # Where every matrix of the state keeps a mesh axis of its own: a PartitionSpec
-    # does not know the sizes that spreading a mesh axis over another one needs.
-    mesh = auto_mesh()
-    specs = LAYOUTS["both"]
-    given = state_specs(PARAMS, specs)
-    expected = state_specs(PARAMS, named(mesh, specs))
-    assert jax.tree.map(lambda s: NamedSharding(mesh, s), given) == expected
+def test_an_axis_of_size_one_does_not_count_as_sharded():
+    """A mesh of three axes of which one cuts anything, as FSDP alone on a pod."""
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 8, 1), ("data", "fsdp", "tensor"))
+    specs = {"w": NamedSharding(mesh, P("fsdp", "tensor"))}
+    tx = galore(projector=SVD, side="left")
+    shardings = lro.state_shardings(tx, {"w": jnp.ones((32, 64))}, specs)
+    assert same(shardings.basis["w"].spec, P("fsdp"))
+    assert mu_of(shardings)["w"].shard_shape((RANK, 64)) == (RANK, 8)
+
+
+def test_trees_of_partition_specs_keep_the_parameters_own_axes():
+    # A PartitionSpec does not know the sizes that spreading a mesh axis over another
+    # one needs.
+    given = state_specs(PARAMS, LAYOUTS["both"])
+    assert same(given.basis["dense"], P("data", None))
+    assert same(mu_of(given)["dense"], P(None, "model"))
+    assert same(given.basis["layers"]["up"], P(None, "data", None))
+    assert same(mu_of(given)["layers"]["up"], P(None, None, "model"))
+    assert same(mu_of(given)["layers"]["bias"], P(None, "data"))
 
 
 def test_asking_twice_gives_the_same():
@@ -141,8 +154,8 @@ def test_wrapped_in_other_transformations(name):
     updates, state = run.updates(gradients(PARAMS))
     assert_close(updates, updates_on_one_device(tx, PARAMS)[0])
     basis = optax.tree_utils.tree_get(state, "basis")
-    assert same(basis["dense"].sharding.spec, P("data", None))
-    assert same(basis["layers"]["up"].sharding.spec, P(None, "data", None))
+    assert same(basis["dense"].sharding.spec, P(("data", "model"), None))
+    assert same(basis["layers"]["up"].sharding.spec, P(None, ("data", "model"), None))
 
 
 CONV = {"kernel": jnp.ones((3, 3, 8, 32))}
@@ -158,7 +171,7 @@ HEADS = {"kernel": jnp.ones((32, 4, 16))}
             CONV,
             DIMENSIONS((0, 1, 2), 3),
             P(None, None, "data", "model"),
-            P("model"),
+            P(("model", "data")),
             P(None, ("data", "model")),
         ),
         (
@@ -169,12 +182,18 @@ HEADS = {"kernel": jnp.ones((32, 4, 16))}
             P(*[None] * 3, "model"),
         ),
         # (embed, heads, head_dim), heads merged with head_dim, then heads as a batch.
-        (HEADS, DIMENSIONS(0, (1, 2)), P("data", "model"), P("data"), P(None, "model")),
+        (
+            HEADS,
+            DIMENSIONS(0, (1, 2)),
+            P("data", "model"),
+            P(("data", "model")),
+            P(None, ("model", "data")),
+        ),
         (
             HEADS,
             DIMENSIONS(0, 2),
             P("data", "model"),
-            P("model"),
+            P("model", "data"),
             P("model", None, "data"),
         ),
     ],
@@ -230,10 +249,12 @@ def test_boxed_parameters(box):
         from_boxes = named(mesh, nn.get_partition_spec(abstract))
         assert basis.names == (None, "data", None)
     layout = lro.state_shardings(tx, params, shardings)
-    for way in (layout, from_boxes):  # the helper, and Flax' own way
+    own = P(None, "data", None), P(None, ("data", "model"), None)
+    # Flax' own way, which knows the names alone, and the helper.
+    for way, spec in zip((from_boxes, layout), own, strict=True):
         state = jax.jit(tx.init, out_shardings=way)(params)
         up = nn.meta.unbox(state.basis)["layers"]["up"]
-        assert same(up.sharding.spec, P(None, "data", None))
+        assert same(up.sharding.spec, spec)
     with jax.set_mesh(mesh):
         step = jax.jit(tx.update, out_shardings=(shardings, layout))
         for gradient, expected in zip(
