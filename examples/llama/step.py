@@ -13,6 +13,9 @@ from examples.llama.activations import Wrap
 from examples.llama.model import Params
 from examples.llama.weights import PLAIN, Weights
 
+# Names in the compiled program, which say whose a collective is.
+MODEL, OPTIMIZER = "model", "optimizer"
+
 
 class Steps(NamedTuple):
     """`train(stored, opt_state, batch, key)` and `evaluate(stored, batch)`."""
@@ -95,10 +98,12 @@ def make_steps(
         stored: Any, opt_state: Any, batch: Any, key: Any = None
     ) -> tuple[Any, Any, Any]:
         params = weights.load(stored)
-        loss, grads = mean_gradient(definition, use(params), batch, wrap_layer)
-        if layout is not None:
-            grads = jax.lax.with_sharding_constraint(grads, layout.params)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        with jax.named_scope(MODEL):
+            loss, grads = mean_gradient(definition, use(params), batch, wrap_layer)
+            if layout is not None:
+                grads = jax.lax.with_sharding_constraint(grads, layout.params)
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = tx.update(grads, opt_state, params)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -106,7 +111,9 @@ def make_steps(
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,
         }
-        return weights.apply(stored, updates, key), opt_state, metrics
+        with jax.named_scope(OPTIMIZER):
+            stored = weights.apply(stored, updates, key)
+        return stored, opt_state, metrics
 
     def evaluate(stored: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         params = use(weights.load(stored))
