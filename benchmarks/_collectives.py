@@ -52,15 +52,17 @@ class Collective:
         return self.bytes * self.times
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(hlo: str, by_channel: bool = True) -> list[Collective]:
     """Lists the collectives of a program, each once.
 
     A TPU program spreads one asynchronous collective over several fusions: those that
-    share a channel are the same.
+    share a channel are the same. In a program written with jax.shard_map all have one
+    channel: pass `by_channel=False` there.
     """
     computations, entry = _computations(hlo)
     found: dict[object, Collective] = {}
-    for key, item in _walk(computations, entry, 1, True, False):
+    for n, (key, item) in enumerate(_walk(computations, entry, 1, True, False)):
+        key = key if by_channel else n
         known = found.get(key)
         if known is None or known.total < item.total:
             found[key] = item

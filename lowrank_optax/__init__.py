@@ -31,6 +31,9 @@ from lowrank_optax.weights import (
 # Activation memory.
 from lowrank_optax import activations as activations
 
+# Communication and accumulation.
+from lowrank_optax import distributed as distributed
+
 # Methods.
 from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
 from lowrank_optax.methods.apollo import apollo as apollo

@@ -98,11 +98,12 @@ class Bracket:
         matrices = [matrix for _, matrix in plan.matrices()]
         spread = phases(matrices, self.projector.update_proj_gap, self.stagger)
         return {
-            i: self._refresher(matrix, phase)
+            i: self.refresher(matrix, phase)
             for i, matrix, phase in zip(positions, matrices, spread, strict=True)
         }
 
-    def _refresher(self, matrix: Matrix, phase: tuple[int, ...] = ()) -> Refresher:
+    def refresher(self, matrix: Matrix, phase: tuple[int, ...] = ()) -> Refresher:
+        """Returns the refresher of one projected leaf; without phases, for shapes."""
         both = matrix.side == "both"
         projector = two_sided(self.projector) if both else self.projector
         phase = phase or (0,) * math.prod(matrix.batch_shape)
@@ -115,7 +116,7 @@ class Bracket:
             return (self.full or self.inner).init(jnp.zeros(shape, self.dtype))
 
         def low(matrix):
-            refresher = self._refresher(matrix)
+            refresher = self.refresher(matrix)
             basis = refresher.init()
             state = self.inner.init(self.low_zeros(refresher, basis.stored))
             recovery = self.recovery.start(matrix) if self.recovery else ()
@@ -154,7 +155,6 @@ class Bracket:
     def init(self, params: Any) -> SubspaceState:
         """Returns the state of a fresh bracket."""
         plan = self.plan(params)
-        record(plan)
         leaves = plan.treedef.flatten_up_to(params)
         low: list[Any] = [
             refill(leaf, cast(unbox(leaf), self.dtype)) for leaf in leaves
@@ -176,7 +176,7 @@ class Bracket:
             _require_moments(inner_state)
         if self.recovery is not None and not self.recovery.accumulates:
             _refuse_accumulation(self.recovery, inner_state)
-        return SubspaceState(
+        state = SubspaceState(
             jnp.zeros([], jnp.int32),
             _key_data(self.seed),
             plan.treedef.unflatten(basis),
@@ -185,6 +185,15 @@ class Bracket:
             self.full.init(full) if self.full is not None else (),
             plan.treedef.unflatten(recovery) if self.recovery is not None else (),
         )
+        record(plan, self, state)
+        return state
+
+
+def clock_of(state: SubspaceState) -> Clock:
+    """Returns the bracket's time; closed in the middle of an accumulation inside it."""
+    steps = optax.tree_utils.tree_get(state.inner_state, "mini_step")
+    is_open = jnp.bool_(True) if steps is None else steps == 0
+    return Clock(state.count, is_open, state.key)
 
 
 def _key_data(seed: int) -> Array:

@@ -9,7 +9,13 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _moments
-from lowrank_optax._bracket import Bracket, SubspaceState, SubspaceView, cast
+from lowrank_optax._bracket import (
+    Bracket,
+    SubspaceState,
+    SubspaceView,
+    cast,
+    clock_of,
+)
 from lowrank_optax._matrices import (
     is_altered,
     is_box,
@@ -21,7 +27,7 @@ from lowrank_optax._matrices import (
     unbox_tree,
 )
 from lowrank_optax._plan import Plan
-from lowrank_optax._refresh import Clock, LeafBasis
+from lowrank_optax._refresh import LeafBasis
 from lowrank_optax.recovery import LeafView, Recovered
 
 
@@ -35,10 +41,7 @@ class Leaves:
         self.before = self._restored(state, updates if params is None else params)
         self.updates = plan.treedef.flatten_up_to(updates)
         self.params = None if params is None else plan.treedef.flatten_up_to(params)
-        steps = optax.tree_utils.tree_get(state.inner_state, "mini_step")
-        self.clock = Clock(
-            state.count, jnp.bool_(True) if steps is None else steps == 0, state.key
-        )
+        self.clock = clock_of(state)
 
     def _restored(self, state: SubspaceState, like: Any) -> SubspaceState:
         """Gives what is kept per parameter its own types back.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 
-def _explicit_mesh(tree: Any) -> Any:
+def explicit_mesh(tree: Any) -> Any:
     """Returns the mesh with explicit axes that the tree's arrays live on, if any."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
@@ -16,6 +16,19 @@ def _explicit_mesh(tree: Any) -> Any:
     return None
 
 
+def explicit_like(like: Any, fn: Callable, *args: Any) -> Any:
+    """Calls ``fn(*args)``, whose result has the types of ``like``, on any mesh."""
+    mesh = explicit_mesh((like, args))
+    if mesh is None:
+        return fn(*args)
+    out = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    # Axes that are manual, in jax.shard_map over others, stay so.
+    auto: Callable = jax.sharding.auto_axes(
+        fn, axes=mesh.explicit_axes, out_sharding=out
+    )
+    return auto(*args)
+
+
 def under_auto_axes(step: Callable, updates, state, params, extra_args) -> Any:
     """Calls ``step(updates, state, params, extra_args)`` on any kind of mesh.
 
@@ -23,9 +36,4 @@ def under_auto_axes(step: Callable, updates, state, params, extra_args) -> Any:
     in: the update that of the gradient, the new state that of the old. So the
     step itself can leave all sharding to the compiler, as on an Auto mesh.
     """
-    mesh = _explicit_mesh((updates, state, params))
-    if mesh is None:
-        return step(updates, state, params, extra_args)
-    out = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-    auto: Callable = jax.sharding.auto_axes(step, out_sharding=out)
-    return auto(updates, state, params, extra_args)
+    return explicit_like((updates, state), step, updates, state, params, extra_args)

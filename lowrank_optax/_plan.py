@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -151,24 +151,32 @@ def _make_matrix(path, leaf, numbers, sharding, selection, projector):
     return matrix, f"selected {chosen}"
 
 
-_RECORDS: list[list[Plan]] = []
+class Record(NamedTuple):
+    """One bracket at its initialisation: its plan, itself, and its first state."""
+
+    plan: Plan
+    bracket: Any
+    state: Any
+
+
+_RECORDS: list[list[Record]] = []
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Plan]]:
-    """Collects the plans of every bracket initialised inside the with block."""
-    plans: list[Plan] = []
-    _RECORDS.append(plans)
+def recording() -> Iterator[list[Record]]:
+    """Collects every bracket that is initialised inside the with block."""
+    records: list[Record] = []
+    _RECORDS.append(records)
     try:
-        yield plans
+        yield records
     finally:
         _RECORDS.pop()
 
 
-def record(plan: Plan) -> None:
-    """Hands a bracket's plan to the innermost ``recording`` block, if there is one."""
+def record(plan: Plan, bracket: Any, state: Any) -> None:
+    """Hands a bracket to the innermost ``recording`` block, if there is one."""
     if _RECORDS:
-        _RECORDS[-1].append(plan)
+        _RECORDS[-1].append(Record(plan, bracket, state))
 
 
 def abstract_init(tx: Any, params: Any) -> Any:

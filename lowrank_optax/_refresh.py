@@ -77,6 +77,12 @@ class Refresher:
         pending = jnp.ones(batch, jnp.bool_) if self.projector.stores_basis else ()
         return LeafBasis(stored, pending)
 
+    def due(self, clock: Clock, leaf: LeafBasis) -> Array:
+        """Returns for every matrix, stacked flat, whether it is due in this step."""
+        stored = jax.tree.map(lambda x: _flat(self, x), leaf.stored)
+        due = self.projector.is_due(stored, clock.count + self._shift())
+        return clock.open & (due | _flat(self, leaf.pending))
+
     def refresh(self, clock: Clock, gradient: Array, leaf: LeafBasis) -> LeafBasis:
         """Renews the matrices that are due and healthy; the rest stay as they are."""
         if not self.projector.stores_basis:
@@ -85,9 +91,7 @@ class Refresher:
         # in stored order, and transpose it inside.
         gradient = self.matrix.flip(gradient)
         at = self._at(clock)
-        stored = jax.tree.map(lambda x: _flat(self, x), leaf.stored)
-        due = self.projector.is_due(stored, clock.count + self._shift())
-        due = clock.open & (due | _flat(self, leaf.pending))
+        due = self.due(clock, leaf)
         if not self.matrix.batch:
             one = jax.tree.map(lambda x: x[0], (at, due))
             return jax.lax.cond(

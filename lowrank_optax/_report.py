@@ -72,14 +72,15 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
       >>> report.projected, report.full
       (('kernel',), ('bias',))
     """
-    with recording() as plans:
+    with recording() as records:
         abstract_init(tx, params)
-    if not plans:
+    if not records:
         raise ValueError(
             "selection_report found no low-rank bracket in this transformation; "
             "expected one built by lro.chain, lro.subspace or a method of lro."
         )
-    return SelectionReport(tuple(leaf for plan in plans for leaf in plan.leaves))
+    leaves = [leaf for record in records for leaf in record.plan.leaves]
+    return SelectionReport(tuple(leaves))
 
 
 def _bytes(row: LeafPlan) -> int:

@@ -56,10 +56,12 @@ def state_shardings(
       >>> specs.inner_state.mu["kernel"] == P(None, "data")
       True
     """
-    with recording() as plans:
+    with recording() as records:
         state = abstract_init(tx, params)
     matrices = {
-        leaf.path: leaf.matrix for plan in plans for leaf in plan.leaves if leaf.matrix
+        matrix.path: matrix
+        for record in records
+        for _, matrix in record.plan.matrices()
     }
     shapes, shardings = _by_path(params, param_shardings)
     like = next(iter(shardings.values()), PartitionSpec())

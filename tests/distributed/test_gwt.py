@@ -141,7 +141,7 @@ def test_a_band_that_cannot_be_divided_lies_elsewhere():
         assert moments(tx, params, specs) == {"w": [None, "data"]}
     both = named(auto_mesh(), {"w": P("data", "model")})
     params = {"w": jnp.zeros((64, 32))}
-    assert moments(gwt(5), params, both) == {"w": [None, "model"]}
+    assert moments(gwt(5), params, both) == {"w": [None, ("model", "data")]}
 
 
 def test_the_columns_likewise():
