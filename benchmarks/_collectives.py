@@ -16,6 +16,7 @@ _BITS = {"pred": 8, "f16": 16, "bf16": 16, "c64": 64, "c128": 128}
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCHES = re.compile(
@@ -33,7 +34,8 @@ class Collective:
 
     `times` multiplies the trip counts of the loops around it; a loop whose trip count
     the text does not tell counts once, and then `exact` is False. `conditional` says
-    that it stands inside a branch, so that not every step runs it.
+    that it stands inside a branch, so that not every step runs it. `scope` is the path
+    of named scopes that it was traced in, empty where the compiler does not tell.
     """
 
     op: str
@@ -42,6 +44,7 @@ class Collective:
     times: int
     exact: bool
     conditional: bool
+    scope: str = ""
 
     @property
     def total(self) -> int:
@@ -96,7 +99,19 @@ def _walk(
             channel = _CHANNEL.search(rest)
             key = (kind, channel[1]) if channel else (name, number)
             shapes, size = _result(result, kind, op.endswith("-start"))
-            yield key, Collective(kind, shapes, size, times, exact, conditional)
+            scope = _SCOPE.search(rest)
+            yield (
+                key,
+                Collective(
+                    kind,
+                    shapes,
+                    size,
+                    times,
+                    exact,
+                    conditional,
+                    scope[1] if scope else "",
+                ),
+            )
             continue
         loop = _LOOP.search(rest) if op == "while" else None
         if loop:

@@ -1,24 +1,25 @@
-"""A training step compiled by the TPU's own compiler: no TPU is needed."""
+"""A training step compiled by the TPU's own compiler; no TPU is needed, none runs."""
 
-import contextlib
+import importlib.util
 import os
+import re
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-import lowrank_optax as lro
-from examples.llama import optimizers
-from examples.llama.activations import ACTIVATIONS
+from benchmarks._collectives import Collective, collectives
+from examples.llama.activations import Wrap
 from examples.llama.config import Resolved, UsageError
-from examples.llama.estimate import Parts, Topology
-from examples.llama.mesh import batch_sharding, constrained, param_shardings
+from examples.llama.mesh import batch_sharding
 from examples.llama.model import ModelConfig, abstract_model
-from examples.llama.plan_layers import plan_from_shapes, wrap_with
-from examples.llama.step import make_steps
+from examples.llama.placement import Placement
+from examples.llama.step import MODEL, OPTIMIZER, make_steps
+from examples.llama.weights import WEIGHTS
 from lowrank_optax import activations
 
 # The compiler must look neither for a TPU nor for another process that has one.
@@ -29,16 +30,17 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "none",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-MIB = 2**20
+_TOO_LARGE = re.compile(r"(?:Used|required|allocate)\D{0,20}([\d.]+[KMGT]) of ([\d.]+[KMGT])")
 
 
 class Compiled(NamedTuple):
-    """The compiler's account, for one device; `program` is what `compile` returned."""
+    """The compiler's account, for one device."""
 
     audit: activations.Audit
     program_bytes: int
     seconds: float
-    program: Any
+    collectives: list[Collective]
+    text: str
 
     @property
     def total(self) -> int:
@@ -46,97 +48,88 @@ class Compiled(NamedTuple):
         return self.audit.total_bytes
 
 
-def find_devices(topology: Topology) -> Any:
-    """The devices of a topology that need not be there."""
+def find_devices(topology: str) -> Any:
+    """The devices of a TPU slice that need not be there."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError(
+            "--compile needs the TPU's compiler, the package libtpu: pip install "
+            "'.[tpu]'; the estimate works without it"
+        )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with contextlib.suppress(RuntimeError):  # a backend is there already
-        jax.config.update("jax_platforms", "cpu")
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name
-        )
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
+        said = str(error).splitlines()[0][:300]
         raise UsageError(
-            f"no TPU compiler for {topology.name}: it is in the package libtpu (pip "
-            f"install '.[tpu]') and knows TPUs only; it said: {error}"
+            f"the TPU's compiler does not make a slice of {topology}: {said}"
         ) from error
     return found.devices
 
 
 def compile_step(
-    config: Resolved, model: ModelConfig, topology: Topology, sizes: dict[str, int]
+    config: Resolved,
+    model: ModelConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    wrap_layer: Wrap | None,
 ) -> Compiled:
-    """Compiles the trainer's step for a mesh on the topology."""
-    mesh = jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=find_devices(topology),
-    )
-    step, arguments = traced(config, model, mesh)
-    started = time.perf_counter()
-    program = step.lower(*arguments).compile()
-    seconds = time.perf_counter() - started
-    memory: Any = program.memory_analysis()
-    return Compiled(
-        activations.audit(program),
-        memory.generated_code_size_in_bytes,
-        seconds,
-        program,
-    )
-
-
-def traced(config: Resolved, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted step and the shapes of its arguments, laid out on the mesh."""
+    """Compiles the step that the trainer runs on this mesh."""
     definition, params = abstract_model(model)
-    tx = optimizers.guarded(config, optimizers.build_optimizer(config))
-    shardings = param_shardings(mesh, params)
-    layout = lro.state_shardings(tx, params, shardings)
-    policy = ACTIVATIONS[config.activation_policy]
-    if config.activation_budget:
-        policy = wrap_with(plan_from_shapes(config, model))
-    on_mesh = constrained(mesh)
-
-    def wrap(layer: Any) -> Any:
-        return on_mesh(layer if policy is None else policy(layer))
-
-    def train(params: Any, state: Any, batch: Any) -> Any:
-        params, state, metrics = make_steps(definition, tx, wrap_layer=wrap).train(
-            params, state, batch
-        )
-        return params, state, metrics["loss"]
-
-    step = jax.jit(
-        train, donate_argnums=(0, 1), out_shardings=(shardings, layout, None)
-    )
+    weights = WEIGHTS[config.weights](config.param_dtype)
+    layout = Placement(mesh, None).layout(params, tx, weights)
+    step = make_steps(definition, tx, weights, wrap_layer, layout).train
+    stored = jax.eval_shape(weights.store, params)
+    state = jax.eval_shape(tx.init, params)
     rows = config.batch_size // config.micro_batches
     shape = (config.micro_batches, rows, config.seq_len)
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    arguments = (params, jax.eval_shape(tx.init, params), batch)
-    layouts = (shardings, layout, dict.fromkeys(batch, batch_sharding(mesh)))
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        arguments,
-        layouts,
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
+    cut = batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
+        for name, dtype in types.items()
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.rest)
+    arguments = placed(stored, layout.stored), placed(state, layout.state), batch, key
+    return compiled(step.lower(*arguments))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """The same shapes, laid out."""
+
+    def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)
+
+
+def compiled(lowered: Any) -> Compiled:
+    """Compiles, and reads what the compiler says."""
+    started = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - started
+    text = program.as_text() or ""
+    return Compiled(
+        activations.audit(program),
+        program.memory_analysis().generated_code_size_in_bytes,
+        seconds,
+        collectives(text),
+        text,
     )
-    return step, placed
 
 
-def compared(parts: Parts, compiled: Compiled) -> str:
-    """The compiler's account beside the estimate."""
-    audit = compiled.audit
-    rows = [
-        ("arguments", audit.argument_bytes, parts.parameters + parts.state),
-        ("temporaries", audit.temp_bytes, parts.temporaries),
-        ("together", compiled.total, parts.total),
-    ]
-    lines = [f"compiled in {compiled.seconds:.0f} s, for one device:"]
-    for name, found, expected in rows:
-        off = 100 * (expected / max(found, 1) - 1)
-        lines.append(
-            f"  {name:<14} {found / MIB:>12,.1f} MiB, the estimate {off:+.1f} %"
-        )
-    lines.append(f"  {'program':<14} {compiled.program_bytes / MIB:>12,.1f} MiB")
-    return "\n".join(lines)
+def sent(items: list[Collective], owner: str) -> dict[str, tuple[int, int]]:
+    """Number and bytes of the collectives of a part of the step, by operation.
+
+    Those of a refresh, which stand in branches, are apart. What the compiler does not
+    tell the origin of counts as the model's.
+    """
+    sums: dict[str, tuple[int, int]] = {}
+    for item in items:
+        whose = OPTIMIZER if f"/{OPTIMIZER}/" in item.scope else MODEL
+        if whose == owner:
+            name = item.op + " (refresh)" * item.conditional
+            count, total = sums.get(name, (0, 0))
+            sums[name] = count + item.times, total + item.total
+    return sums

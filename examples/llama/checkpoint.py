@@ -186,7 +186,8 @@ class Checkpoints:
 
     def _complete(self, step: int, meta: dict[str, Any]) -> None:
         self._manager.wait_until_finished()
-        self.store.write_record(step, meta)
+        if jax.process_index() == 0:
+            self.store.write_record(step, meta)
 
     def wait(self) -> None:
         """Until the running save is complete, with its record."""
@@ -221,11 +222,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def on_device(abstract: Any) -> Any:
-    """The same shapes, placed on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def on_device(abstract: Any, shardings: Any = None) -> Any:
+    """The same shapes, placed by shardings like them; None: on the first device."""
+    if shardings is None:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda leaf: first, abstract)
 
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(place, abstract)
+    return jax.tree.map(place, abstract, shardings)

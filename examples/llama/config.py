@@ -160,6 +160,11 @@ class TrainConfig:
     the preset's, apollo_mini 1"""
     level: int = 2
     """levels of the wavelet transform (gwt); each halves the moments"""
+    side: str = ""
+    """which side of a matrix its basis lies on (all but adamw, adamw_8bit and gwt):
+    short, long (smaller state), left, right or auto (the one that --mesh does not cut,
+    so that no step projects over the network; else the short one); empty: the method's
+    own, short but for natural_galore"""
     update_proj_gap: int | None = None
     """steps between two refreshes of the projection (all but adamw, adamw_8bit and gwt;
     at first, in q_galore; the basis of ldadam and online_subspace_descent moves at
@@ -195,6 +200,14 @@ class TrainConfig:
     replan_every: int = 500
     """steps after which errors are measured again and the plan is made anew where it
     breaks --activation-error or another is faster; 0: never"""
+    mesh: str = ""
+    """how the devices are laid out: sizes of data (whole copies), fsdp (parameters and
+    state cut) and tensor (products cut), such as data=2,fsdp=4 or fsdp=-1 for all that
+    is left; empty: all on fsdp, if the rows of a micro-batch can be cut over them, else
+    one device. A run may go on with another"""
+    distributed: bool = False
+    """join the other processes of a TPU pod, of Slurm or of GKE, as JAX finds them;
+    elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
     seed: int = 0
     """seed of the parameters, the data order and the optimizer"""
 
@@ -257,6 +270,9 @@ _METHODS = {
 }
 
 
+SIDES = ("short", "long", "left", "right", "auto")
+NO_SIDE = ("adamw", "adamw_8bit", "gwt")
+
 # A checkpoint written under another value of these does not fit; the rest (learning
 # rate, length, evaluation, logging) may change between a run and its continuation.
 IDENTITY = (
@@ -299,13 +315,19 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         "compute_dtype": ("float32", "bfloat16"),
         "weights": tuple(WEIGHTS),
         "activation_policy": tuple(ACTIVATIONS),
+        "side": ("", *SIDES),
     }
     for name, allowed in choices.items():
         if (value := getattr(config, name)) not in allowed:
             raise UsageError(
-                f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}; "
+                f"--{name.replace('_', '-')} must be one of "
+                f"{', '.join(filter(None, allowed))}; "
                 f"got {value!r}"
             )
+    if config.side and config.optimizer in NO_SIDE:
+        raise UsageError(
+            f"--side: {config.optimizer} projects on no side; leave it out"
+        )
     if config.activation_budget and config.activation_policy not in ("none", "adacc"):
         raise UsageError(
             "--activation-budget plans compressed activations (adacc); leave out "

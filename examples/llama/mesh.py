@@ -112,6 +112,21 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def whole_axes(mesh: Mesh, params: Any) -> list[str]:
+    """Says of every axis that a rule would cut and its mesh axis does not divide."""
+    lines = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        for name, size in zip(logical_axes(path), leaf.shape, strict=True):
+            axis = RULES[name]
+            if axis and size % mesh.shape[axis]:
+                lines.append(
+                    f"{path} {leaf.shape}: {name} stays whole, {axis}="
+                    f"{mesh.shape[axis]} does not divide {size}"
+                )
+    return lines
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch `[micro-batches, rows, positions]`: its rows."""
     return NamedSharding(mesh, PartitionSpec(None, ROWS))
@@ -126,6 +141,23 @@ def check_rows(mesh: Mesh, rows: int) -> None:
             f"{rows} rows of a micro-batch cannot be cut over data x fsdp = {parts} "
             f"devices; the nearest --batch-size gives {least} rows each"
         )
+
+
+def gathered(mesh: Mesh) -> Callable[[Any], Any]:
+    """For parameters about to be used: the embedding is whole along its width.
+
+    A lookup in a table that is cut along it would replicate what is looked up, on its
+    way to being cut along rows.
+    """
+
+    def use(params: Any) -> Any:
+        table = params["embed"]["embedding"]
+        (axis, *_) = param_shardings(mesh, params)["embed"]["embedding"].spec
+        place = NamedSharding(mesh, PartitionSpec(axis))
+        table = jax.lax.with_sharding_constraint(table, place)
+        return params | {"embed": {"embedding": table}}
+
+    return use
 
 
 def constrained(mesh: Mesh) -> Wrap:

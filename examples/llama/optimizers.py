@@ -11,7 +11,8 @@ import optax
 import lowrank_optax as lro
 from examples.llama.config import PRESETS, Resolved, UsageError
 
-Factory = Callable[[Resolved, optax.Schedule], optax.GradientTransformation]
+# Takes the resolved flags, the learning rate, and what `--side` adds.
+Factory = Callable[..., optax.GradientTransformation]
 _NEVER = int(jnp.iinfo(jnp.int32).max)
 
 
@@ -60,14 +61,17 @@ def low_rank(config: Resolved) -> dict[str, Any]:
 
 def at_every_step(method: Callable[..., optax.GradientTransformation]) -> Factory:
     """The factory of a method whose basis moves at every step."""
-    return lambda config, lr: method(lr, **low_rank(config))
+    return lambda config, lr, **side: method(lr, **low_rank(config), **side)
 
 
 def at_gaps(method: Callable[..., optax.GradientTransformation]) -> Factory:
     """The factory of a method whose basis changes every `--update-proj-gap` steps."""
 
-    def make(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
-        return method(lr, update_proj_gap=config.update_proj_gap, **low_rank(config))
+    def make(
+        config: Resolved, lr: optax.Schedule, **side: Any
+    ) -> optax.GradientTransformation:
+        options = low_rank(config) | side
+        return method(lr, update_proj_gap=config.update_proj_gap, **options)
 
     return make
 
@@ -75,23 +79,28 @@ def at_gaps(method: Callable[..., optax.GradientTransformation]) -> Factory:
 def encoded(method: Callable[..., optax.GradientTransformation]) -> Factory:
     """The factory of a method of gaps whose moments are codes, of one type only."""
 
-    def make(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
-        options = low_rank(config)
+    def make(
+        config: Resolved, lr: optax.Schedule, **side: Any
+    ) -> optax.GradientTransformation:
+        options = low_rank(config) | side
         del options["mu_dtype"], options["nu_dtype"]
         return method(lr, update_proj_gap=config.update_proj_gap, **options)
 
     return make
 
 
-def galore_plus(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+def galore_plus(
+    config: Resolved, lr: optax.Schedule, **side: Any
+) -> optax.GradientTransformation:
     """The kernels whose columns are cut into heads have one basis for all of them."""
     heads = PRESETS[config.preset].model.heads
 
     def parts(path: str) -> int:
         return heads if re.search(r"/[qkv]/", path) else 1
 
-    gap = config.update_proj_gap
-    return lro.galore_plus(lr, heads=parts, update_proj_gap=gap, **low_rank(config))
+    options = low_rank(config) | side
+    options["update_proj_gap"] = config.update_proj_gap
+    return lro.galore_plus(lr, heads=parts, **options)
 
 
 def gwt(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
@@ -138,13 +147,27 @@ def learning_rate(config: Resolved) -> optax.Schedule:
     )
 
 
-def build_optimizer(config: Resolved) -> optax.GradientTransformation:
-    """The named optimizer, without clipping and guard."""
+def build_optimizer(
+    config: Resolved, param_shardings: Any = None
+) -> optax.GradientTransformation:
+    """The named optimizer, without clipping and guard.
+
+    `--side auto` chooses by `param_shardings`; without them it is the short side.
+    """
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(
             f"unknown optimizer {config.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
         )
-    return OPTIMIZERS[config.optimizer](config, learning_rate(config))
+    side = {}
+    if config.side:
+        side = {"side": config.side, "param_shardings": param_shardings}
+    return OPTIMIZERS[config.optimizer](config, learning_rate(config), **side)
+
+
+def sides(optimizer: optax.GradientTransformation, params: Any) -> dict[str, str]:
+    """On which side of each projected matrix its basis lies."""
+    rows = lro.selection_report(optimizer, params).rows
+    return {row.path: row.matrix.side for row in rows if row.matrix}
 
 
 def guarded(

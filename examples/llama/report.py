@@ -2,18 +2,23 @@
 
 import csv
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 
 class Metrics:
-    """One JSON object a line. A resumed run drops the lines behind its start."""
+    """One JSON object a line. A resumed run drops the lines behind its start.
 
-    def __init__(self, run_dir: pathlib.Path, start: int):
+    With `write` false nothing is written: another process does it.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, start: int, write: bool = True):
         self.path = run_dir / "metrics.jsonl"
         self.lines = [line for line in _read(self.path) if line["step"] <= start]
-        self._file = self.path.open("w")
+        self.write = write
+        self._file = (self.path if write else pathlib.Path(os.devnull)).open("w")
         for line in self.lines:
             self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -26,6 +31,8 @@ class Metrics:
     def close(self) -> list[pathlib.Path]:
         """Writes the CSV and the picture; returns the files."""
         self._file.close()
+        if not self.write:
+            return []
         table = self.path.with_suffix(".csv")
         names = list(dict.fromkeys(name for line in self.lines for name in line))
         with table.open("w", newline="") as file:

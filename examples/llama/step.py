@@ -13,12 +13,31 @@ from examples.llama.activations import Wrap
 from examples.llama.model import Params
 from examples.llama.weights import PLAIN, Weights
 
+# Names in the compiled program, which say whose a collective is.
+MODEL, OPTIMIZER = "model", "optimizer"
+
 
 class Steps(NamedTuple):
     """`train(stored, opt_state, batch, key)` and `evaluate(stored, batch)`."""
 
     train: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class Layout(NamedTuple):
+    """Shardings of what a step reads and makes, and what else it takes to compute so.
+
+    `params` are those of the parameters and their gradients, `stored` of what is kept
+    of them between steps, `state` of the optimizer's state, `rest` of all else. The
+    forward pass is that of `use(params)`, with each layer in `wrap`.
+    """
+
+    params: Any
+    stored: Any
+    state: Any
+    rest: Any
+    wrap: Wrap | None = None
+    use: Callable[[Params], Params] = lambda params: params
 
 
 def token_losses(
@@ -63,19 +82,28 @@ def make_steps(
     tx: optax.GradientTransformation,
     weights: Weights = PLAIN,
     wrap_layer: Wrap | None = None,
+    layout: Layout | None = None,
 ) -> Steps:
     """Compiled steps of a model under an optimizer with the guard outermost.
 
     Parameters that are stored as they are (`PLAIN`) need no key. `wrap_layer` says what
-    layers keep for the backward pass; the evaluation has none.
+    layers keep for the backward pass; the evaluation has none. `layout` cuts all of it
+    over a mesh; without one the compiler is left alone.
     """
+    on_mesh = layout.wrap if layout else None
+    use = layout.use if layout else lambda params: params
+    wrap_layer = composed(on_mesh, wrap_layer)
 
     def train(
         stored: Any, opt_state: Any, batch: Any, key: Any = None
     ) -> tuple[Any, Any, Any]:
         params = weights.load(stored)
-        loss, grads = mean_gradient(definition, params, batch, wrap_layer)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        with jax.named_scope(MODEL):
+            loss, grads = mean_gradient(definition, use(params), batch, wrap_layer)
+            if layout is not None:
+                grads = jax.lax.with_sharding_constraint(grads, layout.params)
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = tx.update(grads, opt_state, params)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -83,13 +111,29 @@ def make_steps(
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,
         }
-        return weights.apply(stored, updates, key), opt_state, metrics
+        with jax.named_scope(OPTIMIZER):
+            stored = weights.apply(stored, updates, key)
+        return stored, opt_state, metrics
 
     def evaluate(stored: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        losses = token_losses(definition, weights.load(stored), batch)
+        params = use(weights.load(stored))
+        losses = token_losses(definition, params, batch, on_mesh)
         return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
 
-    return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))
+    if layout is None:
+        return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))
+    out = layout.stored, layout.state, layout.rest
+    return Steps(
+        jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
+        jax.jit(evaluate, out_shardings=layout.rest),
+    )
+
+
+def composed(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:
+    """One wrap around the other."""
+    if outer is None or inner is None:
+        return outer or inner
+    return lambda layer: outer(inner(layer))
 
 
 def split_rows(batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, Any]:

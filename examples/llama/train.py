@@ -19,6 +19,12 @@ from examples.llama.checkpoint import say
 from examples.llama.config import TrainConfig, UsageError
 from examples.llama.evaluate import Evaluation, unigram_perplexity
 from examples.llama.model import count_params
+from examples.llama.processes import (
+    any_of,
+    is_first,
+    only_first_prints,
+    start_processes,
+)
 from examples.llama.report import closing_table, readable_bytes
 from examples.llama.rundir import stop_on_signals
 from examples.llama.trainer import Trainer, TrainingStopped
@@ -69,13 +75,17 @@ def summary(
 
 def train(config: TrainConfig) -> None:
     started = time.perf_counter()
-    with stop_on_signals() as should_stop:
+    start_processes(config.distributed)
+    with stop_on_signals() as asked, only_first_prints():
+        should_stop = any_of(asked)
         trainer = Trainer(config)
         files: list[pathlib.Path] = []
         try:
             result = trainer.run(should_stop)
         finally:
             files = trainer.close()
+    if not is_first():
+        return
     if result is None:
         print(
             f"stopped at step {trainer.step}; saved in {trainer.run_dir}, go on with "

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +27,12 @@ from examples.llama.checkpoint import Checkpoints, Store, find_start, on_device
 from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
 from examples.llama.corpus import Counts, load_corpora
 from examples.llama.evaluate import Evaluation, eval_batches, evaluate
-from examples.llama.model import abstract_model, count_params, init_params
+from examples.llama.mesh import whole_axes
+from examples.llama.model import abstract_model, count_params
+from examples.llama.placement import choose_placement, fresh_state
 from examples.llama.plan_layers import planned_train
 from examples.llama.plan_report import write_plan
+from examples.llama.processes import found_by_first, is_first
 from examples.llama.report import Metrics
 from examples.llama.rundir import choose_run_dir
 from examples.llama.step import Steps, make_steps, split_rows
@@ -42,12 +45,19 @@ class TrainingStopped(Exception):
 
 
 class Trainer:
-    """`Trainer(config).run(should_stop)`."""
+    """`Trainer(config).run(should_stop)`, on all devices or those given."""
 
-    def __init__(self, config: TrainConfig):
-        self.config, self.model_config = config, model = resolve(config)
-        self.optimizer = optimizers.build_optimizer(config)
-        self.run_dir = choose_run_dir(config)
+    def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None):
+        config, model = resolve(config)
+        self.placement = choose_placement(config, devices)
+        self.config = config = dataclasses.replace(config, mesh=self.placement.name)
+        self.model_config = model
+        self.definition, self.abstract_params = abstract_model(model)
+        places = self.placement.params(self.abstract_params)
+        on_mesh = places if self.placement.mesh else None
+        self.optimizer = optimizers.build_optimizer(config, on_mesh)
+        run_dir = found_by_first(lambda: str(choose_run_dir(config)))
+        self.run_dir = pathlib.Path(run_dir)
         self.train_text, self.val_text = load_corpora(
             config.data, config.val_data, config.text_key
         )
@@ -63,8 +73,8 @@ class Trainer:
             )
         self.tx = optimizers.guarded(config, self.optimizer)
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
-        self.definition, self.abstract_params = abstract_model(model)
         self.weights = WEIGHTS[config.weights](config.param_dtype)
+        self.layout = self.placement.layout(self.abstract_params, self.tx, self.weights)
         self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
@@ -80,11 +90,16 @@ class Trainer:
         )
 
     def make_steps(self, wrap_layer: Wrap | None) -> Steps:
-        return make_steps(self.definition, self.tx, self.weights, wrap_layer)
+        layout = self.layout if self.placement.mesh else None
+        return make_steps(self.definition, self.tx, self.weights, wrap_layer, layout)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run."""
+        side = self.config.side
+        if side == "auto":  # the state is another where a mesh leads to other sides
+            side = optimizers.sides(self.optimizer, self.abstract_params)
         return {name: getattr(self.config, name) for name in IDENTITY} | {
+            **({"side": side} if side else {}),
             "corpus_hash": self.train_text.fingerprint(),
             "tokenizer_hash": self.tokenizer.fingerprint,
             "model": dataclasses.asdict(self.model_config),
@@ -92,23 +107,24 @@ class Trainer:
 
     def _start(self) -> None:
         store = Store(self.run_dir)
-        start = find_start(store, self.identity()) if self.config.resume else None
+        start = None
+        if self.config.resume:
+            start = found_by_first(lambda: find_start(store, self.identity()))
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(store, self.config.keep)
         self.step, self.position, self.tokens = start or 0, Position(), 0
         record = None
         if start is None:
-            params = init_params(self.model_config, self.config.seed)
-            params = jax.jit(self.weights.store)(params)
-            opt_state = jax.jit(lambda p: self.tx.init(self.weights.load(p)))(params)
-            # Committed to a device, as what is restored: both take the same program.
-            state = jax.device_put((params, opt_state), jax.devices()[0])
-            self.params, self.opt_state = state
+            # Committed to devices, as what is restored: both take the same program.
+            self.params, self.opt_state = fresh_state(
+                self.layout, self.model_config, self.config.seed, self.tx, self.weights
+            )
         else:
             params = jax.eval_shape(self.weights.store, self.abstract_params)
             opt_state = jax.eval_shape(self.tx.init, self.abstract_params)
             abstract = {"params": params, "opt_state": opt_state}
-            state = self.checkpoints.restore(start, on_device(abstract))
+            places = {"params": self.layout.stored, "opt_state": self.layout.state}
+            state = self.checkpoints.restore(start, on_device(abstract, places))
             self.params, self.opt_state = state["params"], state["opt_state"]
             meta = store.meta(start)
             self.position = Position.from_json(meta["position"])
@@ -117,8 +133,13 @@ class Trainer:
             record = self._plan_record(meta)
             say_changes(meta["settings"], dataclasses.asdict(self.config))
         self._describe()
-        self.metrics = Metrics(self.run_dir, self.step)
+        self.metrics = Metrics(self.run_dir, self.step, is_first())
         self.planner = None
+        if self.config.activation_budget and jax.process_count() > 1:
+            raise UsageError(
+                "--activation-budget plans by what one process measures, and there are "
+                f"{jax.process_count()}; give an --activation-policy instead"
+            )
         if self.config.activation_budget:
             self.planner = planned_train(
                 self.config,
@@ -154,6 +175,12 @@ class Trainer:
             f"shards, hash {corpus.fingerprint()}; writing to {self.run_dir}",
             flush=True,
         )
+        if self.placement.mesh:
+            print(f"mesh {self.config.mesh}", flush=True)
+            for line in whole_axes(self.placement.mesh, self.abstract_params):
+                print(line, flush=True)
+        if not is_first():
+            return
         settings = json.dumps(dataclasses.asdict(self.config), indent=1)
         write_whole(self.run_dir / "config.json", settings + "\n")
         with contextlib.suppress(ValueError):  # an optimizer without a bracket
@@ -180,6 +207,7 @@ class Trainer:
     def evaluate(self, should_stop: Callable[[], bool]) -> Evaluation | None:
         config = self.config
         batches = eval_batches(self.validation, config.eval_batch_size, config.seq_len)
+        batches = map(self.placement.rows, batches)
         result = evaluate(self.steps.evaluate, self.params, batches, should_stop)
         if result is not None:
             line = {
@@ -197,11 +225,12 @@ class Trainer:
         """Trains to the last step; None when it was told to stop before."""
         config = self.config
         last = min(config.steps, config.stop_step or config.steps)
+        hidden = None if is_first() else True  # None: where nobody looks
         batches = prefetched(
             training_batches(self.rows(True), config.batch_size, self.position)
         )
         bar = tqdm.tqdm(
-            total=last, initial=self.step, unit="step", disable=None, smoothing=0.05
+            total=last, initial=self.step, unit="step", disable=hidden, smoothing=0.05
         )
         try:
             while self.step < last and not should_stop():
@@ -223,7 +252,7 @@ class Trainer:
     def _step(self, item: tuple[Batch, Position], bar: Any) -> None:
         batch, position = item
         started = time.perf_counter()
-        micro = split_rows(batch, self.config.micro_batches)
+        micro = self.placement.batch(split_rows(batch, self.config.micro_batches))
         key = step_key(self.config.seed, self.step)
         self.params, self.opt_state, metrics = self.steps.train(
             self.params, self.opt_state, micro, key
