@@ -30,7 +30,9 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "none",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-_TOO_LARGE = re.compile(r"(?:Used|required|allocate)\D{0,20}([\d.]+[KMGT]) of ([\d.]+[KMGT])")
+_TOO_LARGE = re.compile(
+    r"(?:Used|required|allocate)\D{0,20}([\d.]+[KMGT]) of ([\d.]+[KMGT])"
+)
 
 
 class Compiled(NamedTuple):
@@ -78,7 +80,7 @@ def compile_step(
     definition, params = abstract_model(model)
     weights = WEIGHTS[config.weights](config.param_dtype)
     layout = Placement(mesh, None).layout(params, tx, weights)
-    step = make_steps(definition, tx, weights, wrap_layer, layout).train
+    step: Any = make_steps(definition, tx, weights, wrap_layer, layout).train
     stored = jax.eval_shape(weights.store, params)
     state = jax.eval_shape(tx.init, params)
     rows = config.batch_size // config.micro_batches

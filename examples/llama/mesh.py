@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from examples.llama.activations import Wrap
 from examples.llama.config import UsageError
 
 # data: whole copies; fsdp: parameters and state cut, gathered for use; tensor: products
 # cut. Rows of a batch are cut over the first two.
-AXES = ("data", "fsdp", "tensor")
+AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
 # Logical axis -> axis of the mesh.
@@ -97,7 +97,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
     raise ValueError(f"LOGICAL_AXES in {__name__} has no pattern for {path!r}.")
 
 
-def param_shardings(mesh: Mesh, params: Any) -> Any:
+def param_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
     """A sharding for every parameter, of arrays or of shapes."""
 
     def place(keys: Any, leaf: Any) -> NamedSharding:

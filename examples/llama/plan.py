@@ -11,10 +11,13 @@ from typing import Any
 import tyro
 
 from examples.llama import optimizers
+from examples.llama.activations import ACTIVATIONS
 from examples.llama.config import Resolved, TrainConfig, UsageError, resolve
 from examples.llama.estimate import Parts, Topology, estimate, parse_topology
-from examples.llama.mesh import AXES, parse_mesh
+from examples.llama.mesh import AXES, make_mesh, param_shardings, parse_mesh
 from examples.llama.model import ModelConfig, abstract_model, count_params
+from examples.llama.plan_layers import plan_from_shapes, wrap_with
+from examples.llama.step import MODEL, OPTIMIZER
 
 MIB = 2**20
 # Rows of the table of what fits, beside the optimizer that was asked for.
@@ -140,6 +143,44 @@ def ways_out(config: PlanConfig, topology: Topology) -> Iterator[str]:
             yield f"{text} would take {found.total / MIB:,.0f} MiB"
 
 
+def compiled_beside(parts: Parts, config: PlanConfig, topology: Topology) -> str:
+    """The TPU compiler's account of the trainer's step beside the estimate."""
+    from examples.llama import aot  # slow to import, and wants another library
+
+    resolved, model = training(config)
+    mesh = make_mesh(
+        parse_mesh(config.mesh, topology.devices), aot.find_devices(topology.name)
+    )
+    _, params = abstract_model(model)
+    tx = optimizers.guarded(
+        resolved, optimizers.build_optimizer(resolved, param_shardings(mesh, params))
+    )
+    wrap_layer = ACTIVATIONS[resolved.activation_policy]
+    if resolved.activation_budget:
+        wrap_layer = wrap_with(plan_from_shapes(resolved, model))
+    found = aot.compile_step(resolved, model, tx, mesh, wrap_layer)
+    rows = [
+        ("arguments", found.audit.argument_bytes, parts.parameters + parts.state),
+        ("temporaries", found.audit.temp_bytes, parts.temporaries),
+        ("together", found.total, parts.total),
+    ]
+    lines = [f"compiled in {found.seconds:.0f} s, for one device:"]
+    for name, size, expected in rows:
+        off = 100 * (expected / max(size, 1) - 1)
+        lines.append(
+            f"  {name:<14} {size / MIB:>12,.1f} MiB, the estimate {off:+.1f} %"
+        )
+    lines.append(f"  {'program':<14} {found.program_bytes / MIB:>12,.1f} MiB")
+    for owner in (MODEL, OPTIMIZER):
+        sums = aot.sent(found.collectives, owner)
+        text = "; ".join(
+            f"{count} {op}, {size / MIB:,.1f} MiB"
+            for op, (count, size) in sorted(sums.items())
+        )
+        lines.append(f"  sent by the {owner}: {text or 'nothing'}")
+    return "\n".join(lines)
+
+
 def report(config: PlanConfig) -> bool:
     """Prints the plan; whether it fits."""
     topology = parse_topology(config.topology)
@@ -160,10 +201,7 @@ def report(config: PlanConfig) -> bool:
         more = "; or more devices" if found else "more devices, or a smaller --preset"
         print("it does not fit; " + "; ".join(found) + more)
     if config.compile:
-        from examples.llama.aot import compared, compile_step
-
-        compiled = compile_step(resolved, model, topology, sizes)
-        print(compared(parts, compiled))
+        print(compiled_beside(parts, config, topology))
     return fits
 
 
