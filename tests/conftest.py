@@ -29,6 +29,19 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
+
+def pytest_collection_modifyitems(items):
+    """Puts the tests of one row side by side: what they share is compiled once."""
+    first = {}
+
+    def place(numbered):
+        number, item = numbered
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        return first.setdefault(row, number) if isinstance(row, str) else number
+
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
+
+
 # Every compiled program takes some of a process' memory maps, of which Linux allows
 # 65,530: a worker that keeps all programs of 1,500 tests dies in the compiler.
 _FINISHED = itertools.count(1)

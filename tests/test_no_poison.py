@@ -133,13 +133,19 @@ def test_healthy_leaves_are_refreshed_beside_a_bad_one(row):
     assert_bit_equal(bases(state)[bad_leaf], bases(before)[bad_leaf])
 
 
+@functools.cache
+def clipped(row):
+    """The step behind global clipping, and where it leads from a good gradient."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), ROWS[row].make())
+    step, params = jax.jit(step_of(tx)), subject(row).params
+    return step, step(params, tx.init(params), subject(row).gradients[0])
+
+
 @each_row
 @pytest.mark.parametrize("value", ["1e38", "bf16_max"])
 def test_clipping_before_the_bracket_keeps_huge_steps_finite(row, value):
     """A huge finite gradient passes `apply_if_finite`; global clipping takes it."""
-    tx = optax.chain(optax.clip_by_global_norm(1.0), ROWS[row].make())
-    step, params = jax.jit(step_of(tx)), subject(row).params
-    start = step(params, tx.init(params), subject(row).gradients[0])
+    step, start = clipped(row)
     for extent in EXTENTS:
         bad = spoil(subject(row).gradients[1], BAD[value], extent)
         run = step(*start, bad)
