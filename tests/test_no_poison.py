@@ -10,6 +10,7 @@ import pytest
 
 from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
 from lowrank_optax.testing._subject import gradients_like, step_of
+from tests.chosen import each_row
 from tests.rows import GAP, ROWS, subject
 
 BAD = {
@@ -26,7 +27,6 @@ GOOD_STEPS = 8  # good steps in all: two refreshes lie behind every bad one
 
 cases = pytest.mark.parametrize("value", BAD)
 not_finite = pytest.mark.parametrize("value", NOT_FINITE)
-each_row = pytest.mark.parametrize("row", ROWS)
 
 
 def spoil(gradient, value, extent):
