@@ -11,7 +11,8 @@ PYTHON := $(VENV)/bin/python
 WORKERS ?= 2
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
-LATEST_TESTS ?=
+# Another jax: every method and every kind of state, fewer variants of them.
+LATEST_TESTS ?= -m "not slow and not tpu_aot and not variant"
 
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # 3.12 before newer ones; on PATH before the version managers' folders.
@@ -54,7 +55,7 @@ format: $(VENV)/.dev  ## format and mend what the linter can mend
 test-slow: $(VENV)/.dev  ## the tests marked slow
 	$(PYTHON) $(PYTEST) -m slow
 
-test-latest: $(LATEST)/.dev  ## the same tests on Python >= 3.12 with the newest jax
+test-latest: $(LATEST)/.dev  ## without variants, on Python >= 3.12 with the newest jax
 	$(LATEST)/bin/python $(PYTEST) $(LATEST_TESTS)
 
 find-latest:  # prints the interpreter that test-latest would use; fails without one

@@ -7,11 +7,17 @@ import sys
 
 assert "jax" not in sys.modules, "JAX was imported before its flags were set"
 
-# Eight devices on the CPU: what is sharded is tested without an accelerator.
+# Eight devices on the CPU: what is sharded is tested without an accelerator. Most of
+# the time goes into compiling, so machine code is left as it comes: the passes over
+# HLO, with their fusions, buffers and collectives, are the usual ones.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-).strip()
+    [
+        "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),  # the later one counts
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
 
 import hypothesis
 import jax
@@ -28,6 +34,19 @@ hypothesis.settings.register_profile(
     "ci", deadline=None, max_examples=20, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the tests of one row side by side: what they share is compiled once."""
+    first = {}
+
+    def place(numbered):
+        number, item = numbered
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        return first.setdefault(row, number) if isinstance(row, str) else number
+
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
+
 
 # Every compiled program takes some of a process' memory maps, of which Linux allows
 # 65,530: a worker that keeps all programs of 1,500 tests dies in the compiler.

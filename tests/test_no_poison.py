@@ -10,6 +10,7 @@ import pytest
 
 from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
 from lowrank_optax.testing._subject import gradients_like, step_of
+from tests.chosen import each_row
 from tests.rows import GAP, ROWS, subject
 
 BAD = {
@@ -26,7 +27,6 @@ GOOD_STEPS = 8  # good steps in all: two refreshes lie behind every bad one
 
 cases = pytest.mark.parametrize("value", BAD)
 not_finite = pytest.mark.parametrize("value", NOT_FINITE)
-each_row = pytest.mark.parametrize("row", ROWS)
 
 
 def spoil(gradient, value, extent):
@@ -133,13 +133,19 @@ def test_healthy_leaves_are_refreshed_beside_a_bad_one(row):
     assert_bit_equal(bases(state)[bad_leaf], bases(before)[bad_leaf])
 
 
+@functools.cache
+def clipped(row):
+    """The step behind global clipping, and where it leads from a good gradient."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), ROWS[row].make())
+    step, params = jax.jit(step_of(tx)), subject(row).params
+    return step, step(params, tx.init(params), subject(row).gradients[0])
+
+
 @each_row
 @pytest.mark.parametrize("value", ["1e38", "bf16_max"])
 def test_clipping_before_the_bracket_keeps_huge_steps_finite(row, value):
     """A huge finite gradient passes `apply_if_finite`; global clipping takes it."""
-    tx = optax.chain(optax.clip_by_global_norm(1.0), ROWS[row].make())
-    step, params = jax.jit(step_of(tx)), subject(row).params
-    start = step(params, tx.init(params), subject(row).gradients[0])
+    step, start = clipped(row)
     for extent in EXTENTS:
         bad = spoil(subject(row).gradients[1], BAD[value], extent)
         run = step(*start, bad)

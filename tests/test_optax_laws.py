@@ -1,6 +1,7 @@
 """Every method under every Optax wrapper, tree and life cycle: rows x laws."""
 
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -20,20 +21,68 @@ from lowrank_optax.testing import (
     assert_laws,
     assert_state_stable,
 )
+from lowrank_optax.testing._subject import step_of
+from tests.chosen import CHOSEN, COVER, METHODS, NEWEST, case, each_row, laws
 from tests.rows import GAP, ROWS, subject
 
-each_row = pytest.mark.parametrize("row", ROWS)
 
-
-@pytest.mark.parametrize(("row", "law"), [(row, law) for row in ROWS for law in LAWS])
+@pytest.mark.parametrize(
+    ("row", "law"), [case(row, law) for row in ROWS for law in laws(row)]
+)
 def test_law(row, law):
     LAWS[law](subject(row))
+
+
+@each_row
+def test_no_buffer_stands_in_two_places(row):
+    """What the law of donation needs of a state at the start, without a program."""
+    params = jax.tree.map(jnp.copy, subject(row).params)
+    leaves = jax.tree.leaves((params, subject(row).tx.init(params)))
+    places = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    assert len(set(places)) == len(places)
+
+
+# --- which row stands under which law -------------------------------------------------
+
+
+def kinds(node):
+    """The project's own kinds of state in a state."""
+    own = {type(node)} if type(node).__module__.startswith("lowrank_optax") else set()
+    inside = node.values() if isinstance(node, dict) else node
+    if isinstance(node, dict | tuple | list):
+        return own.union(*map(kinds, inside))
+    return own
+
+
+def kinds_of(rows):
+    states = (jax.eval_shape(subject(r).tx.init, subject(r).params) for r in rows)
+    return set().union(*map(kinds, states))
+
+
+def test_chosen_rows_have_every_kind_of_state():
+    assert {*METHODS, *COVER} <= set(ROWS)
+    assert len(kinds_of(COVER)) > 5
+    assert kinds_of(COVER) == kinds_of(ROWS)
+
+
+def test_chosen_rows_have_every_method():
+    def methods(rows):
+        return {ROWS[row].make.func for row in rows}
+
+    assert methods(METHODS) == methods(NEWEST) == methods(ROWS)
+
+
+def test_every_law_holds_some_row():
+    assert {law for row in METHODS for law in laws(row)} >= {
+        *("state_stable", "chain", "masked", "inject_hyperparams", "no_jit")
+    }
+    assert all(set(laws(row)) == set(LAWS) for row in COVER)
 
 
 # --- accumulation inside the bracket -------------------------------------------------
 
 
-@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if row.inner])
+@pytest.mark.parametrize("row", [case(row) for row in CHOSEN if ROWS[row].inner])
 def test_multi_steps_inside(row):
     """Two equal halves are one whole, and nothing happens in between."""
     accumulate = optax.MultiSteps(ROWS[row].inner, 2).gradient_transformation()
@@ -101,16 +150,39 @@ def test_extra_args_reach_the_inner_and_the_full_transformation():
 # --- trees of Flax -------------------------------------------------------------------
 
 
+@functools.cache
+def plain_program(row):
+    """What the plain run's step is compiled from."""
+    (params, state), gradient = subject(row).run[0], subject(row).gradients[0]
+    return text_of(subject(row).step.lower(params, state, gradient))
+
+
+def text_of(lowered):
+    """A program without the names of its results, which tell the tree."""
+    return re.sub(r'jax.result_info = "[^"]*"', "", lowered.as_text())
+
+
 def run_on(row, params, gradients):
-    """Runs a row on another kind of tree; returns the leaves and the state."""
+    """Runs a row on another kind of tree; returns the parameters and the state.
+
+    The plain run's program on the plain run's numbers, leaf by leaf, gives what that
+    run gave: it is not compiled again.
+    """
+    plain = subject(row)
     tx = optax.with_extra_args_support(ROWS[row].make())
-    state = tx.init(params)
-    start = state
-    update = jax.jit(tx.update)
-    for gradient in gradients:
-        updates, state = update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-    assert_state_stable(start, state)
+    step, start = jax.jit(step_of(tx)), (params, tx.init(params))
+    lowered = step.lower(*start, gradients[0])
+    same = text_of(lowered) == plain_program(row)
+    for ours, theirs in ((start, plain.run[0]), (gradients, plain.gradients)):
+        same = same and all(map(np.array_equal, *map(jax.tree.leaves, (ours, theirs))))
+    if same:
+        treedef = jax.tree.structure(lowered.out_info)
+        params, state = treedef.unflatten(jax.tree.leaves(plain.run[-1]))
+    else:
+        params, state = start
+        for gradient in gradients:
+            params, state = step(params, state, gradient)
+    assert_state_stable(start[1], state)
     return params, state
 
 
@@ -181,10 +253,7 @@ def boxed(tree):
     return jax.tree_util.tree_map_with_path(box, tree)
 
 
-@pytest.mark.parametrize(
-    "row",
-    ROWS,
-)
+@each_row
 def test_linen_boxes(row):
     gradients = [boxed(g) for g in subject(row).gradients]
     params, state = run_on(row, boxed(subject(row).params), gradients)
@@ -219,7 +288,7 @@ def test_boxes_leave_the_rank_axis_unnamed():
 # --- checkpoints ---------------------------------------------------------------------
 
 
-@each_row
+@pytest.mark.parametrize("row", COVER)
 @pytest.mark.parametrize("step", [1, GAP], ids=["plain", "before_a_refresh"])
 def test_orbax_round_trip(row, step, tmp_path):
     """What was saved continues bit for bit."""
