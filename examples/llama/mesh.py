@@ -17,7 +17,7 @@ from examples.llama.config import UsageError
 
 # data: whole copies; fsdp: parameters and state cut, gathered for use; tensor: products
 # cut. Rows of a batch are cut over the first two.
-AXES = ("data", "fsdp", "tensor")
+AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
 # Logical axis -> axis of the mesh.
