@@ -55,8 +55,8 @@ class Placement:
         if self.mesh is None:
             one = SingleDeviceSharding(self.device)
             state = jax.eval_shape(tx.init, params)
-            kept, state = (jax.tree.map(lambda leaf: one, t) for t in (stored, state))
-            return Layout(place, kept, state, one)
+            stored, state = jax.tree.map(lambda leaf: one, (stored, state))
+            return Layout(params=place, stored=stored, state=state, rest=one)
         return Layout(
             params=place,
             stored=jax.tree.map(stored_shardings, place, params, stored),

@@ -1,8 +1,6 @@
 """A run: its data, its compiled steps, its state, and the loop over steps."""
 
-import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -12,7 +10,6 @@ from typing import Any
 import jax
 import tqdm
 
-import lowrank_optax as lro
 from examples.llama import optimizers
 from examples.llama.activations import ACTIVATIONS, Wrap
 from examples.llama.batches import (
@@ -26,9 +23,9 @@ from examples.llama.batches import (
 from examples.llama.checkpoint import Checkpoints, Store, find_start, on_device
 from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
 from examples.llama.corpus import Counts, load_corpora
+from examples.llama.describe import describe, say_changes
 from examples.llama.evaluate import Evaluation, eval_batches, evaluate
-from examples.llama.mesh import whole_axes
-from examples.llama.model import abstract_model, count_params
+from examples.llama.model import abstract_model
 from examples.llama.placement import choose_placement, fresh_state
 from examples.llama.plan_layers import planned_train
 from examples.llama.plan_report import write_plan
@@ -132,7 +129,16 @@ class Trainer:
             print(f"going on from step {start} in {self.run_dir}", flush=True)
             record = self._plan_record(meta)
             say_changes(meta["settings"], dataclasses.asdict(self.config))
-        self._describe()
+        describe(
+            self.config,
+            self.run_dir,
+            self.optimizer,
+            self.abstract_params,
+            self.train_text,
+            self.placement.mesh,
+        )
+        if isinstance(self.tokenizer, BPETokenizer) and is_first():
+            write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
         self.metrics = Metrics(self.run_dir, self.step, is_first())
         self.planner = None
         if self.config.activation_budget and jax.process_count() > 1:
@@ -165,29 +171,6 @@ class Trainer:
         self.metrics.add(line)
         if self.planner is not None and line["activation_plan"] != "compiling":
             write_plan(self.planner.plan, self.run_dir)
-
-    def _describe(self) -> None:
-        """Says what is about to run, and leaves the particulars in its folder."""
-        corpus, model = self.train_text, count_params(self.abstract_params)
-        print(
-            f"{self.config.preset} ({model:,} parameters) with "
-            f"{self.config.optimizer}; corpus {corpus.name}: {len(corpus.paths)} "
-            f"shards, hash {corpus.fingerprint()}; writing to {self.run_dir}",
-            flush=True,
-        )
-        if self.placement.mesh:
-            print(f"mesh {self.config.mesh}", flush=True)
-            for line in whole_axes(self.placement.mesh, self.abstract_params):
-                print(line, flush=True)
-        if not is_first():
-            return
-        settings = json.dumps(dataclasses.asdict(self.config), indent=1)
-        write_whole(self.run_dir / "config.json", settings + "\n")
-        with contextlib.suppress(ValueError):  # an optimizer without a bracket
-            selection = lro.selection_report(self.optimizer, self.abstract_params)
-            write_whole(self.run_dir / "selection.txt", f"{selection}\n")
-        if isinstance(self.tokenizer, BPETokenizer):
-            write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
 
     def save(self) -> None:
         """Saves the present step in the background, once."""
@@ -310,18 +293,6 @@ class Trainer:
         """Completes the running save and writes the reports; returns the files."""
         self.checkpoints.close()
         return self.metrics.close()
-
-
-def say_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Names the settings in which a resumed run differs from what was saved."""
-    free = {"resume", "run_dir", "stop_step", "cache_dir"}
-    changed = [
-        f"{name}: {before.get(name)}, now {value}"
-        for name, value in now.items()
-        if name not in free and before.get(name) != value
-    ]
-    if changed:
-        print("changed since the run began: " + "; ".join(changed), flush=True)
 
 
 def due(step: int, every: int) -> bool:

@@ -170,7 +170,7 @@ def test_losses_agree_everywhere(monkeypatch, batches, optimizer):
     check_layouts(monkeypatch, batches, optimizer, layouts)
 
 
-def test_an_axis_that_does_not_divide_stays_whole(monkeypatch, batches):
+def test_an_axis_that_does_not_divide_stays_whole(monkeypatch):
     preset(monkeypatch, ff_width=51)
     config, model = resolve(TrainConfig(preset="micro", mesh="fsdp=2,tensor=4"))
     mesh = choose_placement(config).mesh
@@ -181,7 +181,12 @@ def test_an_axis_that_does_not_divide_stays_whole(monkeypatch, batches):
         "layers/mlp/down/kernel (2, 51, 64): ff_width stays whole, tensor=4 does not "
         "divide 51"
     )
-    check_layouts(monkeypatch, batches, "galore", [("fsdp=2,tensor=2", 4)], ff_width=51)
+
+
+@pytest.mark.slow
+def test_losses_agree_with_an_odd_width(monkeypatch, batches):
+    layouts = [("fsdp=2,tensor=2", 4), ("tensor=4", 4)]
+    check_layouts(monkeypatch, batches, "galore", layouts, ff_width=51)
 
 
 def sides(mesh, devices, **flags):
