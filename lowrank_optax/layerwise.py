@@ -97,9 +97,7 @@ def train_step(
             return head(part if head_names is not None else part["head"], x, batch)
 
         first, embed_vjp = jax.vjp(lambda e: embed(e, batch), params["embed"])
-        x, inputs = jax.lax.scan(
-            lambda x, p: (block(p, x), x), first, params["layers"]
-        )
+        x, inputs = jax.lax.scan(lambda x, p: (block(p, x), x), first, params["layers"])
         loss, head_vjp = jax.vjp(last, head_params, x)
         head_grad, cotangent = head_vjp(jnp.ones_like(loss))
 
@@ -112,9 +110,7 @@ def train_step(
 
             def measure(at: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
                 cotangent, total = carry
-                grad, cotangent = backward(
-                    params["layers"], layers - 1 - at, cotangent
-                )
+                grad, cotangent = backward(params["layers"], layers - 1 - at, cotangent)
                 return cotangent, total + _squares(grad)
 
             bottom, total = jax.lax.fori_loop(
@@ -178,7 +174,8 @@ class _Update:
         self.tx, self.params = tx, params
         whole = jax.eval_shape(tx.init, params)
         self.parts = {
-            part: self._shapes(part, params) for part in (names, ("embed",), ("layers",))
+            part: self._shapes(part, params)
+            for part in (names, ("embed",), ("layers",))
         }
         one = params | {"layers": jax.tree.map(_one, params["layers"])}
         two = params | {"layers": jax.tree.map(_two, params["layers"])}
@@ -191,7 +188,8 @@ class _Update:
 
     def _masked(self, part: tuple[str, ...], tree: Any) -> Any:
         return _like(
-            self.params, {k: tree[k] if k in part else MaskedNode() for k in self.params}
+            self.params,
+            {k: tree[k] if k in part else MaskedNode() for k in self.params},
         )
 
     def _owners(self, whole, layers, names, two) -> None:
@@ -316,7 +314,9 @@ def _reach(jaxpr: Any, labels: list[frozenset]) -> list[frozenset]:
 
     for eqn in jaxpr.eqns:
         seen = [of(var) for var in eqn.invars]
-        inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("pjit", "jit") else None
+        inner = (
+            eqn.params.get("jaxpr") if eqn.primitive.name in ("pjit", "jit") else None
+        )
         if inner is None:
             outs = [none.union(*seen)] * len(eqn.outvars)
         else:
@@ -362,4 +362,6 @@ def _put(tree: Any, one: Any, i: Array) -> Any:
 
 def _squares(tree: Any) -> Array:
     leaves = jax.tree.leaves(tree)
-    return sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves), jnp.float32(0))
+    return sum(
+        (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves), jnp.float32(0)
+    )

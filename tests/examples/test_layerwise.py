@@ -35,7 +35,11 @@ def test_same_losses_as_the_plain_step(micro_config, batch):
     )
     plain = make_steps(abstract_model(micro_config)[0], guarded)
     ours = make_layerwise_steps(
-        micro_config, inner, clip_norm=0.5, skip_nonfinite=True, wrap_layer=jax.checkpoint
+        micro_config,
+        inner,
+        clip_norm=0.5,
+        skip_nonfinite=True,
+        wrap_layer=jax.checkpoint,
     )
     expected = losses(plain, guarded, micro_config, batch)
     # float32 sums in another order, through four steps and two refreshes.
