@@ -40,8 +40,8 @@ def train_step(
 
     Args:
       embed: ``embed(params["embed"], batch) -> x``.
-      block: ``block(layer, x) -> x``, where ``layer`` is ``params["layers"]`` without its
-        leading axis; ``jax.checkpoint`` around it is welcome.
+      block: ``block(layer, x) -> x``, where ``layer`` is ``params["layers"]`` without
+        its leading axis; ``jax.checkpoint`` around it is welcome.
       head: ``head(params["head"], x, batch) -> loss``, a scalar.
       tx: an optimizer that treats leaves, and layers of a leaf, independently.
         Low-rank methods need ``layer_axis=0``.
@@ -58,8 +58,8 @@ def train_step(
       ``skipped``. Jit it with ``donate_argnums=(0, 1)``.
 
     Raises:
-      ValueError: when ``step`` is traced, if ``params`` has other parts, layers disagree
-        in their number, or ``tx`` mixes the parts or cannot be cut into layers.
+      ValueError: when ``step`` is traced, if ``params`` has other parts, layers
+        disagree in their number, or ``tx`` mixes the parts or cannot be cut into layers.
 
     Examples:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -207,8 +207,8 @@ class _Update:
             if found != expected or (path in stacked and one[path].shape[0] != 1):
                 raise ValueError(
                     f"State leaf {path!r} has shape {found} for {layers} layers and "
-                    f"{one[path].shape} for one: it cannot be cut into layers along its "
-                    "first axis. Use an optimizer that keeps layers apart; low-rank "
+                    f"{one[path].shape} for one: it cannot be cut into layers along "
+                    "its first axis. Use an optimizer that keeps layers apart; low-rank "
                     "methods need layer_axis=0."
                 )
         self.owned = {"layers": stacked}
@@ -314,13 +314,13 @@ def _reach(jaxpr: Any, labels: list[frozenset]) -> list[frozenset]:
 
     for eqn in jaxpr.eqns:
         seen = [of(var) for var in eqn.invars]
-        inner = (
-            eqn.params.get("jaxpr") if eqn.primitive.name in ("pjit", "jit") else None
-        )
-        if inner is None:
-            outs = [none.union(*seen)] * len(eqn.outvars)
-        else:
+        name, inner = eqn.primitive.name, eqn.params.get("jaxpr")
+        if name in ("pjit", "jit") and inner is not None:
             outs = _reach(inner.jaxpr, seen)
+        elif name == "optimization_barrier":
+            outs = seen
+        else:
+            outs = [none.union(*seen)] * len(eqn.outvars)
         known.update(zip(eqn.outvars, outs, strict=True))
     return [of(var) for var in jaxpr.outvars]
 
