@@ -34,6 +34,9 @@ from lowrank_optax import activations as activations
 # Communication and accumulation.
 from lowrank_optax import distributed as distributed
 
+# Updates inside the backward pass.
+from lowrank_optax import layerwise as layerwise
+
 # Methods.
 from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
 from lowrank_optax.methods.apollo import apollo as apollo
