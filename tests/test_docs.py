@@ -66,7 +66,7 @@ def documented():
 def expected():
     """The names that must be documented, each with its object."""
     names = {f"lro.{name}": getattr(lro, name) for name in public(lro)}
-    for part in ("testing", "quantization", "activations", "distributed"):
+    for part in ("testing", "quantization", "activations", "distributed", "layerwise"):
         module = importlib.import_module(f"lowrank_optax.{part}")
         names |= {f"{part}.{name}": getattr(module, name) for name in own(module)}
     return names
