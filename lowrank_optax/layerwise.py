@@ -34,8 +34,8 @@ def train_step(
     """Returns a training step that updates each layer inside the backward pass.
 
     With ``x_0 = embed(e, batch)``, ``x_{i+1} = block(p_i, x_i)`` and the loss
-    ``head(h, x_L, batch)``, the step updates h, then ``p_{L-1}, ..., p_0``, then e, each
-    as soon as its gradient is known. Gradients, state and result are those of
+    ``head(h, x_L, batch)``, the step updates h, then ``p_{L-1}, ..., p_0``, then e,
+    each as soon as its gradient is known. Gradients, state and result are those of
     ``jax.value_and_grad`` and ``tx.update`` on the whole tree; counters advance once.
 
     Args:
@@ -59,7 +59,8 @@ def train_step(
 
     Raises:
       ValueError: when ``step`` is traced, if ``params`` has other parts, layers
-        disagree in their number, or ``tx`` mixes the parts or cannot be cut into layers.
+        disagree in their number, or ``tx`` mixes the parts or cannot be cut into
+        layers.
 
     Examples:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -208,8 +209,8 @@ class _Update:
                 raise ValueError(
                     f"State leaf {path!r} has shape {found} for {layers} layers and "
                     f"{one[path].shape} for one: it cannot be cut into layers along "
-                    "its first axis. Use an optimizer that keeps layers apart; low-rank "
-                    "methods need layer_axis=0."
+                    "its first axis. Use an optimizer that keeps layers apart; "
+                    "low-rank methods need layer_axis=0."
                 )
         self.owned = {"layers": stacked}
         rest = set(whole) - stacked

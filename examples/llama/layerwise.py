@@ -63,9 +63,9 @@ def make_layerwise_steps(
         del key
         if batch["mask"].shape[0] != 1:
             raise ValueError(
-                f"A layer-wise step takes one micro-batch; got "
-                f"{batch['mask'].shape[0]}. A sum over micro-batches would keep the gradients of all layers: use "
-                "--micro-batches 1, or the plain step."
+                "A layer-wise step takes one micro-batch; got "
+                f"{batch['mask'].shape[0]}. A sum over micro-batches would keep the "
+                "gradients of all layers: use --micro-batches 1, or the plain step."
             )
         micro = jax.tree.map(lambda x: x[0], batch)
         stored, opt_state, metrics = step(stored, opt_state, micro)
