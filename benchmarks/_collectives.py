@@ -33,9 +33,9 @@ class Collective:
     """One collective of the program.
 
     `times` multiplies the trip counts of the loops around it; a loop whose trip count
-    the text does not tell counts once, and then `exact` is False. `conditional` says
-    that it stands inside a branch, so that not every step runs it. `scope` is the path
-    of named scopes that it was traced in, empty where the compiler does not tell.
+    the text does not tell counts once, and then `exact` is False. `branches` is the
+    number of branches around it. `scope` is the path of named scopes that it was traced
+    in, or the argument that it moves.
     """
 
     op: str
@@ -43,8 +43,13 @@ class Collective:
     bytes: int
     times: int
     exact: bool
-    conditional: bool
+    branches: int
     scope: str = ""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it stands inside a branch, so that not every step runs it."""
+        return self.branches > 0
 
     @property
     def total(self) -> int:
@@ -61,7 +66,7 @@ def collectives(hlo: str, by_channel: bool = True) -> list[Collective]:
     """
     computations, entry = _computations(hlo)
     found: dict[object, Collective] = {}
-    for n, (key, item) in enumerate(_walk(computations, entry, 1, True, False)):
+    for n, (key, item) in enumerate(_walk(computations, entry, 1, True, 0)):
         key = key if by_channel else n
         known = found.get(key)
         if known is None or known.total < item.total:
@@ -87,7 +92,7 @@ def _walk(
     name: str,
     times: int,
     exact: bool,
-    conditional: bool,
+    branches: int,
 ) -> Iterator[tuple[object, Collective]]:
     for number, line in enumerate(computations.get(name, ())):
         match = _INSTRUCTION.match(line)
@@ -108,7 +113,7 @@ def _walk(
                     size,
                     times,
                     exact,
-                    conditional,
+                    branches,
                     scope[1] if scope else "",
                 ),
             )
@@ -121,13 +126,13 @@ def _walk(
                 loop[2],
                 times * (trips or 1),
                 exact and trips is not None,
-                conditional,
+                branches,
             )
         for branch in _branches(rest) if op == "conditional" else ():
-            yield from _walk(computations, branch, times, exact, True)
+            yield from _walk(computations, branch, times, exact, branches + 1)
         if op in ("call", "fusion", "async-start"):
             for callee in _CALLS.findall(rest):
-                yield from _walk(computations, callee, times, exact, conditional)
+                yield from _walk(computations, callee, times, exact, branches)
 
 
 def _branches(rest: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import time
 from typing import Any, NamedTuple
 
@@ -12,12 +11,15 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+import lowrank_optax as lro
 from benchmarks._collectives import Collective, collectives
-from examples.llama.activations import Wrap
+from examples.llama.activations import ACTIVATIONS, Wrap
 from examples.llama.config import Resolved, UsageError
-from examples.llama.mesh import batch_sharding
+from examples.llama.estimate import TPUS, Parts, plan_for
+from examples.llama.mesh import batch_sharding, make_mesh, param_shardings
 from examples.llama.model import ModelConfig, abstract_model
 from examples.llama.placement import Placement
+from examples.llama.plan_layers import wrap_with
 from examples.llama.step import MODEL, OPTIMIZER, make_steps
 from examples.llama.weights import WEIGHTS
 from lowrank_optax import activations
@@ -30,9 +32,8 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "none",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-_TOO_LARGE = re.compile(
-    r"(?:Used|required|allocate)\D{0,20}([\d.]+[KMGT]) of ([\d.]+[KMGT])"
-)
+
+MIB = 2**20
 
 
 class Compiled(NamedTuple):
@@ -41,6 +42,7 @@ class Compiled(NamedTuple):
     audit: activations.Audit
     program_bytes: int
     seconds: float
+    cpu_seconds: float
     collectives: list[Collective]
     text: str
 
@@ -60,13 +62,20 @@ def find_devices(topology: str) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **_options(topology)
+        )
     except Exception as error:
         said = str(error).splitlines()[0][:300]
         raise UsageError(
             f"the TPU's compiler does not make a slice of {topology}: {said}"
         ) from error
     return found.devices
+
+
+def _options(topology: str) -> dict[str, str]:
+    """The two cores of a v4 chip are one device, as on a machine that has them."""
+    return {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
 
 
 def compile_step(
@@ -97,6 +106,67 @@ def compile_step(
     return compiled(step.lower(*arguments))
 
 
+def compile_run(run: Any) -> Compiled:
+    """Compiles what `examples.llama.plan` planned."""
+    if run.topology.profile not in TPUS:
+        raise UsageError(
+            f"--compile has the TPU's compiler alone; {run.topology.name} is none of "
+            f"{', '.join(TPUS)}, so there is only the estimate"
+        )
+    mesh = make_mesh(run.sizes, find_devices(run.topology.name))
+    config = run.config
+    policy = ACTIVATIONS[config.activation_policy]
+    if config.activation_budget:
+        policy = wrap_with(plan_for(config, run.model, run.topology.profile))
+    return compile_step(config, run.model, run.tx, mesh, policy)
+
+
+def beside(parts: Parts, found: Compiled) -> str:
+    """The compiler's account, and how far the estimate is from it."""
+    rows = [
+        ("arguments", found.audit.argument_bytes, parts.parameters + parts.state),
+        ("temporaries", found.audit.temp_bytes, parts.temporaries),
+        ("together", found.total, parts.total),
+    ]
+    lines = [
+        f"compiled in {found.seconds:.0f} s ({found.cpu_seconds:.0f} s of a CPU), for "
+        "one device:"
+    ]
+    for name, size, expected in rows:
+        off = 100 * (expected / max(size, 1) - 1)
+        lines.append(
+            f"  {name:<14} {size / MIB:>12,.1f} MiB, the estimate {off:+.1f} %"
+        )
+    lines.append(f"  {'program':<14} {found.program_bytes / MIB:>12,.1f} MiB")
+    # The guard against gradients that are not finite is a branch around the optimizer.
+    for owner in (MODEL, OPTIMIZER):
+        sums = sent(found.collectives, owner, int(owner == OPTIMIZER))
+        text = "; ".join(
+            f"{count} {op}, {size / MIB:,.1f} MiB"
+            for op, (count, size) in sorted(sums.items())
+        )
+        lines.append(f"  sent by the {owner}: {text or 'nothing'}")
+    return "\n".join(lines)
+
+
+def compile_update(
+    model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> Compiled:
+    """Compiles the optimizer's part alone: update, and sum with the parameters."""
+    _, params = abstract_model(model)
+    shardings = param_shardings(mesh, params)
+    layout = lro.state_shardings(tx, params, shardings)
+
+    def update(gradients: Any, state: Any, params: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(update, donate_argnums=(1, 2), out_shardings=(shardings, layout))
+    weights = placed(params, shardings)
+    state = placed(jax.eval_shape(tx.init, params), layout)
+    return compiled(step.lower(weights, state, weights))
+
+
 def placed(shapes: Any, shardings: Any) -> Any:
     """The same shapes, laid out."""
 
@@ -108,30 +178,40 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 def compiled(lowered: Any) -> Compiled:
     """Compiles, and reads what the compiler says."""
-    started = time.perf_counter()
-    program = lowered.compile()
-    seconds = time.perf_counter() - started
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).splitlines()[0][:300]
+        raise UsageError(f"the TPU's compiler finds no room for it: {said}") from error
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     text = program.as_text() or ""
     return Compiled(
         activations.audit(program),
         program.memory_analysis().generated_code_size_in_bytes,
-        seconds,
+        wall,
+        cpu,
         collectives(text),
         text,
     )
 
 
-def sent(items: list[Collective], owner: str) -> dict[str, tuple[int, int]]:
+def sent(
+    items: list[Collective], owner: str, around: int = 0
+) -> dict[str, tuple[int, int]]:
     """Number and bytes of the collectives of a part of the step, by operation.
 
-    Those of a refresh, which stand in branches, are apart. What the compiler does not
-    tell the origin of counts as the model's.
+    Those of a refresh, which few steps run, stand in branches and are apart; `around`
+    counts the branches in which all of the part stands. What moves a stored parameter
+    is the model's.
     """
     sums: dict[str, tuple[int, int]] = {}
     for item in items:
-        whose = OPTIMIZER if f"/{OPTIMIZER}/" in item.scope else MODEL
-        if whose == owner:
-            name = item.op + " (refresh)" * item.conditional
+        its = f"/{OPTIMIZER}/" in item.scope or item.scope.startswith("opt_state")
+        if (OPTIMIZER if its else MODEL) == owner:
+            name = item.op + " (refresh)" * (item.branches > around)
             count, total = sums.get(name, (0, 0))
             sums[name] = count + item.times, total + item.total
     return sums

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,26 +36,48 @@ class Topology:
     memory_bytes: int
 
 
-# Chips of which JAX sees two devices, each with half of the memory.
-_HALVES = ("v4",)
+# Extents of slices; of v4 and v5p any with three sizes.
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
+TPUS = {"v4": None, "v5e": _FLAT, "v5p": None, "v6e": _FLAT}
 _GPUS = ("a100", "h100", "h200")
-_TPUS = ("v4", "v5e", "v5p")
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads "v5e:16x16": a TPU's name and its extent, or a GPU's and a number."""
+    """Reads "v5e:16x16": a TPU's name and its extent, or a GPU's and a number.
+
+    JAX sees one device per chip, of a v4 too, whose two cores are one.
+    """
     chip, _, extent = text.lower().partition(":")
     sizes = extent.split("x")
     good = all(size.isdecimal() and int(size) > 0 for size in sizes)
-    if chip not in (*_TPUS, *_GPUS) or not good or (chip in _GPUS and len(sizes) > 1):
+    if chip in _GPUS:
+        good &= len(sizes) == 1
+    elif chip in TPUS:
+        known = TPUS[chip]
+        good &= extent in known if known else len(sizes) == 3
+    else:
+        good = False
+    if not good:
         raise UsageError(
-            f"unknown topology {text!r}: expected a TPU ({', '.join(_TPUS)}) with its "
-            f"extent, such as v5e:16x16 or v4:4x4x8, or a GPU ({', '.join(_GPUS)}) "
-            "with a number, such as h100:8"
+            f"unknown topology {text!r}: expected v5e or v6e with an extent "
+            f"({', '.join(_FLAT)}), such as v5e:16x16; v4 or v5p with three sizes, "
+            f"such as v4:4x4x8; or a GPU ({', '.join(_GPUS)}) with a number, such as "
+            "h100:8"
         )
-    parts = 2 if chip in _HALVES else 1
     memory = activations.hardware_profile(chip).memory_bytes
-    return Topology(text, chip, parts * math.prod(map(int, sizes)), memory // parts)
+    return Topology(text, chip, math.prod(map(int, sizes)), memory)
+
+
+def larger(text: str) -> Iterator[str]:
+    """Larger slices of the same chip, the nearest first."""
+    chip, _, extent = text.lower().partition(":")
+    if known := TPUS.get(chip):
+        yield from (f"{chip}:{more}" for more in known[known.index(extent) + 1 :])
+        return
+    sizes = [*map(int, extent.split("x"))]
+    for _ in range(5):
+        sizes[sizes.index(min(sizes))] *= 2
+        yield f"{chip}:{'x'.join(map(str, sorted(sizes)))}"
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
@@ -68,31 +91,34 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 class Parts:
     """Bytes on one device.
 
-    Parameters and optimizer state are exact. The rest is an estimate. A step is fullest
-    where the logits are, or in the backward pass of a layer:
+    Parameters and optimizer state are exact, the rest is an estimate. A step is fullest
+    at the loss or in the backward pass of a layer; what the layers keep is there in
+    both. Not counted is the optimizer's work space, which is needed later.
 
-    * what the layers keep is there in both;
-    * the logits, with what is computed from them, only in the first;
-    * gradients, the working set of one layer's backward pass (see
-      `lowrank_optax.activations.predict`) and the whole weights of two layers, one in
-      use and one on its way, only in the second.
-
-    Not counted is work space of the optimizer and of what is sent.
+    Attributes:
+      parameters: and of the same size the gradients, but in float32 beside their sum
+        where there are micro-batches.
+      state: of the optimizer.
+      kept: by all layers for their backward pass, their inputs included.
+      loss: logits as the head computes them and in float32, what enters the head, and
+        its weights twice (whole, the second time on their way to the backward pass).
+      gradients: of all parameters.
+      working: the most that the backward pass of one layer holds at once.
+      gathered: whole weights of two layers, one in use and one on its way.
     """
 
     parameters: int
     state: int
     kept: int
-    logits: int
+    loss: int
     gradients: int
     working: int
     gathered: int
 
     @property
     def temporaries(self) -> int:
-        return self.kept + max(
-            self.logits, self.gradients + self.working + self.gathered
-        )
+        backward = self.gradients + self.working + self.gathered
+        return self.kept + max(self.loss, backward)
 
     @property
     def total(self) -> int:
@@ -138,7 +164,7 @@ def estimate(
         parameters=own,
         state=state_bytes(tx, params, shardings),
         kept=kept // sizes["tensor"],
-        logits=_logits(config, model, local) // sizes["tensor"],
+        loss=_loss(config, model, local, sizes),
         gradients=own + (4 * own * count // _bytes(params) if in_float32 else 0),
         working=working // sizes["tensor"],
         gathered=_gathered(model, params, sizes),
@@ -155,15 +181,7 @@ def _activations(
     """What all layers keep, their inputs included, and the working set of one."""
     args, count = jax.eval_shape(layers.args, params), layers.model.layers
     if config.activation_budget:
-        plan = activations.plan_activations(
-            layers.block,
-            args,
-            count,
-            hardware=profile,
-            error_budget=config.activation_error or None,
-            **parse_budget(config.activation_budget),
-        )
-        found = plan.predicted
+        found = plan_for(config, layers.model, profile).predicted
         return found.kept_bytes + found.input_bytes, found.working_bytes
     policies = {
         "full": {},
@@ -180,10 +198,35 @@ def _activations(
     return count * residuals, found.working_bytes
 
 
-def _logits(config: Resolved, model: ModelConfig, rows: int) -> int:
-    """Logits as the head computes them, and in float32 for the loss."""
-    each = jnp.dtype(model.compute_dtype).itemsize + 4
-    return each * rows * config.seq_len * model.vocab_size
+def plan_for(
+    config: Resolved, model: ModelConfig, profile: str
+) -> activations.ActivationPlan:
+    """The plan for one device's rows under `--activation-budget`."""
+    layers = find_layers(config, model)
+    args = jax.eval_shape(layers.args, abstract_model(model)[1])
+    try:
+        return activations.plan_activations(
+            layers.block,
+            args,
+            model.layers,
+            hardware=profile,
+            error_budget=config.activation_error or None,
+            **parse_budget(config.activation_budget),
+        )
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"--activation-budget: {error}") from error
+
+
+def _loss(
+    config: Resolved, model: ModelConfig, rows: int, sizes: dict[str, int]
+) -> int:
+    each = jnp.dtype(model.compute_dtype).itemsize
+    positions = rows * config.seq_len
+    logits = (each + 4) * positions * model.vocab_size // sizes["tensor"]
+    head = each * model.width * model.vocab_size // sizes["tensor"]
+    return (
+        logits + each * positions * model.width + (2 * head if sizes["fsdp"] > 1 else 0)
+    )
 
 
 def _gathered(model: ModelConfig, params: Any, sizes: dict[str, int]) -> int:

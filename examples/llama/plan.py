@@ -4,20 +4,33 @@ Exit codes: 0 it fits; 1 it does not, with what would; 2 the command needs mendi
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import optax
 import tyro
 
 from examples.llama import optimizers
-from examples.llama.activations import ACTIVATIONS
-from examples.llama.config import Resolved, TrainConfig, UsageError, resolve
-from examples.llama.estimate import Parts, Topology, estimate, parse_topology
-from examples.llama.mesh import AXES, make_mesh, param_shardings, parse_mesh
+from examples.llama.config import (
+    NO_SIDE,
+    Resolved,
+    TrainConfig,
+    UsageError,
+    resolve,
+)
+from examples.llama.estimate import (
+    Parts,
+    Topology,
+    abstract_mesh,
+    estimate,
+    larger,
+    parse_topology,
+    state_bytes,
+)
+from examples.llama.mesh import AXES, ROWS, param_shardings, parse_mesh
 from examples.llama.model import ModelConfig, abstract_model, count_params
-from examples.llama.plan_layers import plan_from_shapes, wrap_with
-from examples.llama.step import MODEL, OPTIMIZER
 
 MIB = 2**20
 # Rows of the table of what fits, beside the optimizer that was asked for.
@@ -25,6 +38,9 @@ COMPARED = (
     "adamw", "adamw_8bit", "galore", "galore_8bit", "q_galore", "subtrack",
     "apollo", "apollo_mini", "gwt",
 )  # fmt: skip
+NO_RANK = ("adamw", "adamw_8bit", "apollo_mini", "gwt")
+# The estimate is within a tenth of what the TPU's compiler takes (docs/pods.md).
+MARGIN = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +53,11 @@ class PlanConfig:
     """name, as for training"""
     rank: int | None = None
     """of the projection; left out: the preset's"""
+    side: str = ""
+    """which side of a matrix its basis lies on, as for training"""
     topology: str = "v5e:16x16"
-    """a TPU and its extent (v5e:16x16, v4:4x4x8, v5p:2x2x2), or a GPU and a number
-    (h100:8)"""
+    """a TPU and its extent (v5e:16x16, v4:4x4x8, v5p:2x2x2, v6e:4x4), or a GPU and a
+    number (h100:8)"""
     mesh: str = "fsdp=-1"
     """sizes of data, fsdp, tensor, as for training"""
     batch: int = 512
@@ -53,162 +71,163 @@ class PlanConfig:
     activation_policy: str = "full"
     """none, full, names or adacc, as for training"""
     activation_budget: str = ""
-    """a percentage or bytes, as for training"""
+    """a percentage or bytes, as for training; it takes the place of the policy"""
     compile: bool = False
     """also compile the step with the TPU's compiler (extra tpu; minutes)"""
 
 
-def training(config: PlanConfig, **changes: Any) -> tuple[Resolved, ModelConfig]:
-    """The trainer's configuration of this run."""
-    asked = dataclasses.replace(config, **changes)
-    return resolve(
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is planned: the trainer's own configuration, model, mesh and optimizer."""
+
+    config: Resolved
+    model: ModelConfig
+    topology: Topology
+    sizes: dict[str, int]
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer as the trainer has it, with clipping and guard."""
+        _, params = abstract_model(self.model)
+        places = param_shardings(abstract_mesh(self.sizes), params)
+        optimizer = optimizers.build_optimizer(self.config, places)
+        return optimizers.guarded(self.config, optimizer)
+
+    def parts(self) -> Parts:
+        return estimate(
+            self.config, self.model, self.tx, self.sizes, self.topology.profile
+        )
+
+    def state(self) -> int:
+        _, params = abstract_model(self.model)
+        places = param_shardings(abstract_mesh(self.sizes), params)
+        return state_bytes(self.tx, params, places)
+
+
+def plan_run(plan: PlanConfig, **changes: Any) -> Run:
+    """The run that the flags, or the flags with changes, describe."""
+    plan = dataclasses.replace(plan, **changes)
+    config, model = resolve(
         TrainConfig(
-            preset=asked.preset,
-            optimizer=asked.optimizer,
-            rank=asked.rank,
-            batch_size=asked.batch,
-            seq_len=asked.seq,
-            micro_batches=asked.micro_batches,
-            param_dtype=asked.param_dtype,
+            preset=plan.preset,
+            optimizer=plan.optimizer,
+            rank=plan.rank,
+            side="" if plan.optimizer in NO_SIDE else plan.side,
+            batch_size=plan.batch,
+            seq_len=plan.seq,
+            micro_batches=plan.micro_batches,
+            param_dtype=plan.param_dtype,
             compute_dtype="bfloat16",
-            activation_policy=asked.activation_policy,
-            activation_budget=asked.activation_budget,
+            activation_policy="none"
+            if plan.activation_budget
+            else plan.activation_policy,
+            activation_budget=plan.activation_budget,
         )
     )
-
-
-def parts_of(config: PlanConfig, topology: Topology, **changes: Any) -> Parts:
-    """What one variant of the run takes per device."""
-    resolved, model = training(config, **changes)
-    sizes = parse_mesh(config.mesh, topology.devices)
-    check_rows(resolved, sizes)
-    tx = optimizers.guarded(resolved, optimizers.build_optimizer(resolved))
-    return estimate(resolved, model, tx, sizes, topology.profile)
-
-
-def check_rows(config: Resolved, sizes: dict[str, int]) -> None:
-    """Raises if the rows of a micro-batch cannot be cut evenly."""
-    parts = sizes["data"] * sizes["fsdp"]
-    rows = config.batch_size // config.micro_batches
-    if rows % parts:
-        near = -(-rows // parts) * parts * config.micro_batches
+    topology = parse_topology(plan.topology)
+    sizes = parse_mesh(plan.mesh, topology.devices)
+    parts = math.prod(sizes[axis] for axis in ROWS) * config.micro_batches
+    if config.batch_size % parts:
         raise UsageError(
-            f"{rows} rows of a micro-batch cannot be cut over data x fsdp = {parts} "
-            f"devices; the nearest that works is --batch {near}"
+            f"{plan.batch} rows in {plan.micro_batches} micro-batches cannot be cut "
+            f"over data x fsdp = {parts // config.micro_batches} devices; the nearest "
+            f"that works is --batch {-(-plan.batch // parts) * parts}"
         )
+    return Run(config, model, topology, sizes)
+
+
+def verdict(total: int, topology: Topology) -> str:
+    """In words; an estimate close to what a device has decides nothing."""
+    if total > topology.memory_bytes:
+        return "too much"
+    return "fits" if total <= MARGIN * topology.memory_bytes else "close: --compile"
 
 
 def breakdown(parts: Parts, topology: Topology) -> str:
     """A line for each part."""
-    rows = [(name, size) for name, size in dataclasses.asdict(parts).items()]
+    rows = [*dataclasses.asdict(parts).items()]
     rows += [("at the fullest", parts.total), ("a device has", topology.memory_bytes)]
     return "\n".join(f"  {name:<14} {size / MIB:>12,.1f} MiB" for name, size in rows)
 
 
-def what_fits(config: PlanConfig, topology: Topology) -> Iterator[str]:
-    """Lines of the table: optimizers, ranks and types of parameters."""
-    yield f"  {'optimizer':<14}{'rank':>6}{'parameters':>12}{'state':>14}{'all':>14}"
-    own = training(config)[0].rank
-    for name in dict.fromkeys((config.optimizer, *COMPARED)):
-        ranked = name not in ("adamw", "adamw_8bit", "apollo_mini", "gwt")
-        for rank in (own, own // 4) if ranked else (None,):
-            for dtype in ("float32", "bfloat16"):
-                changes = {"optimizer": name, "rank": rank, "param_dtype": dtype}
-                parts = parts_of(config, topology, **changes)
-                fits = "fits" if parts.total <= topology.memory_bytes else "too much"
-                yield (
-                    f"  {name:<14}{rank or '-':>6}{dtype:>12}"
-                    f"{parts.state / MIB:>10,.1f} MiB{parts.total / MIB:>10,.1f} MiB"
-                    f"  {fits}"
-                )
+def what_fits(plan: PlanConfig) -> Iterator[tuple[str, int | None, str, Parts]]:
+    """(optimizer, rank, type of parameters, parts) of the run under each of them."""
+    own = plan_run(plan).config.rank
+    for dtype in ("float32", "bfloat16"):
+        base = plan_run(plan, param_dtype=dtype).parts()  # all but the state is equal
+        for name in dict.fromkeys((plan.optimizer, *COMPARED)):
+            for rank in (None,) if name in NO_RANK else (own, own // 4):
+                run = plan_run(plan, optimizer=name, rank=rank, param_dtype=dtype)
+                yield name, rank, dtype, dataclasses.replace(base, state=run.state())
 
 
-def ways_out(config: PlanConfig, topology: Topology) -> Iterator[str]:
+def ways_out(plan: PlanConfig) -> Iterator[str]:
     """Changes, each alone, with which the run would fit."""
     changes: list[tuple[str, dict[str, Any]]] = [
         (f"--activation-policy {name}", {"activation_policy": name})
         for name in ("adacc", "full")
+        if name != plan.activation_policy and not plan.activation_budget
     ]
-    parts = config.micro_batches
-    while config.batch % (2 * parts) == 0 and parts < config.batch:
+    parts = plan.micro_batches
+    while plan.batch % (2 * parts) == 0 and parts < plan.batch:
         parts *= 2
         changes.append((f"--micro-batches {parts}", {"micro_batches": parts}))
     changes += [(f"--optimizer {name}", {"optimizer": name}) for name in COMPARED[1:]]
+    changes += [
+        (f"--topology {name} --mesh fsdp=-1", {"topology": name, "mesh": "fsdp=-1"})
+        for name in larger(plan.topology)
+    ]
+    found: set[str] = set()
     for text, change in changes:
+        kind = text.split()[0]
+        if kind in found - {"--optimizer"}:  # the nearest of its kind
+            continue
         try:
-            found = parts_of(config, topology, **change)
+            run = plan_run(plan, **change)
         except UsageError:
             continue
-        if found.total <= topology.memory_bytes:
-            yield f"{text} would take {found.total / MIB:,.0f} MiB"
+        total = run.parts().total
+        if total <= MARGIN * run.topology.memory_bytes:
+            found.add(kind)
+            yield f"{text} would take {total / MIB:,.0f} MiB"
 
 
-def compiled_beside(parts: Parts, config: PlanConfig, topology: Topology) -> str:
-    """The TPU compiler's account of the trainer's step beside the estimate."""
-    from examples.llama import aot  # slow to import, and wants another library
-
-    resolved, model = training(config)
-    mesh = make_mesh(
-        parse_mesh(config.mesh, topology.devices), aot.find_devices(topology.name)
-    )
-    _, params = abstract_model(model)
-    tx = optimizers.guarded(
-        resolved, optimizers.build_optimizer(resolved, param_shardings(mesh, params))
-    )
-    wrap_layer = ACTIVATIONS[resolved.activation_policy]
-    if resolved.activation_budget:
-        wrap_layer = wrap_with(plan_from_shapes(resolved, model))
-    found = aot.compile_step(resolved, model, tx, mesh, wrap_layer)
-    rows = [
-        ("arguments", found.audit.argument_bytes, parts.parameters + parts.state),
-        ("temporaries", found.audit.temp_bytes, parts.temporaries),
-        ("together", found.total, parts.total),
-    ]
-    lines = [f"compiled in {found.seconds:.0f} s, for one device:"]
-    for name, size, expected in rows:
-        off = 100 * (expected / max(size, 1) - 1)
-        lines.append(
-            f"  {name:<14} {size / MIB:>12,.1f} MiB, the estimate {off:+.1f} %"
-        )
-    lines.append(f"  {'program':<14} {found.program_bytes / MIB:>12,.1f} MiB")
-    for owner in (MODEL, OPTIMIZER):
-        sums = aot.sent(found.collectives, owner)
-        text = "; ".join(
-            f"{count} {op}, {size / MIB:,.1f} MiB"
-            for op, (count, size) in sorted(sums.items())
-        )
-        lines.append(f"  sent by the {owner}: {text or 'nothing'}")
-    return "\n".join(lines)
-
-
-def report(config: PlanConfig) -> bool:
+def report(plan: PlanConfig) -> bool:
     """Prints the plan; whether it fits."""
-    topology = parse_topology(config.topology)
-    parts, (resolved, model) = parts_of(config, topology), training(config)
-    sizes = parse_mesh(config.mesh, topology.devices)
-    _, params = abstract_model(model)
-    mesh = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+    run = plan_run(plan)
+    parts, topology = run.parts(), run.topology
+    _, params = abstract_model(run.model)
+    mesh = ", ".join(f"{axis} {run.sizes[axis]}" for axis in AXES)
+    rank = "" if plan.optimizer in NO_RANK else f", rank {run.config.rank}"
     print(
-        f"{config.preset} ({count_params(params):,} parameters) with "
-        f"{config.optimizer}, rank {resolved.rank}, on {topology.devices} devices of "
-        f"{config.topology} ({mesh}); {config.batch} rows of {config.seq} tokens\n"
-        f"estimate for one device:\n{breakdown(parts, topology)}"
+        f"{plan.preset} ({count_params(params):,} parameters) with "
+        f"{plan.optimizer}{rank}, on {topology.devices} devices of "
+        f"{plan.topology} ({mesh}); {plan.batch} rows of {plan.seq} tokens\n"
+        f"estimate for one device: {verdict(parts.total, topology)}\n"
+        f"{breakdown(parts, topology)}\nthe same run with:\n"
+        f"  {'optimizer':<14}{'rank':>6}{'parameters':>12}{'state':>14}{'all':>14}"
     )
-    print("what fits:\n" + "\n".join(what_fits(config, topology)))
+    for name, number, dtype, row in what_fits(plan):
+        print(
+            f"  {name:<14}{number or '-':>6}{dtype:>12}{row.state / MIB:>10,.1f} MiB"
+            f"{row.total / MIB:>10,.1f} MiB  {verdict(row.total, topology)}"
+        )
     fits = parts.total <= topology.memory_bytes
     if not fits:
-        found = list(ways_out(config, topology))
-        more = "; or more devices" if found else "more devices, or a smaller --preset"
-        print("it does not fit; " + "; ".join(found) + more)
-    if config.compile:
-        print(compiled_beside(parts, config, topology))
+        ways = list(ways_out(plan))
+        less = "no single change does: fewer rows, more devices or a smaller --preset"
+        print("it does not fit; " + ("; ".join(ways) or less))
+    if plan.compile:
+        from examples.llama import aot  # wants another library
+
+        print(aot.beside(parts, aot.compile_run(run)))
     return fits
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    config = tyro.cli(PlanConfig, prog="python -m examples.llama.plan", args=args)
+    plan = tyro.cli(PlanConfig, prog="python -m examples.llama.plan", args=args)
     try:
-        return 0 if report(config) else 1
+        return 0 if report(plan) else 1
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -69,6 +69,7 @@ HARDWARE: Mapping[str, Hardware] = {
     for profile in (
         Hardware("v5e", 197e12, 819e9, 16 * _GIB, 15.75e9, source=_TPU.format("v5e")),
         Hardware("v4", 275e12, 1200e9, 32 * _GIB, 15.75e9, source=_TPU.format("v4")),
+        Hardware("v6e", 918e12, 1640e9, 32 * _GIB, 15.75e9, source=_TPU.format("v6e")),
         Hardware("v5p", 459e12, 2765e9, 95 * _GIB, 15.75e9, source=_TPU.format("v5p")),
         Hardware(
             "a100",
@@ -111,7 +112,8 @@ def hardware_profile(hardware: Any) -> Hardware:
     """Returns the profile of a name, or the profile that is given.
 
     Args:
-      hardware: "v5e", "v4", "v5p", "a100", "h100", "h200", "cpu" or a ``Hardware``.
+      hardware: "v4", "v5e", "v5p", "v6e", "a100", "h100", "h200", "cpu" or a
+        ``Hardware``.
 
     Raises:
       ValueError: if the name is unknown.

@@ -26,7 +26,8 @@ MESHES = ({"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 
     ("text", "profile", "devices", "gib"),
     [
         ("v5e:16x16", "v5e", 256, 16),
-        ("v4:2x2x4", "v4", 32, 16),  # JAX sees the two halves of a chip
+        ("v4:2x2x4", "v4", 16, 32),  # the two cores of a chip are one device
+        ("v6e:4x4", "v6e", 16, 32),
         ("v5p:2x2x2", "v5p", 8, 95),
     ],
 )
@@ -41,9 +42,9 @@ def test_gpus_are_a_number():
     assert (found.devices, found.memory_bytes) == (8, 80 * 10**9)
 
 
-@pytest.mark.parametrize("text", ["v9:2x2", "v5e", "v5e:0x2", "h100:2x2", "v5e:axb"])
+@pytest.mark.parametrize("text", ["v9:2x2", "v5e", "v5e:3x2", "h100:2x2", "v4:axb"])
 def test_unknown_topologies_name_the_known(text):
-    with pytest.raises(UsageError, match=r"expected a TPU \(v4, v5e, v5p\)"):
+    with pytest.raises(UsageError, match="expected v5e or v6e with an extent"):
         parse_topology(text)
 
 
@@ -128,7 +129,8 @@ def test_a_plan_that_does_not_fit_names_what_would(capsys):
     flags = ["--topology", "v5e:2x2", "--activation-policy", "none", "--batch", "512"]
     code, out, _ = run(capsys, *flags)
     assert code == 1 and "it does not fit" in out
-    assert "--micro-batches 4 would take" in out and "or more devices" in out
+    assert "--micro-batches 4 would take" in out
+    assert "--topology v5e:4x4 --mesh fsdp=-1 would take" in out
 
 
 def test_bad_plans(capsys):
