@@ -21,8 +21,8 @@ import optax
 from jax.sharding import AxisType, PartitionSpec
 
 import lowrank_optax as lro
-from benchmarks._collectives import collectives
 from benchmarks.state_memory import RANKS
+from examples.llama.collectives import collectives
 from examples.llama.config import PRESETS
 from examples.llama.model import abstract_model
 

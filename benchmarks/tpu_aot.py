@@ -35,7 +35,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 import lowrank_optax as lro  # noqa: E402
-from benchmarks._collectives import collectives  # noqa: E402
+from examples.llama.collectives import collectives  # noqa: E402
 from lowrank_optax.quantization import blockwise_int8  # noqa: E402
 
 # Width, feed-forward width, layers: the GaLore scripts' models.

@@ -1,6 +1,7 @@
 """The selection report: what is projected, what stays full, and why."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -31,21 +32,14 @@ class SelectionReport:
     def __str__(self) -> str:
         """Returns the table."""
         header = ("leaf", "shape", "decision", "state bytes", "full bytes", "why")
-        table = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(cells, widths, strict=True)
-            )
-            for cells in table
-        ]
+        lines = aligned([header, *(_cells(row) for row in self.rows)])
         used = sum(_bytes(row) for row in self.rows)
         full = sum(row.full_bytes for row in self.rows)
         lines.append(
             f"{len(self.projected)} projected, {len(self.full)} full; "
             f"{used:,} bytes of state, {full:,} if all were full"
         )
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
 def selection_report(tx: optax.GradientTransformation, params: Any) -> SelectionReport:
@@ -81,6 +75,12 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
         )
     leaves = [leaf for record in records for leaf in record.plan.leaves]
     return SelectionReport(tuple(leaves))
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the rows as lines with columns of one width."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
 
 
 def _bytes(row: LeafPlan) -> int:

@@ -20,6 +20,7 @@ from lowrank_optax._axes import check_averaging, varying
 from lowrank_optax._compression import Channel, Compression, LeafTraffic
 from lowrank_optax._matrices import is_box, path_string, refill, unbox
 from lowrank_optax._meshes import explicit_like, explicit_mesh
+from lowrank_optax._report import aligned
 from lowrank_optax.linalg.layout import wide
 
 
@@ -55,16 +56,9 @@ class TrafficReport:
             shape = "x".join(map(str, row.shape)) or "scalar"
             cells = (row.path, shape, f"{row.whole:,}", f"{row.sent:,}", row.reason)
             table.append(cells)
-        widths = [max(len(cells[i]) for cells in table) for i in range(5)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(cells, widths, strict=True)
-            )
-            for cells in table
-        ]
         whole, sent = self.numbers
-        lines.append(f"{sent:,} numbers between refreshes, {whole:,} plainly")
-        return "\n".join(line.rstrip() for line in lines)
+        last = f"{sent:,} numbers between refreshes, {whole:,} plainly"
+        return "\n".join([*aligned(table), last])
 
 
 def traffic_report(tx: optax.GradientTransformation, params: Any) -> TrafficReport:

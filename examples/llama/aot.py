@@ -12,14 +12,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import lowrank_optax as lro
-from benchmarks._collectives import Collective, collectives
 from examples.llama.activations import ACTIVATIONS, Wrap
+from examples.llama.collectives import Collective, collectives
 from examples.llama.config import Resolved, UsageError
-from examples.llama.estimate import TPUS, Parts, plan_for
+from examples.llama.estimate import TPUS, Parts, of_one_device
 from examples.llama.mesh import batch_sharding, make_mesh, param_shardings
 from examples.llama.model import ModelConfig, abstract_model
 from examples.llama.placement import Placement
-from examples.llama.plan_layers import wrap_with
+from examples.llama.plan_layers import plan_from_shapes, wrap_with
 from examples.llama.step import MODEL, OPTIMIZER, make_steps
 from examples.llama.weights import WEIGHTS
 from lowrank_optax import activations
@@ -117,7 +117,8 @@ def compile_run(run: Any) -> Compiled:
     config = run.config
     policy = ACTIVATIONS[config.activation_policy]
     if config.activation_budget:
-        policy = wrap_with(plan_for(config, run.model, run.topology.profile))
+        one = of_one_device(config, run.sizes)
+        policy = wrap_with(plan_from_shapes(one, run.model, run.topology.profile))
     return compile_step(config, run.model, run.tx, mesh, policy)
 
 

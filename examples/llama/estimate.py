@@ -14,8 +14,9 @@ import lowrank_optax as lro
 from examples.llama.activations import PRODUCTS
 from examples.llama.config import Resolved, UsageError
 from examples.llama.mesh import ROWS, param_shardings
-from examples.llama.model import ModelConfig, abstract_model
-from examples.llama.plan_layers import Layers, find_layers, parse_budget
+from examples.llama.model import ModelConfig, abstract_model, count_params
+from examples.llama.optimizers import tree_bytes
+from examples.llama.plan_layers import Layers, find_layers, plan_from_shapes
 from lowrank_optax import activations
 
 
@@ -153,26 +154,26 @@ def estimate(
     _, params = abstract_model(model)
     shardings = param_shardings(mesh, params)
     own = shard_bytes(params, shardings)
-    rows = config.batch_size // config.micro_batches
-    local = max(rows // math.prod(sizes[axis] for axis in ROWS), 1)
-    one = dataclasses.replace(config, batch_size=local, micro_batches=1)
-    layers = find_layers(one, model)
-    kept, working = _activations(config, layers, params, profile)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    one = of_one_device(config, sizes)
+    kept, working = _activations(one, find_layers(one, model), params, profile)
+    count = count_params(params)
     in_float32 = config.micro_batches > 1  # sums of micro-batches
     return Parts(
         parameters=own,
         state=state_bytes(tx, params, shardings),
         kept=kept // sizes["tensor"],
-        loss=_loss(config, model, local, sizes),
-        gradients=own + (4 * own * count // _bytes(params) if in_float32 else 0),
+        loss=_loss(one, model, sizes),
+        gradients=own + (4 * own * count // tree_bytes(params) if in_float32 else 0),
         working=working // sizes["tensor"],
         gathered=_gathered(model, params, sizes),
     )
 
 
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def of_one_device(config: Resolved, sizes: dict[str, int]) -> Resolved:
+    """The configuration with one device's rows of a micro-batch for a batch."""
+    rows = config.batch_size // config.micro_batches
+    local = max(rows // math.prod(sizes[axis] for axis in ROWS), 1)
+    return dataclasses.replace(config, batch_size=local, micro_batches=1)
 
 
 def _activations(
@@ -181,7 +182,7 @@ def _activations(
     """What all layers keep, their inputs included, and the working set of one."""
     args, count = jax.eval_shape(layers.args, params), layers.model.layers
     if config.activation_budget:
-        found = plan_for(config, layers.model, profile).predicted
+        found = plan_from_shapes(config, layers.model, profile).predicted
         return found.kept_bytes + found.input_bytes, found.working_bytes
     policies = {
         "full": {},
@@ -194,34 +195,13 @@ def _activations(
         return found.kept_bytes + found.input_bytes, found.working_bytes
     # What reverse mode keeps by itself: the leaves of the function that it returns.
     pulled = jax.eval_shape(lambda p, x: jax.vjp(layers.block, p, x)[1], *args)
-    residuals = max(_bytes(pulled) - _bytes(args[0]), 0)
+    residuals = max(tree_bytes(pulled) - tree_bytes(args[0]), 0)
     return count * residuals, found.working_bytes
 
 
-def plan_for(
-    config: Resolved, model: ModelConfig, profile: str
-) -> activations.ActivationPlan:
-    """The plan for one device's rows under `--activation-budget`."""
-    layers = find_layers(config, model)
-    args = jax.eval_shape(layers.args, abstract_model(model)[1])
-    try:
-        return activations.plan_activations(
-            layers.block,
-            args,
-            model.layers,
-            hardware=profile,
-            error_budget=config.activation_error or None,
-            **parse_budget(config.activation_budget),
-        )
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"--activation-budget: {error}") from error
-
-
-def _loss(
-    config: Resolved, model: ModelConfig, rows: int, sizes: dict[str, int]
-) -> int:
+def _loss(config: Resolved, model: ModelConfig, sizes: dict[str, int]) -> int:
     each = jnp.dtype(model.compute_dtype).itemsize
-    positions = rows * config.seq_len
+    positions = config.batch_size * config.seq_len
     logits = (each + 4) * positions * model.vocab_size // sizes["tensor"]
     head = each * model.width * model.vocab_size // sizes["tensor"]
     return (

@@ -39,7 +39,7 @@ COMPARED = (
     "apollo", "apollo_mini", "gwt",
 )  # fmt: skip
 NO_RANK = ("adamw", "adamw_8bit", "apollo_mini", "gwt")
-# The estimate is within a tenth of what the TPU's compiler takes (docs/pods.md).
+# An estimate above this part of what a device has decides nothing.
 MARGIN = 0.9
 
 
@@ -137,7 +137,7 @@ def plan_run(plan: PlanConfig, **changes: Any) -> Run:
 
 
 def verdict(total: int, topology: Topology) -> str:
-    """In words; an estimate close to what a device has decides nothing."""
+    """In words."""
     if total > topology.memory_bytes:
         return "too much"
     return "fits" if total <= MARGIN * topology.memory_bytes else "close: --compile"

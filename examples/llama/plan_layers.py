@@ -24,6 +24,7 @@ DEVICES = {
     "h100": "h100",
     "a100": "a100",
 }
+ACTIONS = ("save", "recompute", "int8", "int4", "int4+8")
 NEVER = 2**31
 DELAY = 20  # steps from a new plan to the first step under it
 
@@ -110,9 +111,6 @@ class Layers:
         return (own, x), jax.grad(loss)(self.block(own, x))
 
 
-ACTIONS = ("save", "recompute", "int8", "int4", "int4+8")
-
-
 def find_layers(config: Resolved, model: ModelConfig) -> Layers:
     """The model's layer for a micro-batch; nothing is computed."""
     definition, params = abstract_model(model)
@@ -135,10 +133,10 @@ def find_layers(config: Resolved, model: ModelConfig) -> Layers:
     return Layers(definition, model, block, rows, config.seq_len)
 
 
-def options(config: Resolved) -> dict[str, Any]:
+def options(config: Resolved, hardware: str) -> dict[str, Any]:
     """What the flags ask of the planner."""
     return {
-        "hardware": profile_name(jax.devices()[0].device_kind),
+        "hardware": hardware,
         "error_budget": config.activation_error or None,
         "actions": ACTIONS,
         **parse_budget(config.activation_budget),
@@ -146,15 +144,15 @@ def options(config: Resolved) -> dict[str, Any]:
 
 
 def plan_from_shapes(
-    config: Resolved, model: ModelConfig
+    config: Resolved, model: ModelConfig, hardware: str
 ) -> activations.ActivationPlan:
-    """A plan with errors by role: what cannot be is said before anything runs."""
+    """A plan with errors by role; what cannot be is said before anything runs."""
     layers = find_layers(config, model)
     _, abstract = abstract_model(model)
     args = jax.eval_shape(layers.args, abstract)
     try:
         return activations.plan_activations(
-            layers.block, args, model.layers, **options(config)
+            layers.block, args, model.layers, **options(config, hardware)
         )
     except (ImportError, ValueError) as error:
         raise UsageError(f"--activation-budget: {error}") from error
@@ -173,7 +171,8 @@ def planned_train(
     `build` makes the step with a wrapped layer, `load` turns what is stored between
     steps into parameters, `record` is what a run that goes on left.
     """
-    plan_from_shapes(config, model)
+    hardware = profile_name(jax.devices()[0].device_kind)
+    plan_from_shapes(config, model, hardware)
     layers = find_layers(config, model)
 
     def errors(stored: Any, opt_state: Any, batch: Any, *key: Any) -> Any:
@@ -194,7 +193,7 @@ def planned_train(
         errors=errors,
         record=record,
         log=log,
-        **options(config),
+        **options(config, hardware),
     )
 
 

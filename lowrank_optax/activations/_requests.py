@@ -90,17 +90,6 @@ def check_tags(
     return found
 
 
-def check_errors(errors: Mapping[Any, float], costs: BlockCost, actions: Any):
-    """Raises if errors that were passed do not cover every tag and action."""
-    for tag in costs.tags:
-        for action in actions:
-            if (tag.tag, action) not in errors:
-                raise ValueError(
-                    f"`errors` has no entry for ('{tag.tag}', {action!r}). Measure "
-                    "with probe_errors(block, example_args, actions)."
-                )
-
-
 def infeasible_budget(needed: Any, always: int, everything: int, given: Any) -> str:
     """Returns the message for a budget below what any plan takes."""
     least = math.ceil(needed)

@@ -22,6 +22,7 @@ def program_bytes(program: Any) -> Any:
 
 
 def key(plan: ActivationPlan) -> Key:
+    """Returns what two plans with the same step have in common."""
     return tuple((segment.layers, segment.policy) for segment in plan.segments)
 
 

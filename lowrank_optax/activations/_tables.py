@@ -11,7 +11,6 @@ from lowrank_optax.activations.actions import Action, Offload
 from lowrank_optax.activations.cost import BlockCost, TagCost
 from lowrank_optax.activations.hardware import Hardware
 from lowrank_optax.activations.plan import ActivationPlan, Choice, Prediction, Segment
-from lowrank_optax.activations.probe import error_of_role, is_exact
 
 # (tag, its children, additional ms if neither it nor one of those is kept).
 Joint = tuple[int, tuple[int, ...], float | int]
@@ -110,21 +109,6 @@ def _time(tag: TagCost, action: Action, hardware: Hardware) -> float:
     if isinstance(action, Offload):
         return 1e3 * 2 * tag.nbytes / hardware.host_bandwidth
     return 1e3 * 2 * (tag.nbytes + nbytes(tag, action)) / hardware.bandwidth
-
-
-def errors_by_role(
-    costs: BlockCost, actions: Sequence[Action], roles: Mapping[str, str]
-) -> dict[tuple[str, Action], float]:
-    """Returns errors without data, see ``probe.error_of_role``."""
-    found = {}
-    for tag in costs.tags:
-        for action in actions:
-            exact = all(is_exact(action, v.shape, v.dtype) for v in tag.values)
-            width = max(math.prod(v.shape[-1:]) for v in tag.values)
-            role = roles.get(tag.tag, "")
-            error = 0.0 if exact else error_of_role(role, action, width)
-            found[tag.tag, action] = error
-    return found
 
 
 def plan_of(

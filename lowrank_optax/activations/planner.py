@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from lowrank_optax import _checks
-from lowrank_optax.activations import _requests, _tables, cost, probe
+from lowrank_optax.activations import _errors, _requests, _tables, cost
 from lowrank_optax.activations._tables import Tables
 from lowrank_optax.activations.checkpoint import _HOW_TO_TAG
 from lowrank_optax.activations.hardware import hardware_profile
@@ -118,18 +117,9 @@ def plan_activations(
             f"{_HOW_TO_TAG} Tags inside loops and branches do not count."
         )
     barred = _requests.check_tags(forbidden or {}, roles, costs, actions)
-    data = not any(
-        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example_args)
+    errors, probed = _errors.settle(
+        block, example_args, n_layers, costs, actions, roles, errors, cotangent
     )
-    probed = data or errors is not None
-    if errors is not None:
-        _requests.check_errors(errors, costs, actions)
-    elif data:
-        errors = probe.probe_errors(
-            block, example_args, actions, cotangent=cotangent, n_layers=n_layers
-        )
-    else:
-        errors = _tables.errors_by_role(costs, actions, roles)
     tables = _tables.build(costs, actions, layers, profile, errors, barred)
     always = n_layers * costs.input_bytes + costs.working_bytes
     everything = n_layers * sum(tag.nbytes for tag in costs.tags)

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from lowrank_optax import _checks
-from lowrank_optax.activations import _requests, _tables, cost, probe
+from lowrank_optax.activations import _errors, _requests, _tables, cost
 from lowrank_optax.activations.actions import Policy, Recompute
 from lowrank_optax.activations.hardware import hardware_profile
 from lowrank_optax.activations.plan import Prediction
@@ -75,16 +74,11 @@ def predict(
                 "be kept. It tags " + ", ".join(f"'{name}'" for name in names) + "."
             )
     actions = tuple(dict.fromkeys([Recompute(), *settled.values()]))
-    if errors is not None:
-        _requests.check_errors(errors, costs, actions)
-    elif any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(args)):
-        errors = _tables.errors_by_role(costs, actions, roles)
-    else:
-        errors = probe.probe_errors(
-            block, args, actions, cotangent=cotangent, n_layers=n_layers
-        )
+    errors, probed = _errors.settle(
+        block, args, n_layers, costs, actions, roles, errors, cotangent
+    )
     tables = _tables.build(costs, actions, (n_layers,), profile, errors, {})
     chosen = [actions.index(settled.get(name, Recompute())) for name in names]
     assignment = np.asarray([chosen], int).reshape(1, len(names))
-    plan = _tables.plan_of(assignment, tables, costs, actions, 0, profile.name, True)
+    plan = _tables.plan_of(assignment, tables, costs, actions, 0, profile.name, probed)
     return plan.predicted

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from benchmarks._collectives import collectives
+from examples.llama.collectives import collectives
 
 AXES = ("data", "model")
 RANK, GAP, STEPS = 4, 2, 5  # refreshes at steps 0, 2 and 4

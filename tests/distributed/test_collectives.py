@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from benchmarks._collectives import collectives
+from examples.llama.collectives import collectives
 from tests.distributed.cases import (
     PARAMS,
     PROJECTORS,

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from benchmarks._collectives import collectives
+from examples.llama.collectives import collectives
 from tests.distributed.cases import (
     GAP,
     PARAMS,

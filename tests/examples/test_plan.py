@@ -143,3 +143,14 @@ def test_bad_plans(capsys):
 @pytest.fixture
 def quick_table(monkeypatch):
     monkeypatch.setattr(plan, "COMPARED", ("adamw", "galore"))
+
+
+def test_a_budget_is_planned_for_the_rows_of_one_device():
+    """Twice the devices, half of what each keeps: kept bytes are a sum over rows."""
+    kept = []
+    for devices in (2, 4):
+        sizes = {"data": 1, "fsdp": devices, "tensor": 1}
+        config, model = config_of("adamw", activation_budget="100%")
+        tx = optimizers.guarded(config, optimizers.build_optimizer(config))
+        kept.append(estimate(config, model, tx, sizes, "v5e").kept)
+    assert kept[0] == 2 * kept[1] > 0

@@ -44,7 +44,7 @@ def plan(budget, **flags):
             **flags,
         )
     )
-    return plan_from_shapes(config, model)
+    return plan_from_shapes(config, model, "cpu")
 
 
 @pytest.mark.usefixtures("micro_preset")
