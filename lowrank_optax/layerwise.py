@@ -15,8 +15,15 @@ import optax
 from jaxtyping import Array
 from optax.transforms import MaskedNode
 
+from lowrank_optax._dependence import (
+    MIXED,
+    NOTHING,
+    RANDOM,
+    Dependence,
+    dependences,
+)
 from lowrank_optax._matrices import path_string
-from lowrank_optax._refresh import at_layer
+from lowrank_optax._slices import at_layer
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, Array]]]
 
@@ -133,7 +140,7 @@ def train_step(
             total = total + _squares(grad)
             p, s = _slice(stack, i), _slice(own, i)
             grad = jax.tree.map(lambda g: g[None], grad)
-            with at_layer(i):
+            with at_layer(i, layers):
                 p, s, _ = apply(
                     ("layers",), {"layers": grad}, {"layers": p}, {**old, **s}
                 )
@@ -180,9 +187,10 @@ class _Update:
         }
         one = params | {"layers": jax.tree.map(_one, params["layers"])}
         two = params | {"layers": jax.tree.map(_two, params["layers"])}
-        self.parts["layers",] = self._shapes(("layers",), one)
+        with at_layer(0, layers):
+            self.parts["layers",] = self._shapes(("layers",), one)
         self._owners(_by_path(whole), layers, names, two)
-        self._refuse_coupling(whole)
+        self._refuse_coupling(whole, layers)
 
     def _shapes(self, part: tuple[str, ...], params: Any) -> Any:
         return jax.eval_shape(self.tx.init, self._masked(part, params))
@@ -196,7 +204,8 @@ class _Update:
     def _owners(self, whole, layers, names, two) -> None:
         """Finds whose every leaf of the state is, by path."""
         one = _by_path(self.parts["layers",])
-        other = _by_path(self._shapes(("layers",), two))
+        with at_layer(0, layers):
+            other = _by_path(self._shapes(("layers",), two))
         if missing := sorted(set(one) ^ set(other)):
             raise ValueError(_DIFFERENT.format(path=missing[0]))
         stacked = {path for path in one if one[path].shape != other[path].shape}
@@ -223,25 +232,33 @@ class _Update:
         if lost := sorted((rest - known) | (known - rest)):
             raise ValueError(_DIFFERENT.format(path=lost[0]))
 
-    def _refuse_coupling(self, whole: Any) -> None:
-        def update(grads: Any, state: Any, params: Any) -> Any:
-            return self.tx.update(grads, state, params)[0]
-
-        closed = jax.make_jaxpr(update)(self.params, whole, self.params)
-        paths = [key[0] for key, _ in jax.tree_util.tree_leaves_with_path(self.params)]
-        labels = [frozenset([str(key)]) for key in paths]
-        rest = len(closed.jaxpr.invars) - len(labels)
-        seen = _reach(closed.jaxpr, [*labels, *[frozenset()] * rest])
-        for own, found in zip(labels, seen, strict=True):
-            if found - own:
-                raise ValueError(
-                    f"The update of {', '.join(own)} depends on the gradient of "
-                    f"{', '.join(sorted(found - own))}: tx couples leaves (clipping by "
-                    "the global norm, a guard against non-finite values, accumulation) "
-                    "and a layer-wise step never holds all gradients at once. Use "
-                    "clip_norm= and skip_nonfinite= of train_step, not of tx; "
-                    "accumulate in the plain step."
-                )
+    def _refuse_coupling(self, whole: Any, layers: int) -> None:
+        """Raises unless every part, and every layer, is updated from itself alone."""
+        closed = jax.make_jaxpr(lambda *args: self.tx.update(*args))(
+            self.params, whole, self.params
+        )
+        owner = {path: part for part, paths in self.owned.items() for path in paths}
+        parts = [
+            key[0].key if key[0].key in ("embed", "layers") else "head"
+            for key, _ in jax.tree_util.tree_leaves_with_path(self.params)
+        ]
+        kept = [owner.get(path) for path in _by_path(whole)]
+        # Of the state only numbers count: flags and counters say when, not what.
+        given = [
+            part if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+            for part, leaf in zip(kept, jax.tree.leaves(whole), strict=True)
+        ]
+        inputs = [_source(part) for part in (*parts, *given, *parts)]
+        what = [f"The update of params{path}" for path in _by_path(self.params)]
+        what += [f"The new state at {path}" for path in _by_path(whole)]
+        found = dependences(closed, inputs, layers)
+        for name, part, one in zip(what, [*parts, *kept], found, strict=True):
+            others = sorted(one.names - {part, RANDOM})
+            source = f"the gradient of {', '.join(others)}" if others else ""
+            if part == "layers" and layers > 1 and one.place == MIXED and not source:
+                source = RANDOM if RANDOM in one.names else "several layers at once"
+            if source:
+                raise ValueError(_COUPLED.format(name=name, source=source))
 
     def shared(self, state: Any) -> dict[str, Any]:
         return self._pick(state, self.common)
@@ -279,6 +296,12 @@ class _Update:
         return new, {k: v for k, v in after.items() if k not in shared}, shared
 
 
+_COUPLED = (
+    "{name} depends on {source}: tx couples leaves or layers (clipping by the global "
+    "norm or by that of a leaf, a guard against non-finite values, trust ratios), and "
+    "a layer-wise step never holds all gradients at once. Use clip_norm= and "
+    "skip_nonfinite= of train_step, not of tx."
+)
 _DIFFERENT = (
     "State leaf {path!r} exists for a part of the parameters and not for the whole, or "
     "the other way round: tx chooses leaves by what it sees of the tree (a min_size "
@@ -305,25 +328,10 @@ def _count_layers(params: Any, names: tuple[str, ...]) -> int:
     return next(iter(counts.values()))[0]
 
 
-def _reach(jaxpr: Any, labels: list[frozenset]) -> list[frozenset]:
-    """Returns which labels of its inputs every output of a jaxpr depends on."""
-    none: frozenset = frozenset()
-    known = dict(zip(jaxpr.invars, labels, strict=True))
-
-    def of(var: Any) -> frozenset:
-        return none if hasattr(var, "val") else known.get(var, none)
-
-    for eqn in jaxpr.eqns:
-        seen = [of(var) for var in eqn.invars]
-        name, inner = eqn.primitive.name, eqn.params.get("jaxpr")
-        if name in ("pjit", "jit") and inner is not None:
-            outs = _reach(inner.jaxpr, seen)
-        elif name == "optimization_barrier":
-            outs = seen
-        else:
-            outs = [none.union(*seen)] * len(eqn.outvars)
-        known.update(zip(eqn.outvars, outs, strict=True))
-    return [of(var) for var in jaxpr.outvars]
+def _source(part: str | None) -> Dependence:
+    if part is None:
+        return NOTHING
+    return Dependence(frozenset([part]), (0, 1) if part == "layers" else None)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
