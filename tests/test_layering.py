@@ -27,7 +27,7 @@ LAYERS = (
     ("_subspace",),
     ("_chain",),
     ("methods",),
-    ("_report", "memory", "_compression"),
+    ("_report", "memory", "_compression", "_layers"),
     ("sharding", "weights", "layerwise", "distributed"),
     ("activations", "testing"),
     ("__init__",),
