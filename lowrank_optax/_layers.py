@@ -26,7 +26,9 @@ class LayerUpdate:
     leaves stand at the same paths in the state of the whole, a dict by path here.
     """
 
-    def __init__(self, tx: Any, params: Any, layers: int, names: tuple[str, ...]):
+    def __init__(
+        self, tx: Any, params: Any, state: Any, layers: int, names: tuple[str, ...]
+    ):
         self.tx, self.params = tx, params
         whole = jax.eval_shape(tx.init, params)
         self.parts = {
@@ -38,7 +40,8 @@ class LayerUpdate:
         with at_layer(0, layers):
             self.parts["layers",] = self._shapes(("layers",), one)
         self._owners(_by_path(whole), layers, names, two)
-        self._refuse_coupling(whole, layers)
+        _check_state(state, whole)
+        self._refuse_coupling(state, layers)
 
     def _shapes(self, part: tuple[str, ...], params: Any) -> Any:
         return jax.eval_shape(self.tx.init, self._masked(part, params))
@@ -157,6 +160,19 @@ _DIFFERENT = (
     "the other way round: tx chooses leaves by what it sees of the tree (a min_size "
     "between one layer and all of them, say). Choose them by name, with select=."
 )
+
+
+def _check_state(state: Any, expected: Any) -> None:
+    found, wanted = (
+        {path: (leaf.shape, leaf.dtype) for path, leaf in _by_path(tree).items()}
+        for tree in (state, expected)
+    )
+    for path in sorted({*found, *wanted}):
+        if found.get(path) != wanted.get(path):
+            raise ValueError(
+                f"The state is not one of tx for these params: at {path!r} tx.init has "
+                f"{wanted.get(path)}, the state {found.get(path)}."
+            )
 
 
 def count_layers(params: Any, names: tuple[str, ...]) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -45,3 +45,20 @@ def whole_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of a leaf's whole stack."""
     layer = current_layer()
     return shape if layer is None or not shape else (layer.layers, *shape[1:])
+
+
+def with_layer(step: Callable, last: Any) -> tuple[Callable, Any]:
+    """Returns a step, and its last argument, that takes the layer along.
+
+    A traced number from outside is none on the meshes that the step may enter.
+    """
+    layer = current_layer()
+    if layer is None:
+        return step, last
+
+    def inside(*args: Any) -> Any:
+        *first, (index, last) = args
+        with at_layer(index, layer.layers):
+            return step(*first, last)
+
+    return inside, (layer.index, last)

@@ -124,7 +124,7 @@ def train_step(
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, dict[str, Array]]:
         layers = count_layers(params, names)
-        update = LayerUpdate(tx, params, layers, names)
+        update = LayerUpdate(tx, params, state, layers, names)
         _check_micro_batches(batch, micro_batches)
         head_params = {name: params[name] for name in names}
 
