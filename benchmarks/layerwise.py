@@ -20,6 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from examples.llama import aot, optimizers
@@ -83,10 +84,19 @@ def measure(options: argparse.Namespace, optimizer: str, step: str) -> dict[str,
     types = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
     place = SingleDeviceSharding(aot.find_devices(options.topology)[0])
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (params, state, batch),
+
+    def layout(x: Any) -> Any:
+        order = tuple(range(len(x.shape)))
+        return Format(Layout(order), place) if options.layers_major else place
+
+    places = jax.tree.map(layout, (params, state))
+    train: Any = jax.jit(
+        train.__wrapped__,
+        donate_argnums=(0, 1),
+        in_shardings=(*places, place),
+        out_shardings=(*places, place),
     )
+    arguments = params, state, batch
     try:
         found = aot.compiled(train.lower(*arguments))
     except UsageError as error:
@@ -135,10 +145,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=512)
     parser.add_argument("--optimizers", nargs="+", default=["galore", "subtrack"])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument(
+        "--layers-major",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="lay arrays out in the order of their axes, layers first",
+    )
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
-    key = f"{options.preset}, {options.batch} x {options.seq}"
+    order = "layers first" if options.layers_major else "compiler's layouts"
+    key = f"{options.preset}, {options.batch} x {options.seq}, {order}"
     for optimizer in options.optimizers:
         for step in options.steps:
             row = measure(options, optimizer, step)

@@ -171,8 +171,11 @@ def train_step(
             i = layers - 1 - at
             grad, cotangent = backward(stack, i, cotangent)
             total = total + squares(grad)
-            p, s = _slice(stack, i), _slice(own, i)
             grad = jax.tree.map(lambda g: g[None], grad)
+            # Read before anything is written: else the compiler copies the stacks.
+            p, s, grad = jax.lax.optimization_barrier(
+                (_slice(stack, i), _slice(own, i), grad)
+            )
             with at_layer(i, layers):
                 p, s, _ = apply(
                     ("layers",), {"layers": grad}, {"layers": p}, {**old, **s}
