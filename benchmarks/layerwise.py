@@ -20,7 +20,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from examples.llama import aot, optimizers
@@ -28,6 +27,7 @@ from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.layerwise import make_layerwise_steps
 from examples.llama.model import abstract_model, count_params
 from examples.llama.step import make_steps, mean_gradient
+from lowrank_optax import layerwise
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "layerwise.json"
 MIB = 2**20
@@ -85,11 +85,9 @@ def measure(options: argparse.Namespace, optimizer: str, step: str) -> dict[str,
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
     place = SingleDeviceSharding(aot.find_devices(options.topology)[0])
 
-    def layout(x: Any) -> Any:
-        order = tuple(range(len(x.shape)))
-        return Format(Layout(order), place) if options.layers_major else place
-
-    places = jax.tree.map(layout, (params, state))
+    places = (place, place)
+    if options.layers_outermost:
+        places = layerwise.formats((params, state), place)
     train: Any = jax.jit(
         train.__wrapped__,
         donate_argnums=(0, 1),
@@ -146,15 +144,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizers", nargs="+", default=["galore", "subtrack"])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument(
-        "--layers-major",
+        "--layers-outermost",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="lay arrays out in the order of their axes, layers first",
+        help="with the layouts of lro.layerwise.formats",
     )
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
-    order = "layers first" if options.layers_major else "compiler's layouts"
+    order = "layers outermost" if options.layers_outermost else "compiler's layouts"
     key = f"{options.preset}, {options.batch} x {options.seq}, {order}"
     for optimizer in options.optimizers:
         for step in options.steps:

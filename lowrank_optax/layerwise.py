@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Format, Layout
 from jaxtyping import Array
 
 from lowrank_optax import _checks
@@ -205,6 +206,46 @@ def train_step(
         return like_params(params, parts), update.join(state, leaves), metrics
 
     return step
+
+
+def formats(tree: Any, shardings: Any) -> Any:
+    """Returns layouts in which every layer of a stack lies in one piece of memory.
+
+    A compiler may lay ``[L, m, n]`` out with the layers inside, to pad less where n is
+    no multiple of 128. A loop that updates single layers then copies the whole stack
+    before and after. With these layouts for arguments and results of the jitted step it
+    does not: layers are outermost, and of the last two axes that one is innermost whose
+    size is a multiple of 128.
+
+    Args:
+      tree: parameters or state, arrays or ShapeDtypeStructs.
+      shardings: a tree like it (a prefix will do) of shardings.
+
+    Returns:
+      A tree like ``tree`` for ``in_shardings`` and ``out_shardings`` of ``jax.jit``, of
+      ``Format`` where there are three or more axes and of shardings elsewhere.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      >>> found = lro.layerwise.formats({"up": jnp.ones((3, 128, 341))}, one)
+      >>> found["up"].layout.major_to_minor
+      (0, 2, 1)
+    """
+
+    def place(sharding: Any, leaf: Any) -> Any:
+        if leaf.ndim < 3:
+            return sharding
+        *outer, last = range(leaf.ndim)
+        swap = leaf.shape[-1] % 128 and leaf.shape[-2] % 128 == 0
+        order = (*outer[:-1], last, outer[-1]) if swap else (*outer, last)
+        return Format(Layout(order), sharding)
+
+    def below(sharding: Any, part: Any) -> Any:
+        return jax.tree.map(functools.partial(place, sharding), part)
+
+    known = lambda node: isinstance(node, jax.sharding.Sharding)  # noqa: E731
+    return jax.tree.map(below, shardings, tree, is_leaf=known)
 
 
 def _whole(fn: Callable, p: Any, x: Any, batch: Any, cotangent: Any) -> Any:
