@@ -88,7 +88,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+SLOW = pytest.param("galore_8bit", marks=pytest.mark.slow)
+QUICK = [name for name in OPTIMIZERS if name != "galore_8bit"]
+
+
+@pytest.mark.parametrize("name", [*QUICK, SLOW])
 def test_equals_the_plain_step(name):
     """Through refreshes at steps 0, 2 and 4; eps keeps rounding from growing."""
     tx = OPTIMIZERS[name]()
