@@ -5,12 +5,9 @@ nothing; the matrices of a stack run through ``lax.map``, where each has a scala
 predicate of its own (a predicate batched by ``vmap`` would run both branches).
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,24 +16,11 @@ import numpy as np
 from jaxtyping import Array
 
 from lowrank_optax._matrices import Matrix
+from lowrank_optax._slices import current_layer
 from lowrank_optax.projectors import At, Projector
 from lowrank_optax.transport import Transport
 
 PRNG = "threefry2x32"
-
-
-# Where the stack of one layer under way stands in its whole stack, else None.
-_PLACE: contextvars.ContextVar[Any] = contextvars.ContextVar("place", default=None)
-
-
-@contextlib.contextmanager
-def at_layer(index: Any) -> Iterator[None]:
-    """Stacks of one layer inside the block draw as layer ``index`` of a whole one."""
-    token = _PLACE.set(index)
-    try:
-        yield
-    finally:
-        _PLACE.reset(token)
 
 
 class Clock(NamedTuple):
@@ -210,8 +194,8 @@ class Refresher:
         """Returns place and time of every matrix of the leaf, stacked flat."""
         epoch = (clock.count + self._shift()) // self.projector.update_proj_gap
         layer = jnp.arange(len(self.phase), dtype=jnp.int32)
-        if (place := _PLACE.get()) is not None:
-            layer = layer + place * len(self.phase)
+        if (one := current_layer()) is not None:
+            layer = layer + one.index * len(self.phase)
         key = jax.random.wrap_key_data(clock.key_data, impl=PRNG)
         key = jax.random.fold_in(key, zlib.crc32(self.matrix.path.encode()))
 
@@ -225,7 +209,7 @@ class Refresher:
 
 def phases(matrices: list[Matrix], gap: int, stagger: bool) -> list[tuple[int, ...]]:
     """Spreads the refreshes of all matrices evenly over the gap, or not at all."""
-    if stagger and _PLACE.get() is not None:
+    if stagger and current_layer() is not None:
         raise ValueError(
             "stagger=True spreads refreshes over all matrices of a tree, and a "
             "layer-wise step sees one layer of it at a time. Use stagger=False."

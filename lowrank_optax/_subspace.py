@@ -17,6 +17,7 @@ from lowrank_optax._leaves import Leaves
 from lowrank_optax._meshes import under_auto_axes
 from lowrank_optax._plan import Plan
 from lowrank_optax._selection import Selection
+from lowrank_optax._slices import with_layer
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport, align_signs
@@ -115,6 +116,7 @@ def subspace(
     def update(updates, state, params=None, **extra_args):
         plan = bracket.plan(updates if params is None else params)
         step = functools.partial(_step, bracket, plan)
+        step, extra_args = with_layer(step, extra_args)
         return under_auto_axes(step, updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(bracket.init, update)

@@ -12,11 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Format, Layout
 from jaxtyping import Array
-from optax.transforms import MaskedNode
 
-from lowrank_optax._matrices import path_string
-from lowrank_optax._refresh import at_layer
+from lowrank_optax import _checks
+from lowrank_optax._layers import (
+    LayerUpdate,
+    count_layers,
+    gain_of,
+    like_params,
+    squares,
+)
+from lowrank_optax._slices import at_layer
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, Array]]]
 
@@ -28,7 +35,9 @@ def train_step(
     tx: optax.GradientTransformation,
     *,
     clip_norm: float | None = None,
+    clip_by: str = "global",
     skip_nonfinite: bool = False,
+    micro_batches: int | None = None,
     head_names: tuple[str, ...] | None = None,
 ) -> Step:
     """Returns a training step that updates each layer inside the backward pass.
@@ -45,10 +54,15 @@ def train_step(
       head: ``head(params["head"], x, batch) -> loss``, a scalar.
       tx: an optimizer that treats leaves, and layers of a leaf, independently.
         Low-rank methods need ``layer_axis=0``.
-      clip_norm: largest global norm of the gradient. It is measured exactly, in a
-        backward pass of its own.
+      clip_norm: largest norm of the gradient.
+      clip_by: "global": by the norm of the whole gradient, measured exactly in a
+        backward pass of its own. "part": each layer, the embedding and the head by
+        its own norm, without a second pass; not what a clip in the plain step does.
       skip_nonfinite: leave everything as it was when the gradient's norm is not
         finite; costs the same backward pass.
+      micro_batches: the leading axis of every array in ``batch``. The loss is the mean
+        of theirs; the gradient of a part is summed over them in float32 before its
+        update, so that of one layer is still all there is.
       head_names: names of the head's parts in ``params`` where there is no ``"head"``;
         ``head`` is given a dict of them.
 
@@ -87,41 +101,68 @@ def train_step(
     """
     if clip_norm is not None and clip_norm <= 0:
         raise ValueError(f"clip_norm must be positive or None; got {clip_norm!r}.")
+    _checks.choice("clip_by", clip_by, ("global", "part"))
+    if micro_batches is not None:
+        _checks.positive_int("micro_batches", micro_batches)
     names = ("head",) if head_names is None else tuple(head_names)
+    pull = _whole if micro_batches is None else _summed
+
+    def run(fn: Callable, p: Any, x: Any, batch: Any) -> Any:
+        if micro_batches is None:
+            return fn(p, x, batch)
+        return jax.lax.map(lambda one: fn(p, *one), (x, batch))
+
+    def first(part: Any, x: Any, batch: Any) -> Any:
+        del x
+        return embed(part, batch)
+
+    def middle(part: Any, x: Any, batch: Any) -> Any:
+        del batch
+        return block(part, x)
+
+    def last(part: Any, x: Any, batch: Any) -> Array:
+        return head(part if head_names is not None else part["head"], x, batch)
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, dict[str, Array]]:
-        layers = _count_layers(params, names)
-        update = _Update(tx, params, layers, names)
+        layers = count_layers(params, names)
+        update = LayerUpdate(tx, params, state, layers, names)
+        _check_micro_batches(batch, micro_batches)
         head_params = {name: params[name] for name in names}
 
-        def last(part: Any, x: Any) -> Array:
-            return head(part if head_names is not None else part["head"], x, batch)
+        def layer(x: Any, p: Any) -> tuple[Any, Any]:
+            return run(middle, p, x, batch), x
 
-        first, embed_vjp = jax.vjp(lambda e: embed(e, batch), params["embed"])
-        x, inputs = jax.lax.scan(lambda x, p: (block(p, x), x), first, params["layers"])
-        loss, head_vjp = jax.vjp(last, head_params, x)
-        head_grad, cotangent = head_vjp(jnp.ones_like(loss))
+        x = run(first, params["embed"], None, batch)
+        x, inputs = jax.lax.scan(layer, x, params["layers"])
+        like = jax.eval_shape(functools.partial(run, last), head_params, x, batch)
+        share = jnp.full(like.shape, 1 / max(like.size, 1), like.dtype)
+        losses, head_grad, cotangent = pull(last, head_params, x, batch, share)
 
         def backward(stack: Any, i: Array, cotangent: Any) -> tuple[Any, Any]:
             p, x = _at(stack, i), _at(inputs, i)
-            return jax.vjp(block, p, x)[1](cotangent)
+            return pull(middle, p, x, batch, cotangent)[1:]
+
+        def bottom(cotangent: Any) -> Any:
+            return pull(first, params["embed"], None, batch, cotangent)[1]
 
         norm, gain = None, None
-        if clip_norm is not None or skip_nonfinite:
+        ahead = clip_norm is not None and clip_by == "global"
+        if ahead or skip_nonfinite:
 
             def measure(at: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
                 cotangent, total = carry
                 grad, cotangent = backward(params["layers"], layers - 1 - at, cotangent)
-                return cotangent, total + _squares(grad)
+                return cotangent, total + squares(grad)
 
-            bottom, total = jax.lax.fori_loop(
-                0, layers, measure, (cotangent, _squares(head_grad))
+            lowest, total = jax.lax.fori_loop(
+                0, layers, measure, (cotangent, squares(head_grad))
             )
-            norm = jnp.sqrt(total + _squares(embed_vjp(bottom)[0]))
-            if clip_norm is not None:
-                gain = jnp.where(norm < clip_norm, 1.0, clip_norm / norm)
+            norm = jnp.sqrt(total + squares(bottom(lowest)))
+            if ahead:
+                gain = gain_of(norm, clip_norm)
         keep = ~jnp.isfinite(norm) if norm is not None and skip_nonfinite else None
-        apply = functools.partial(update, gain=gain, keep=keep)
+        own_norm = None if ahead else clip_norm
+        apply = functools.partial(update, gain=gain, keep=keep, own_norm=own_norm)
 
         old = update.shared(state)
         new_head, head_state, new_shared = apply(names, head_grad, head_params, state)
@@ -130,10 +171,13 @@ def train_step(
             stack, own, cotangent, total = carry
             i = layers - 1 - at
             grad, cotangent = backward(stack, i, cotangent)
-            total = total + _squares(grad)
-            p, s = _slice(stack, i), _slice(own, i)
+            total = total + squares(grad)
             grad = jax.tree.map(lambda g: g[None], grad)
-            with at_layer(i):
+            # Read before anything is written: else the compiler copies the stacks.
+            p, s, grad = jax.lax.optimization_barrier(
+                (_slice(stack, i), _slice(own, i), grad)
+            )
+            with at_layer(i, layers):
                 p, s, _ = apply(
                     ("layers",), {"layers": grad}, {"layers": p}, {**old, **s}
                 )
@@ -143,204 +187,97 @@ def train_step(
             params["layers"],
             update.own("layers", state),
             cotangent,
-            _squares(head_grad),
+            squares(head_grad),
         )
         stack, own, cotangent, total = jax.lax.fori_loop(0, layers, descend, start)
-        (embed_grad,) = embed_vjp(cotangent)
+        embed_grad = bottom(cotangent)
         new_embed, embed_state, _ = apply(
             ("embed",), {"embed": embed_grad}, {"embed": params["embed"]}, state
         )
         if norm is None:
-            norm = jnp.sqrt(total + _squares(embed_grad))
+            norm = jnp.sqrt(total + squares(embed_grad))
         parts = {**new_head, **new_embed, "layers": stack}
         leaves = {**new_shared, **head_state, **own, **embed_state}
         metrics = {
-            "loss": loss,
+            "loss": jnp.mean(losses),
             "grad_norm": norm,
             "skipped": jnp.bool_(False) if keep is None else keep,
         }
-        return _like(params, parts), update.join(state, leaves), metrics
+        return like_params(params, parts), update.join(state, leaves), metrics
 
     return step
 
 
-class _Update:
-    """``tx.update`` of some parts of the tree, with the rest masked.
+def formats(tree: Any, shardings: Any) -> Any:
+    """Returns layouts in which every layer of a stack lies in one piece of memory.
 
-    The state of a part is what ``tx.init`` makes of the tree with the rest masked; its
-    leaves stand at the same paths in the state of the whole, a dict by path here.
+    A compiler may lay ``[L, m, n]`` out with the layers inside, to pad less where n is
+    no multiple of 128. A loop that updates single layers then copies the whole stack
+    before and after. With these layouts for arguments and results of the jitted step it
+    does not: layers are outermost, and of the last two axes that one is innermost whose
+    size is a multiple of 128.
+
+    Args:
+      tree: parameters or state, arrays or ShapeDtypeStructs.
+      shardings: a tree like it (a prefix will do) of shardings.
+
+    Returns:
+      A tree like ``tree`` for ``in_shardings`` and ``out_shardings`` of ``jax.jit``, of
+      ``Format`` where there are three or more axes and of shardings elsewhere.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      >>> found = lro.layerwise.formats({"up": jnp.ones((3, 128, 341))}, one)
+      >>> found["up"].layout.major_to_minor
+      (0, 2, 1)
     """
 
-    def __init__(self, tx: Any, params: Any, layers: int, names: tuple[str, ...]):
-        self.tx, self.params = tx, params
-        whole = jax.eval_shape(tx.init, params)
-        self.parts = {
-            part: self._shapes(part, params)
-            for part in (names, ("embed",), ("layers",))
-        }
-        one = params | {"layers": jax.tree.map(_one, params["layers"])}
-        two = params | {"layers": jax.tree.map(_two, params["layers"])}
-        self.parts["layers",] = self._shapes(("layers",), one)
-        self._owners(_by_path(whole), layers, names, two)
-        self._refuse_coupling(whole)
+    def place(sharding: Any, leaf: Any) -> Any:
+        if leaf.ndim < 3:
+            return sharding
+        *outer, last = range(leaf.ndim)
+        swap = leaf.shape[-1] % 128 and leaf.shape[-2] % 128 == 0
+        order = (*outer[:-1], last, outer[-1]) if swap else (*outer, last)
+        return Format(Layout(order), sharding)
 
-    def _shapes(self, part: tuple[str, ...], params: Any) -> Any:
-        return jax.eval_shape(self.tx.init, self._masked(part, params))
+    def below(sharding: Any, part: Any) -> Any:
+        return jax.tree.map(functools.partial(place, sharding), part)
 
-    def _masked(self, part: tuple[str, ...], tree: Any) -> Any:
-        return _like(
-            self.params,
-            {k: tree[k] if k in part else MaskedNode() for k in self.params},
-        )
+    known = lambda node: isinstance(node, jax.sharding.Sharding)  # noqa: E731
+    return jax.tree.map(below, shardings, tree, is_leaf=known)
 
-    def _owners(self, whole, layers, names, two) -> None:
-        """Finds whose every leaf of the state is, by path."""
-        one = _by_path(self.parts["layers",])
-        other = _by_path(self._shapes(("layers",), two))
-        if missing := sorted(set(one) ^ set(other)):
-            raise ValueError(_DIFFERENT.format(path=missing[0]))
-        stacked = {path for path in one if one[path].shape != other[path].shape}
-        for path in sorted(one):
-            expected = one[path].shape
-            if path in stacked:
-                expected = (layers, *expected[1:])
-            found = whole[path].shape if path in whole else None
-            if found != expected or (path in stacked and one[path].shape[0] != 1):
-                raise ValueError(
-                    f"State leaf {path!r} has shape {found} for {layers} layers and "
-                    f"{one[path].shape} for one: it cannot be cut into layers along "
-                    "its first axis. Use an optimizer that keeps layers apart; "
-                    "low-rank methods need layer_axis=0."
-                )
-        self.owned = {"layers": stacked}
-        rest = set(whole) - stacked
-        inside = {part: set(_by_path(self.parts[part])) for part in (names, ("embed",))}
-        common = inside[names] & inside["embed",]
-        self.common = common | (set(one) - stacked)
-        self.owned["head"] = inside[names] - self.common
-        self.owned["embed"] = inside["embed",] - self.common
-        known = self.common | self.owned["head"] | self.owned["embed"]
-        if lost := sorted((rest - known) | (known - rest)):
-            raise ValueError(_DIFFERENT.format(path=lost[0]))
 
-    def _refuse_coupling(self, whole: Any) -> None:
-        def update(grads: Any, state: Any, params: Any) -> Any:
-            return self.tx.update(grads, state, params)[0]
+def _whole(fn: Callable, p: Any, x: Any, batch: Any, cotangent: Any) -> Any:
+    """Returns ``fn``'s result, the gradient of p, and that of x."""
+    out, back = jax.vjp(lambda p, x: fn(p, x, batch), p, x)
+    return out, *back(cotangent)
 
-        closed = jax.make_jaxpr(update)(self.params, whole, self.params)
-        paths = [key[0] for key, _ in jax.tree_util.tree_leaves_with_path(self.params)]
-        labels = [frozenset([str(key)]) for key in paths]
-        rest = len(closed.jaxpr.invars) - len(labels)
-        seen = _reach(closed.jaxpr, [*labels, *[frozenset()] * rest])
-        for own, found in zip(labels, seen, strict=True):
-            if found - own:
-                raise ValueError(
-                    f"The update of {', '.join(own)} depends on the gradient of "
-                    f"{', '.join(sorted(found - own))}: tx couples leaves (clipping by "
-                    "the global norm, a guard against non-finite values, accumulation) "
-                    "and a layer-wise step never holds all gradients at once. Use "
-                    "clip_norm= and skip_nonfinite= of train_step, not of tx; "
-                    "accumulate in the plain step."
-                )
 
-    def shared(self, state: Any) -> dict[str, Any]:
-        return self._pick(state, self.common)
+def _summed(fn: Callable, p: Any, x: Any, batch: Any, cotangent: Any) -> Any:
+    """The same for one micro-batch after another; gradients of p are summed."""
 
-    def own(self, part: str, state: Any) -> dict[str, Any]:
-        return self._pick(state, self.owned[part])
+    def add(total: Any, one: Any) -> tuple[Any, Any]:
+        out, grad, cotangent = _whole(fn, p, *one)
+        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grad)
+        return total, (out, cotangent)
 
-    def _pick(self, state: Any, paths: set[str]) -> dict[str, Any]:
-        return {k: v for k, v in _by_path(state).items() if k in paths}
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), p
+    )
+    total, (out, cotangent) = jax.lax.scan(add, zeros, (x, batch, cotangent))
+    grad = jax.tree.map(lambda t, p: t.astype(p.dtype), total, p)
+    return out, grad, cotangent
 
-    def join(self, state: Any, leaves: dict[str, Any]) -> Any:
-        return jax.tree.unflatten(
-            jax.tree.structure(state), [leaves[path] for path in _by_path(state)]
-        )
 
-    def __call__(self, part, grads, params, state, *, gain, keep) -> Any:
-        """Returns new parameters, own leaves and shared leaves of the part."""
-        leaves = state if part == ("layers",) else _by_path(state)
-        shapes = self.parts[part]
-        before = jax.tree.unflatten(
-            jax.tree.structure(shapes), [leaves[path] for path in _by_path(shapes)]
-        )
-        if gain is not None:
-            grads = jax.tree.map(lambda g: (g * gain).astype(g.dtype), grads)
-        masked = self._masked(part, params)
-        updates, after = self.tx.update(self._masked(part, grads), before, masked)
-        updates = {name: updates[name] for name in part}
-        new = optax.apply_updates(params, updates)
-        if keep is not None:
-            new, after = jax.tree.map(
-                lambda a, b: jnp.where(keep, a, b), (params, before), (new, after)
+def _check_micro_batches(batch: Any, count: int | None) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if count is not None and leaf.shape[:1] != (count,):
+            raise ValueError(
+                f"Every array of the batch must have micro_batches={count} as its "
+                f"first axis; batch{jax.tree_util.keystr(path)} has the shape "
+                f"{leaf.shape}."
             )
-        after = _by_path(after)
-        shared = {k: v for k, v in after.items() if k in self.common}
-        return new, {k: v for k, v in after.items() if k not in shared}, shared
-
-
-_DIFFERENT = (
-    "State leaf {path!r} exists for a part of the parameters and not for the whole, or "
-    "the other way round: tx chooses leaves by what it sees of the tree (a min_size "
-    "between one layer and all of them, say). Choose them by name, with select=."
-)
-
-
-def _count_layers(params: Any, names: tuple[str, ...]) -> int:
-    expected = {"embed", "layers", *names}
-    if set(params) != expected:
-        raise ValueError(
-            f"params must have the parts {sorted(expected)}; got {sorted(params)}. "
-            "Name the head's parts with head_names=."
-        )
-    counts = {
-        path_string(path): leaf.shape[:1]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"])
-    }
-    if len(set(counts.values())) != 1 or () in counts.values():
-        raise ValueError(
-            "Every leaf of params['layers'] must have the layers as its first axis; "
-            f"got first axes {counts}."
-        )
-    return next(iter(counts.values()))[0]
-
-
-def _reach(jaxpr: Any, labels: list[frozenset]) -> list[frozenset]:
-    """Returns which labels of its inputs every output of a jaxpr depends on."""
-    none: frozenset = frozenset()
-    known = dict(zip(jaxpr.invars, labels, strict=True))
-
-    def of(var: Any) -> frozenset:
-        return none if hasattr(var, "val") else known.get(var, none)
-
-    for eqn in jaxpr.eqns:
-        seen = [of(var) for var in eqn.invars]
-        name, inner = eqn.primitive.name, eqn.params.get("jaxpr")
-        if name in ("pjit", "jit") and inner is not None:
-            outs = _reach(inner.jaxpr, seen)
-        elif name == "optimization_barrier":
-            outs = seen
-        else:
-            outs = [none.union(*seen)] * len(eqn.outvars)
-        known.update(zip(eqn.outvars, outs, strict=True))
-    return [of(var) for var in jaxpr.outvars]
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in pairs}
-
-
-def _like(params: Any, parts: dict[str, Any]) -> Any:
-    return type(params)({name: parts[name] for name in params})
-
-
-def _one(x: Any) -> Any:
-    return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-
-
-def _two(x: Any) -> Any:
-    return jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
 
 
 def _at(tree: Any, i: Array) -> Any:
@@ -358,11 +295,4 @@ def _put(tree: Any, one: Any, i: Array) -> Any:
         lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), i, 0),
         tree,
         one,
-    )
-
-
-def _squares(tree: Any) -> Array:
-    leaves = jax.tree.leaves(tree)
-    return sum(
-        (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves), jnp.float32(0)
     )

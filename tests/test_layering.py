@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. What stands in one row does not import its neighbours there.
 # A new part is entered here.
 LAYERS = (
-    ("_checks", "_hyperparams", "_meshes"),
+    ("_checks", "_dependence", "_hyperparams", "_meshes", "_slices"),
     ("linalg", "quantization"),
     ("_matrices",),
     ("_moments", "_selection", "_axes"),
@@ -27,7 +27,7 @@ LAYERS = (
     ("_subspace",),
     ("_chain",),
     ("methods",),
-    ("_report", "memory", "_compression"),
+    ("_report", "memory", "_compression", "_layers"),
     ("sharding", "weights", "layerwise", "distributed"),
     ("activations", "testing"),
     ("__init__",),

@@ -79,10 +79,20 @@ OPTIMIZERS = {
     "fira": lambda: low(lro.fira, eps=1e-4),
     "gwt": lambda: lro.gwt(1e-2, layer_axis=0, eps=1e-4),
     "apollo": lambda: low(lro.apollo, eps=1e-4),
+    # Its own moments hold the sum, one gradient of all layers; correct all the same.
+    "accumulation": lambda: optax.MultiSteps(
+        optax.adamw(1e-2, eps=1e-4), 2
+    ).gradient_transformation(),
+    # One code off, of 256, is 4e-3 of a moment: rounding may decide on a few.
+    "galore_8bit": lambda: low(lro.galore_8bit, eps=1e-2, min_size=33, scale=1e-3),
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+SLOW = pytest.param("galore_8bit", marks=pytest.mark.slow)
+QUICK = [name for name in OPTIMIZERS if name != "galore_8bit"]
+
+
+@pytest.mark.parametrize("name", [*QUICK, SLOW])
 def test_equals_the_plain_step(name):
     """Through refreshes at steps 0, 2 and 4; eps keeps rounding from growing."""
     tx = OPTIMIZERS[name]()
@@ -94,20 +104,96 @@ def test_equals_the_plain_step(name):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+def on_layers(tx):
+    """A transformation of the layers' part alone."""
+
+    def mask(params):
+        return {
+            part: jax.tree.map(lambda _, part=part: part == "layers", tree)
+            for part, tree in params.items()
+        }
+
+    return optax.masked(tx, mask)
+
+
+def block_rms_inside():
+    inner = optax.chain(optax.clip_by_block_rms(1.0), optax.scale_by_adam())
+    return low(lro.galore, base_optimizer=inner)
+
+
+SEVERAL = "depends on several layers at once"
+COUPLED = {
+    "clip": (lambda: optax.clip_by_global_norm(1.0), "the gradient of head, layers"),
+    "guard": (lambda: optax.apply_if_finite(optax.sgd(1.0), 3), "the gradient of"),
+    "clip of the layers": (lambda: on_layers(optax.clip_by_global_norm(1.0)), SEVERAL),
+    "clip of a leaf": (lambda: optax.clip_by_block_rms(1.0), SEVERAL),
+    "in a bracket": (block_rms_inside, SEVERAL),
+    "trust ratio": (lambda: optax.lamb(1e-2), SEVERAL),
+    "parameter scale": (lambda: optax.adafactor(1e-2), SEVERAL),
+    "noise": (lambda: optax.add_noise(0.1, 0.5, jax.random.key(0)), "one draw"),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_refuses_what_couples(name):
+    make, message = COUPLED[name]
+    tx = make()
+    step = lro.layerwise.train_step(embed, block, head, tx)
+    params = make_params()
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(step, params, jax.eval_shape(tx.init, params), batches(1)[0])
+
+
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
-        optax.apply_if_finite(optax.adam(1e-2), 3),
-        optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+        low(lro.subtrack),
+        low(lro.q_galore, min_size=33),
+        low(lro.coap, side="both"),
+        lro.ldadam(1e-2, rank=4, layer_axis=0, error_feedback=True),
+        lro.adamw_8bit(1e-2, min_size=33),  # [L, d] is that large, one layer of it not
     ],
-    ids=["clip", "guard", "accumulation"],
+    ids=["subtrack", "q_galore", "coap", "ldadam", "adamw_8bit"],
 )
-def test_refuses_what_couples_leaves(tx):
+def test_takes_every_kind_of_bracket(tx):
     step = lro.layerwise.train_step(embed, block, head, tx)
     params = make_params()
-    with pytest.raises(ValueError, match="depends on the gradient of"):
-        jax.eval_shape(step, params, tx.init(params), batches(1)[0])
+    state = jax.eval_shape(tx.init, params)
+    _, after, _ = jax.eval_shape(step, params, state, batches(1)[0])
+    kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(t)] for t in (state, after)]
+    assert kinds[0] == kinds[1]
+
+
+def test_micro_batches_are_one_batch():
+    """Gradients are summed layer by layer: as a plain step on the mean of losses."""
+    tx = OPTIMIZERS["galore"]()
+    plain = run(plain_step(tx), tx)
+    step = lro.layerwise.train_step(embed, block, head, tx, micro_batches=2)
+    cut = lambda p, s, batch: step(p, s, batch.reshape(2, 2, -1))  # noqa: E731
+    ours = run(cut, tx)
+    np.testing.assert_allclose(ours[2], plain[2], rtol=0, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(plain[0]), jax.tree.leaves(ours[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"micro_batches=2 as its first axis"):
+        jax.eval_shape(step, ours[0], ours[1], batches(1)[0])
+
+
+def test_clips_part_by_part():
+    """With SGD the step shows the norms: each layer's, not the leaf's."""
+    tx, params, batch = optax.sgd(1.0), make_params(), batches(1)[0]
+    step = lro.layerwise.train_step(
+        embed, block, head, tx, clip_norm=0.1, clip_by="part"
+    )
+    after, _, metrics = jax.jit(step)(params, tx.init(params), batch)
+    grads = jax.jit(jax.grad(loss_of))(params, batch)
+    moved = jax.tree.map(lambda a, b: a - b, params, after)
+    norms = lambda tree: jnp.sqrt(  # noqa: E731
+        sum(jnp.sum(x**2, range(1, x.ndim)) for x in jax.tree.leaves(tree["layers"]))
+    )
+    expected = np.minimum(norms(grads), 0.1)
+    assert (expected == np.float32(0.1)).any()
+    np.testing.assert_allclose(norms(moved), expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
 
 
 def test_clips_by_the_exact_norm():
@@ -141,6 +227,8 @@ def test_refuses_what_it_cannot_cut():
     step = lro.layerwise.train_step(embed, block, head, tx)
     with pytest.raises(ValueError, match="head_names="):
         jax.eval_shape(step, params | {"norm": jnp.ones(3)}, tx.init(params), batch)
+    with pytest.raises(ValueError, match=r"tx.init has None"):
+        jax.eval_shape(step, params, optax.adam(0.1).init(params), batch)
     params["layers"]["norm"] = jnp.ones((2, WIDTH))
     with pytest.raises(ValueError, match="first axis"):
         jax.eval_shape(step, params, tx.init(params), batch)

@@ -24,8 +24,9 @@ def make_layerwise_steps(
     """Steps as `make_steps` makes them, with one layer's gradient alive at a time.
 
     `tx` comes without clipping and without a guard: both are the step's, and cost a
-    second backward pass. One micro-batch; parameters are stored as they are. The
-    metrics have `skipped` of this step alone: nothing is counted.
+    second backward pass. Parameters are stored as they are. The state is of `tx`, or
+    of `optimizers.guarded` around it, so a plain run's checkpoint goes on; only that
+    state counts skipped steps.
     """
     definition, abstract = abstract_model(config)
     layer = nnx.split(nnx.merge(definition, abstract).layers)[0]
@@ -47,35 +48,46 @@ def make_layerwise_steps(
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, batch["targets"]
         )
-        return jnp.sum(losses * batch["mask"]) / jnp.maximum(jnp.sum(batch["mask"]), 1)
+        return jnp.sum(losses * batch["weight"])
 
-    step = layerwise.train_step(
-        embed,
-        lambda own, x: wrapped(x, own)[0],
-        head,
-        tx,
-        clip_norm=clip_norm,
-        skip_nonfinite=skip_nonfinite,
-        head_names=("norm", "lm_head"),
-    )
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        """The mean over micro-batches is that over all real tokens."""
+        count, mask = batch["mask"].shape[0], batch["mask"]
+        batch = batch | {"weight": mask * (count / jnp.maximum(jnp.sum(mask), 1))}
+        return layerwise.train_step(
+            embed,
+            lambda own, x: wrapped(x, own)[0],
+            head,
+            tx,
+            clip_norm=clip_norm,
+            skip_nonfinite=skip_nonfinite,
+            micro_batches=count if count > 1 else None,
+            head_names=("norm", "lm_head"),
+        )(params, state, batch if count > 1 else jax.tree.map(lambda x: x[0], batch))
 
     def train(stored: Any, opt_state: Any, batch: Any, key: Any = None) -> Any:
         del key
-        if batch["mask"].shape[0] != 1:
-            raise ValueError(
-                "A layer-wise step takes one micro-batch; got "
-                f"{batch['mask'].shape[0]}. A sum over micro-batches would keep the "
-                "gradients of all layers: use --micro-batches 1, or the plain step."
-            )
-        micro = jax.tree.map(lambda x: x[0], batch)
-        stored, opt_state, metrics = step(stored, opt_state, micro)
+        guarded = isinstance(opt_state, optax.ApplyIfFiniteState)
+        own = opt_state.inner_state[-1] if guarded else opt_state
+        stored, own, metrics = step(stored, own, batch)
         skipped = metrics["skipped"].astype(jnp.int32)
+        in_a_row, total = skipped, skipped
+        if guarded:
+            in_a_row = skipped * (opt_state.notfinite_count + 1)
+            total = opt_state.total_notfinite + skipped
+            inner = (*opt_state.inner_state[:-1], own)
+            own = opt_state._replace(
+                notfinite_count=in_a_row,
+                last_finite=skipped == 0,
+                total_notfinite=total,
+                inner_state=inner,
+            )
         metrics |= {
             "tokens": jnp.sum(batch["mask"]),
-            "skipped": skipped,
-            "skipped_in_a_row": skipped,
+            "skipped": total,
+            "skipped_in_a_row": in_a_row,
         }
-        return stored, opt_state, metrics
+        return stored, own, metrics
 
     plain = make_steps(definition, tx)
     return Steps(jax.jit(train, donate_argnums=(0, 1)), plain.evaluate)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
+from lowrank_optax._dependence import only_rounds
 from lowrank_optax._matrices import Matrix
 from lowrank_optax.linalg.layout import HIGHEST, by_blocks, gram, wide
 from lowrank_optax.recovery._limiter import limit_growth
@@ -161,7 +162,7 @@ class recover_scale(Recovery):
 
         squared = residual(jnp.sum(jnp.square(projected), -2, keepdims=True))
         if view.orthonormal:
-            small = jnp.any(squared < _SMALL * whole)
+            small = only_rounds(jnp.any(squared < _SMALL * whole))
             squared = jax.lax.cond(small, exact, lambda: squared)
         else:
             squared = exact()

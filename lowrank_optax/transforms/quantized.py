@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax import _checks, _moments
 from lowrank_optax._matrices import is_box, rebox, refill, restore, unbox, unbox_tree
+from lowrank_optax._slices import whole_shape
 from lowrank_optax.quantization import (
     Codec,
     QuantizedArray,
@@ -170,7 +171,7 @@ def _encoded(tree: Any, codec: Codec | None, min_size: int) -> Any:
 
     def encode(leaf: Any) -> Any:
         x = unbox(leaf)
-        small = math.prod(x.shape[-2:]) < min_size
+        small = math.prod(whole_shape(x.shape)[-2:]) < min_size
         if codec is None or small or not jnp.issubdtype(x.dtype, jnp.floating):
             return leaf
         found = quantize(x, codec)
