@@ -32,7 +32,15 @@ class SelectionReport:
         """Returns the table."""
         header = ("leaf", "shape", "decision", "state bytes", "full bytes", "why")
         table = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
+        if any(row.costs for row in self.rows):
+            more = ("left | right: state bytes", "bytes reduced per step")
+            table = [
+                (*cells, *rest)
+                for cells, rest in zip(
+                    table, [more, *map(_cost_cells, self.rows)], strict=True
+                )
+            ]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
         lines = [
             "  ".join(
                 cell.ljust(width) for cell, width in zip(cells, widths, strict=True)
@@ -52,7 +60,10 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
     """Reports for every leaf whether ``tx`` projects it, and why (not).
 
     Looks into any nesting (``optax.chain``, ``masked``, ``partition``,
-    ``inject_hyperparams``); leaves hidden from every bracket are not listed.
+    ``inject_hyperparams``); leaves hidden from every bracket are not listed. Where a
+    leaf's sharding is known (``param_shardings``, or an array on an Explicit mesh), the
+    state's bytes and those that every step sums over devices are given for a basis on
+    either side: the choice that ``side="auto"`` makes.
 
     Args:
       tx: a transformation with at least one bracket inside.
@@ -85,6 +96,15 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
 
 def _bytes(row: LeafPlan) -> int:
     return row.low_bytes if row.matrix and row.low_bytes else row.full_bytes
+
+
+def _cost_cells(row: LeafPlan) -> tuple[str, str]:
+    """Both sides' costs, the rows' before the columns'."""
+    costs = row.costs.values()
+    return (
+        " | ".join(f"{cost.state_bytes:,}" for cost in costs),
+        " | ".join(f"{cost.reduced_bytes:,}" for cost in costs),
+    )
 
 
 def _cells(row: LeafPlan) -> tuple[str, ...]:
