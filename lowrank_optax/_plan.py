@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,19 @@ import jax
 from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
 from lowrank_optax._selection import Selection, axis_parts
 from lowrank_optax.projectors import Projector
+
+
+class SideCost(NamedTuple):
+    """What the choice of a side costs.
+
+    Attributes:
+      state_bytes: the bracket's state for the leaf, on all devices together.
+      reduced_bytes: what every step sums over devices: the projections ``[r, n]`` in
+        float32 if the projected axis is sharded, else nothing.
+    """
+
+    state_bytes: int
+    reduced_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +37,8 @@ class LeafPlan:
       reason: why it is projected or full.
       full_bytes: state bytes of the inner optimizer at full size.
       low_bytes: state bytes of the bracket for this leaf (None if never considered).
+      costs: what a basis on the rows ("left") and on the columns ("right") would cost,
+        where the leaf's sharding is known.
     """
 
     path: str
@@ -31,6 +47,7 @@ class LeafPlan:
     reason: str
     full_bytes: int
     low_bytes: int | None = None
+    costs: dict[str, "SideCost"] = dataclasses.field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -104,7 +121,26 @@ def _plan_leaf(
     if low_bytes >= full_bytes and not selection.explicit(numbers):
         reason = f"low rank would not save: {low_bytes} >= {full_bytes} bytes"
         return LeafPlan(path, leaf.shape, None, reason, full_bytes, low_bytes)
-    return LeafPlan(path, leaf.shape, matrix, reason, full_bytes, low_bytes)
+    costs = {}
+    if _RECORDS:  # only a report asks for them
+        parts = axis_parts(sharding, leaf, matrix.rows, matrix.columns)
+        costs = _side_costs(matrix, parts, projector, state_bytes)
+    return LeafPlan(path, leaf.shape, matrix, reason, full_bytes, low_bytes, costs)
+
+
+def _side_costs(matrix, parts, projector, state_bytes) -> dict[str, SideCost]:
+    """Returns both sides' costs; nothing if they are not known, or not ours to choose.
+
+    A projector with a side of its own knows when its map crosses no border.
+    """
+    if parts is None or projector.side_of(matrix, parts) is not None:
+        return {}
+    costs = {}
+    for side, count in zip(("left", "right"), parts, strict=True):
+        seen = dataclasses.replace(matrix.seen_from(side), block=0)
+        projected = math.prod(seen.batch_shape) * seen.rank * seen.n
+        costs[side] = SideCost(state_bytes(seen), 4 * projected * (count != 1))
+    return costs
 
 
 def _make_matrix(path, leaf, numbers, sharding, selection, projector):

@@ -32,7 +32,12 @@ class SelectionReport:
     def __str__(self) -> str:
         """Returns the table."""
         header = ("leaf", "shape", "decision", "state bytes", "full bytes", "why")
-        lines = aligned([header, *(_cells(row) for row in self.rows)])
+        table = [header, *(_cells(row) for row in self.rows)]
+        if any(row.costs for row in self.rows):
+            more = ("left | right: state bytes", "bytes reduced per step")
+            costs = [more, *map(_cost_cells, self.rows)]
+            table = [(*row, *cost) for row, cost in zip(table, costs, strict=True)]
+        lines = aligned(table)
         used = sum(_bytes(row) for row in self.rows)
         full = sum(row.full_bytes for row in self.rows)
         lines.append(
@@ -46,7 +51,10 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
     """Reports for every leaf whether ``tx`` projects it, and why (not).
 
     Looks into any nesting (``optax.chain``, ``masked``, ``partition``,
-    ``inject_hyperparams``); leaves hidden from every bracket are not listed.
+    ``inject_hyperparams``); leaves hidden from every bracket are not listed. Where a
+    leaf's sharding is known (``param_shardings``, or an array on an Explicit mesh), the
+    state's bytes and those that every step sums over devices are given for a basis on
+    either side: the choice that ``side="auto"`` makes.
 
     Args:
       tx: a transformation with at least one bracket inside.
@@ -85,6 +93,15 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 def _bytes(row: LeafPlan) -> int:
     return row.low_bytes if row.matrix and row.low_bytes else row.full_bytes
+
+
+def _cost_cells(row: LeafPlan) -> tuple[str, str]:
+    """Both sides' costs, the rows' before the columns'."""
+    costs = row.costs.values()
+    return (
+        " | ".join(f"{cost.state_bytes:,}" for cost in costs),
+        " | ".join(f"{cost.reduced_bytes:,}" for cost in costs),
+    )
 
 
 def _cells(row: LeafPlan) -> tuple[str, ...]:

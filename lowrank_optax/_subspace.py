@@ -14,7 +14,7 @@ import optax
 from lowrank_optax import _checks
 from lowrank_optax._bracket import Bracket
 from lowrank_optax._leaves import Leaves
-from lowrank_optax._meshes import under_auto_axes
+from lowrank_optax._meshes import hands_arrays_over, under_auto_axes
 from lowrank_optax._plan import Plan
 from lowrank_optax._selection import Selection
 from lowrank_optax._slices import with_layer
@@ -23,6 +23,7 @@ from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport, align_signs
 
 
+@hands_arrays_over
 def subspace(
     projector: Projector,
     inner: optax.GradientTransformation | optax.MultiSteps,
