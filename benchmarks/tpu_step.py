@@ -29,7 +29,12 @@ import lowrank_optax as lro
 from examples.llama import aot, optimizers
 from examples.llama.activations import ACTIVATIONS
 from examples.llama.config import Resolved, TrainConfig, resolve
-from examples.llama.estimate import estimate, shard_bytes, state_bytes
+from examples.llama.estimate import (
+    estimate,
+    parse_topology,
+    shard_bytes,
+    state_bytes,
+)
 from examples.llama.mesh import make_mesh, param_shardings, parse_mesh
 from examples.llama.model import abstract_model, count_params
 from examples.llama.step import MODEL, OPTIMIZER
@@ -62,6 +67,24 @@ def galore(side: str) -> Make:
     return make
 
 
+def galore_8bit(block: int) -> Make:
+    """8-bit GaLore with blocks that divide the columns of a shard."""
+
+    def make(config: Resolved, shardings: Any) -> optax.GradientTransformation:
+        options = optimizers.low_rank(config)
+        del options["mu_dtype"], options["nu_dtype"]
+        return lro.galore_8bit(
+            optimizers.learning_rate(config),
+            update_proj_gap=config.update_proj_gap,
+            side="auto",
+            param_shardings=shardings,
+            block=block,
+            **options,
+        )
+
+    return make
+
+
 def adafactor(config: Resolved, shardings: Any) -> optax.GradientTransformation:
     del shardings
     return optax.adafactor(optimizers.learning_rate(config))
@@ -76,6 +99,8 @@ ROWS: dict[str, Make] = {
     "subtrack, side auto": registered(optimizer="subtrack", side="auto"),
     "gwt, level 2": registered(optimizer="gwt"),
     "galore_8bit, side auto": registered(optimizer="galore_8bit", side="auto"),
+    "galore_8bit, side auto, block 128": galore_8bit(128),
+    "apollo, side auto": registered(optimizer="apollo", side="auto"),
 }
 
 
@@ -94,6 +119,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             activation_policy="full",
         )
     )
+    profile = parse_topology(options.topology).profile
     devices = aot.find_devices(options.topology)
     sizes = parse_mesh("fsdp=-1", len(devices))
     mesh, (_, params) = make_mesh(sizes, devices), abstract_model(model)
@@ -104,7 +130,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "parameter_bytes": shard_bytes(params, shardings),
         "state_bytes": state_bytes(tx, params, shardings),
         "layer_state_bytes": _of_layers(name, config, params, shardings),
-        "estimate_bytes": estimate(config, model, tx, sizes, "v5e").total,
+        "estimate_bytes": estimate(config, model, tx, sizes, profile).total,
     }
     update = aot.compile_update(model, optimizer, mesh)
     row["update"] = {

@@ -43,7 +43,10 @@ class project(_checks.Part):
         returns it. Axes not named are batch axes.
       layer_axis: an axis of all leaves with three axes that counts layers.
       clip_rank: run leaves whose rank exceeds min(m, n) at r = min(m, n).
-      param_shardings: tree of shardings or partition specs for ``side="auto"``.
+      param_shardings: tree of shardings or partition specs for ``side="auto"``. With
+        ``layer_axis=0`` the layers of a stack that lies on several devices are then
+        projected and lifted one after another: what one takes, such as its basis,
+        whole, is there once. All at once is faster on one device.
       full: another transformation for the leaves that are not projected.
       dtype: dtype of the inner transformation, projected and full leaves alike.
       stagger: spread the refreshes of different matrices (and layers) over the gap.

@@ -16,6 +16,7 @@ from lowrank_optax._bracket import (
     cast,
     clock_of,
 )
+from lowrank_optax._finish import Finish, stepped
 from lowrank_optax._matrices import (
     is_altered,
     is_box,
@@ -28,7 +29,6 @@ from lowrank_optax._matrices import (
 )
 from lowrank_optax._plan import Plan
 from lowrank_optax._refresh import LeafBasis
-from lowrank_optax.recovery import LeafView, Recovered
 
 
 class Leaves:
@@ -120,12 +120,18 @@ class Leaves:
             i: LeafBasis(unbox_tree(stored[i]), pending[i]) for i in self.refreshers
         }
 
-    def down(self, bases: dict[int, Any], leaves: list[Any]) -> list[Any]:
+    def down(self, renewed: dict[int, LeafBasis], leaves: list[Any]) -> list[Any]:
         """Projects the matrices; casts every leaf to the inner's dtype."""
-        low = list(leaves)
+        dtype, low = self.bracket.dtype, [cast(x, self.bracket.dtype) for x in leaves]
         for i, refresher in self.refreshers.items():
-            low[i] = refresher.projector.down(refresher.matrix, bases[i], leaves[i])
-        return [cast(leaf, self.bracket.dtype) for leaf in low]
+
+            def project(matrix, basis, stored, down=refresher.projector.down):
+                return cast(down(matrix, basis, matrix.flip(stored)), dtype)
+
+            # In stored order, as the operands of a loop are materialized.
+            stored = refresher.matrix.flip(leaves[i])
+            low[i] = refresher.each(self.clock, renewed[i].stored, project, stored)
+        return low
 
     def _boxed(self, low: list[Any]) -> list[Any]:
         return [
@@ -159,7 +165,7 @@ class Leaves:
         return self.view(self.plan.treedef.unflatten(self.params))
 
     def inner(
-        self, view: SubspaceView, bases, extra_args
+        self, view: SubspaceView, renewed, extra_args
     ) -> tuple[list[Any], Any, Any]:
         """Runs the inner transformation, and ``full`` on the other leaves."""
         bracket, treedef = self.bracket, self.plan.treedef
@@ -167,7 +173,7 @@ class Leaves:
         low, rest = bracket.split(self.plan, self._boxed(projected))
         low_params = rest_params = None
         if self.params is not None:
-            boxed = self._boxed(self.down(bases, self.view_params()))
+            boxed = self._boxed(self.down(renewed, self.view_params()))
             low_params, rest_params = bracket.split(self.plan, boxed)
         directions, inner_state = bracket.inner.update(
             low,
@@ -187,83 +193,55 @@ class Leaves:
         ]
         return leaves, inner_state, full_state
 
-    def recover(self, view: SubspaceView, gradients, directions, bases, inner_state):
-        """Returns each matrix' terms of the update, and the recovery's new state."""
+    def lift(
+        self, view: SubspaceView, gradients, directions, renewed, inner_state
+    ) -> tuple[dict[int, Array], Any]:
+        """Returns each matrix' update and the recovery's new state.
+
+        The update is ``P low + G * phi + addend``, times the learning rate if it is
+        ours.
+        """
         recovery, treedef = self.bracket.recovery, self.plan.treedef
-        if recovery is None:
-            scale = self.bracket.scale
-            discard = {i: Recovered(scale * directions[i]) for i in self.refreshers}
-            return discard, ()
-        groups = [
-            _moments.find(state, factors=True).groups
+        moments = [
+            _moments.find(state, factors=True).groups if recovery else ()
             for state in (inner_state, view.state_transported, view.state_before)
         ]
-        states = self._recovery_states()
         projected = treedef.flatten_up_to(view.projected)
-        recovered = {}
+        states = self._recovery_states() if recovery else []
+        lifted = {}
         for i, refresher in self.refreshers.items():
-            after, carried, previous = (
-                _moments.of_leaf(group, treedef, i) for group in groups
+            stored = refresher.matrix.flip(gradients[i])
+            dtype = unbox(self.updates[i]).dtype
+            finish = Finish(self.bracket, refresher.projector, dtype, self.clock.count)
+            arrays: Any = stored, directions[i]
+            before = unbox_tree(states[i]) if recovery else ()
+            if recovery:
+                groups = [_moments.of_leaf(group, treedef, i) for group in moments]
+                arrays += (projected[i], self.previous_bases[i], *groups, before)
+            lifted[i], after = refresher.each(
+                self.clock, renewed[i].stored, finish, *arrays
             )
-            leaf = LeafView(
-                gradient=gradients[i],
-                projected=projected[i],
-                direction=directions[i],
-                basis=bases[i],
-                previous_basis=self.previous_bases[i],
-                moments=after,
-                carried_moments=carried,
-                previous_moments=previous,
-                orthonormal=refresher.projector.orthonormal,
-                up=functools.partial(refresher.projector.up, refresher.matrix),
-                count=self.clock.count,
-            )
-            before = unbox_tree(states[i])
-            recovered[i], state = recovery.update(
-                refresher.matrix, before, leaf, self.bracket.scale
-            )
-            state = _when_stepped(inner_state, state, before)
-            states[i] = refill_tree(states[i], state)
-        return recovered, treedef.unflatten(states)
+            if recovery:
+                after = _when_stepped(inner_state, after, before)
+                states[i] = refill_tree(states[i], after)
+        return lifted, treedef.unflatten(states) if recovery else ()
 
-    def descend(self, recovered, directions) -> tuple[dict[int, Recovered], list[Any]]:
-        """Multiplies by the negative learning rate, matrices where they are small."""
-        rate = self.bracket.learning_rate
-        if rate is None:
-            return recovered, directions
-        gain = -jnp.asarray(rate(self.before.count) if callable(rate) else rate)
-
-        def step(x: Array) -> Array:
-            return x * gain.astype(x.dtype)
-
-        recovered = {i: Recovered(*jax.tree.map(step, r)) for i, r in recovered.items()}
-        return recovered, [
-            x if i in recovered or isinstance(x, optax.MaskedNode) else step(x)
+    def descend(self, directions: list[Any]) -> list[Any]:
+        """Multiplies full leaves by the negative learning rate, if it is ours."""
+        return [
+            x
+            if i in self.refreshers or isinstance(x, optax.MaskedNode)
+            else stepped(self.bracket, self.clock.count, x)
             for i, x in enumerate(directions)
         ]
-
-    def up(self, bases, recovered: dict[int, Recovered], gradients) -> dict[int, Any]:
-        """Lifts the directions: ``P low + G * phi + addend``."""
-        lifted = {}
-        for i, (low, phi, addend) in recovered.items():
-            refresher, terms = self.refreshers[i], []
-            if low is not None:
-                terms.append(refresher.projector.up(refresher.matrix, bases[i], low))
-            if phi is not None:
-                terms.append(gradients[i].astype(phi.dtype) * phi)
-            if addend is not None:
-                terms.append(addend)
-            # Summed in stored order: a sum of transposes is one more pass for XLA.
-            flip = refresher.matrix.flip
-            lifted[i] = flip(functools.reduce(jnp.add, map(flip, terms)))
-        return lifted
 
     def undo(self, lifted: dict[int, Any], directions: list[Any]) -> Any:
         """Returns the updates in the leaves' own shapes and dtypes."""
         leaves = []
         for i, (like, leaf) in enumerate(zip(self.updates, directions, strict=True)):
             if i in lifted:
-                leaf = self.refreshers[i].matrix.undo(lifted[i])
+                matrix = self.refreshers[i].matrix
+                leaf = matrix.undo(matrix.flip(lifted[i]))
             if self.plan.leaves[i].empty:
                 leaf = unbox(like)
             leaves.append(refill(like, cast(leaf, unbox(like).dtype)))

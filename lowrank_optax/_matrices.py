@@ -47,6 +47,9 @@ class Matrix:
       reduction_is_rows: whether the rows are what a layer sums over.
       block: how many rows of the view make up one row of the projection, in order; 0
         where every row has a part in it.
+      in_turn: whether the first axis counts layers that are worked on one after
+        another, so that what one of them takes is there once: of a stack on several
+        devices, if its sharding is known.
     """
 
     path: str
@@ -59,6 +62,7 @@ class Matrix:
     shared: tuple[int, ...] = ()
     reduction_is_rows: bool = True
     block: int = 0
+    in_turn: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -118,6 +122,14 @@ class Matrix:
     def seen_from(self, side: str) -> "Matrix":
         """Returns the same matrix with its basis on another side."""
         return dataclasses.replace(self, side=side)
+
+    def of_one_layer(self) -> "Matrix":
+        """Returns what ``in_turn`` leaves of the stack."""
+        fields = ("batch", "rows", "columns", "shared")
+        moved = {
+            f: tuple(axis - 1 for axis in getattr(self, f) if axis) for f in fields
+        }
+        return dataclasses.replace(self, shape=self.shape[1:], in_turn=False, **moved)
 
     def other_side(self, view: jax.Array) -> jax.Array:
         """Turns the view of ``side="both"`` into the one ``seen_from("right")``."""

@@ -182,9 +182,22 @@ def _make_matrix(path, leaf, numbers, sharding, selection, projector):
         r = largest
     chosen = "explicitly" if selection.explicit(numbers) else "by the default rule"
     matrix = dataclasses.replace(
-        draft, rank=r, shared=shared, block=projector.block_of(draft)
+        draft,
+        rank=r,
+        shared=shared,
+        block=projector.block_of(draft),
+        in_turn=_in_turn(batch, numbers, parts, selection),
     )
     return matrix, f"selected {chosen}"
+
+
+def _in_turn(batch, numbers, parts, selection: Selection) -> bool:
+    """Whether the leaf is a stack of layers, and its matrices lie on several devices.
+
+    Elsewhere all layers at once are faster: what is lifted need not be written out.
+    """
+    layers = batch == (0,) and numbers is None and selection.layer_axis is not None
+    return layers and parts is not None and parts != (1, 1)
 
 
 class Record(NamedTuple):

@@ -8,6 +8,7 @@ predicate of its own (a predicate batched by ``vmap`` would run both branches).
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -127,6 +128,28 @@ class Refresher:
         out = jax.vmap(form)(at, flat)
         batch = self.matrix.batch_shape
         return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
+
+    def each(self, clock: Clock, stored: Any, function: Callable, *trees: Any) -> Any:
+        """Returns ``function(matrix, basis, *trees)`` for the matrices of the leaf.
+
+        All at once, or layer by layer if they are worked on in turn: then a basis that
+        is stored in parts on a mesh is whole for one layer at a time.
+        """
+        matrix = self.matrix
+        if not matrix.in_turn:
+            return function(matrix, self.basis(clock, stored), *trees)
+        one, layers = matrix.of_one_layer(), matrix.shape[0]
+        leaves, treedef = jax.tree.flatten((self._at(clock), stored, trees))
+        cut = [x.shape[:1] == (layers,) for x in leaves]
+
+        def layer(parts: list[Array]) -> Any:
+            part = iter(parts)
+            mixed = [next(part) if c else x for c, x in zip(cut, leaves, strict=True)]
+            at, stored, trees = treedef.unflatten(mixed)
+            return function(one, self.projector.basis(one, stored, at), *trees)
+
+        parts = [x for c, x in zip(cut, leaves, strict=True) if c]
+        return jax.lax.map(layer, parts)
 
     def advance(
         self,

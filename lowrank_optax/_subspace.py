@@ -135,18 +135,17 @@ def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
     # 4. project
     with jax.named_scope("lowrank/project"):
         bases = leaves.bases(renewed)
-        projected = leaves.down(bases, gradients)
+        projected = leaves.down(renewed, gradients)
     # 5. the inner optimizer, in the subspace and on the full leaves
     with jax.named_scope("lowrank/inner"):
         view = leaves.subspace_view(gradients, bases, projected, transported)
-        directions, inner_state, full_state = leaves.inner(view, bases, extra_args)
+        directions, inner_state, full_state = leaves.inner(view, renewed, extra_args)
     # 6. recover (and step, if the learning rate is ours), 7. backproject
     with jax.named_scope("lowrank/backproject"):
-        recovered, recovery_state = leaves.recover(
-            view, gradients, directions, bases, inner_state
+        lifted, recovery_state = leaves.lift(
+            view, gradients, directions, renewed, inner_state
         )
-        recovered, directions = leaves.descend(recovered, directions)
-        lifted = leaves.up(bases, recovered, gradients)
+        directions = leaves.descend(directions)
     # 8. undo the matrix view, 9. back to the gradient's dtype
     new_updates = leaves.undo(lifted, directions)
     # 10. move the bases that move after use, and store

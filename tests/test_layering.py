@@ -23,6 +23,7 @@ LAYERS = (
     ("transport", "recovery", "_plan"),
     ("transforms", "_refresh"),
     ("_bracket",),
+    ("_finish",),
     ("_leaves",),
     ("_subspace",),
     ("_chain",),

@@ -103,13 +103,16 @@ def galore_plus(
     return lro.galore_plus(lr, heads=parts, **options)
 
 
-def gwt(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+def gwt(
+    config: Resolved, lr: optax.Schedule, **side: Any
+) -> optax.GradientTransformation:
     """Wavelets have levels in place of a rank."""
-    options = low_rank(config)
+    options = low_rank(config) | side
     del options["rank"]
     return lro.gwt(lr, config.level, **options)
 
 
+FULL = ("adamw", "adamw_8bit")  # project nothing
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
@@ -152,16 +155,20 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """The named optimizer, without clipping and guard.
 
-    `--side auto` chooses by `param_shardings`; without them it is the short side.
+    `--side auto` chooses by `param_shardings`; without them it is the short side. Under
+    them the layers of a stack are projected one after another, as bases are in parts.
     """
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(
             f"unknown optimizer {config.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
         )
-    side = {}
-    if config.side:
-        side = {"side": config.side, "param_shardings": param_shardings}
-    return OPTIMIZERS[config.optimizer](config, learning_rate(config), **side)
+    rate = learning_rate(config)
+    if config.optimizer in FULL:
+        return OPTIMIZERS[config.optimizer](config, rate)
+    side = {"side": config.side} if config.side else {}
+    return OPTIMIZERS[config.optimizer](
+        config, rate, param_shardings=param_shardings, **side
+    )
 
 
 def sides(optimizer: optax.GradientTransformation, params: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from benchmarks._collectives import collectives
+from examples.llama.collectives import collectives
 from tests.distributed.cases import AXES, MESHES, named
 from tests.test_layerwise import batches, block, embed, head, make_params, plain_step
 
