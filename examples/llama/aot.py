@@ -15,7 +15,7 @@ import lowrank_optax as lro
 from examples.llama.activations import ACTIVATIONS, Wrap
 from examples.llama.collectives import Collective, collectives
 from examples.llama.config import Resolved, UsageError
-from examples.llama.estimate import TPUS, Parts, of_one_device
+from examples.llama.estimate import TPUS, Parts, Topology, of_one_device
 from examples.llama.mesh import batch_sharding, make_mesh, param_shardings
 from examples.llama.model import ModelConfig, abstract_model
 from examples.llama.placement import Placement
@@ -52,13 +52,22 @@ class Compiled(NamedTuple):
         return self.audit.total_bytes
 
 
-def find_devices(topology: str) -> Any:
-    """The devices of a TPU slice that need not be there."""
+def require_compiler(topology: Topology) -> None:
+    """Raises if there is no compiler for these devices."""
+    if topology.profile not in TPUS:
+        raise UsageError(
+            f"--compile has the TPU's compiler alone; {topology.name} is none of "
+            f"{', '.join(TPUS)}, so there is only the estimate"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
             "--compile needs the TPU's compiler, the package libtpu: pip install "
             "'.[tpu]'; the estimate works without it"
         )
+
+
+def find_devices(topology: str) -> Any:
+    """The devices of a TPU slice that need not be there."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -108,11 +117,6 @@ def compile_step(
 
 def compile_run(run: Any) -> Compiled:
     """Compiles what `examples.llama.plan` planned."""
-    if run.topology.profile not in TPUS:
-        raise UsageError(
-            f"--compile has the TPU's compiler alone; {run.topology.name} is none of "
-            f"{', '.join(TPUS)}, so there is only the estimate"
-        )
     mesh = make_mesh(run.sizes, find_devices(run.topology.name))
     config = run.config
     policy = ACTIVATIONS[config.activation_policy]
@@ -206,11 +210,13 @@ def sent(
 
     Those of a refresh, which few steps run, stand in branches and are apart; `around`
     counts the branches in which all of the part stands. What moves a stored parameter
-    is the model's.
+    is the model's; what the compiler tells nothing of is the optimizer's if it stands
+    in a branch, of which the model has none.
     """
     sums: dict[str, tuple[int, int]] = {}
     for item in items:
-        its = f"/{OPTIMIZER}/" in item.scope or item.scope.startswith("opt_state")
+        named = f"/{OPTIMIZER}/" in item.scope or item.scope.startswith("opt_state")
+        its = named or (not item.scope and item.conditional)
         if (OPTIMIZER if its else MODEL) == owner:
             name = item.op + " (refresh)" * (item.branches > around)
             count, total = sums.get(name, (0, 0))

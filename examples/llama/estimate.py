@@ -1,6 +1,7 @@
 """What a training step takes per device, from shapes alone: nothing is allocated."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from examples.llama.config import Resolved, UsageError
 from examples.llama.mesh import ROWS, param_shardings
 from examples.llama.model import ModelConfig, abstract_model, count_params
 from examples.llama.optimizers import tree_bytes
-from examples.llama.plan_layers import Layers, find_layers, plan_from_shapes
+from examples.llama.plan_layers import find_layers, plan_from_shapes
 from lowrank_optax import activations
 
 
@@ -97,9 +98,9 @@ class Parts:
     both. Not counted is the optimizer's work space, which is needed later.
 
     Attributes:
-      parameters: and of the same size the gradients, but in float32 beside their sum
-        where there are micro-batches.
+      parameters: as they are stored.
       state: of the optimizer.
+      sums: of the gradients of micro-batches, in float32; 0 where there is one.
       kept: by all layers for their backward pass, their inputs included.
       loss: logits as the head computes them and in float32, what enters the head, and
         its weights twice (whole, the second time on their way to the backward pass).
@@ -110,6 +111,7 @@ class Parts:
 
     parameters: int
     state: int
+    sums: int
     kept: int
     loss: int
     gradients: int
@@ -119,7 +121,7 @@ class Parts:
     @property
     def temporaries(self) -> int:
         backward = self.gradients + self.working + self.gathered
-        return self.kept + max(self.loss, backward)
+        return self.sums + self.kept + max(self.loss, backward)
 
     @property
     def total(self) -> int:
@@ -155,15 +157,15 @@ def estimate(
     shardings = param_shardings(mesh, params)
     own = shard_bytes(params, shardings)
     one = of_one_device(config, sizes)
-    kept, working = _activations(one, find_layers(one, model), params, profile)
+    kept, working = _activations(one, model, profile)
     count = count_params(params)
-    in_float32 = config.micro_batches > 1  # sums of micro-batches
     return Parts(
         parameters=own,
         state=state_bytes(tx, params, shardings),
+        sums=4 * own * count // tree_bytes(params) if config.micro_batches > 1 else 0,
         kept=kept // sizes["tensor"],
         loss=_loss(one, model, sizes),
-        gradients=own + (4 * own * count // tree_bytes(params) if in_float32 else 0),
+        gradients=own,
         working=working // sizes["tensor"],
         gathered=_gathered(model, params, sizes),
     )
@@ -176,14 +178,14 @@ def of_one_device(config: Resolved, sizes: dict[str, int]) -> Resolved:
     return dataclasses.replace(config, batch_size=local, micro_batches=1)
 
 
-def _activations(
-    config: Resolved, layers: Layers, params: Any, profile: str
-) -> tuple[int, int]:
+@functools.cache
+def _activations(config: Resolved, model: ModelConfig, profile: str) -> tuple[int, int]:
     """What all layers keep, their inputs included, and the working set of one."""
-    args, count = jax.eval_shape(layers.args, params), layers.model.layers
     if config.activation_budget:
-        found = plan_from_shapes(config, layers.model, profile).predicted
+        found = plan_from_shapes(config, model, profile).predicted
         return found.kept_bytes + found.input_bytes, found.working_bytes
+    layers, count = find_layers(config, model), model.layers
+    args = jax.eval_shape(layers.args, abstract_model(model)[1])
     policies = {
         "full": {},
         "names": dict.fromkeys(PRODUCTS, "save"),
