@@ -101,33 +101,31 @@ def optimizers(options: argparse.Namespace, shardings: Any) -> dict[str, Any]:
     rows: dict[str, Any] = {"optax.adamw": optax.adamw(1e-3)}
     for side in options.sides:
         bracket = lro.project(
-            projector,
-            side=side,
-            layer_axis=0,
-            param_shardings=shardings if side == "auto" else None,
+            projector, side=side, layer_axis=0, param_shardings=shardings
         )
         rows[f"galore side={side}"] = lro.chain(
             bracket, optax.scale_by_adam(), lro.backproject(0.25, 1e-2)
         )
     for name in options.methods:
-        rows[name] = method(name, options.rank)
+        rows[name] = method(name, options.rank, shardings)
     return rows
 
 
-def method(name: str, rank: int) -> optax.GradientTransformation:
+def method(name: str, rank: int, shardings: Any) -> optax.GradientTransformation:
     """Returns the optimizer of a row."""
+    stacks = {"layer_axis": 0, "param_shardings": shardings}
     if name == "adamw_8bit":
         return lro.adamw_8bit(1e-3)
     if name == "adamw_8bit block 128":  # whole blocks in every shard
         return lro.adamw_8bit(1e-3, block=128)
     if name == "galore_8bit block 128":
-        return lro.galore_8bit(1e-2, rank, layer_axis=0, block=128)
+        return lro.galore_8bit(1e-2, rank, block=128, **stacks)
     if name == "adamw_8bit tables":  # codes looked up instead of computed
         codecs = blockwise_int8(signed_scale=True), blockwise_int8(signed=False)
         inner = lro.quantize_state(optax.scale_by_adam(), *codecs)
         return optax.chain(inner, optax.scale_by_learning_rate(1e-3))
     size = () if name == "gwt" else (rank,)  # its own: two levels
-    return getattr(lro, name)(1e-2, *size, layer_axis=0)
+    return getattr(lro, name)(1e-2, *size, **stacks)
 
 
 def measure(tx: optax.GradientTransformation, params: Any, shardings: Any) -> dict:
