@@ -51,11 +51,11 @@ def registered(**flags: Any) -> Make:
     )
 
 
-def galore(side: str) -> Make:
-    """GaLore with a basis in bfloat16."""
+def in_bfloat16(method: Callable[..., Any], side: str) -> Make:
+    """A method with its basis in bfloat16."""
 
     def make(config: Resolved, shardings: Any) -> optax.GradientTransformation:
-        return lro.galore(
+        return method(
             optimizers.learning_rate(config),
             update_proj_gap=config.update_proj_gap,
             side=side,
@@ -93,10 +93,11 @@ def adafactor(config: Resolved, shardings: Any) -> optax.GradientTransformation:
 ROWS: dict[str, Make] = {
     "optax.adamw": registered(optimizer="adamw"),
     "optax.adafactor": adafactor,
-    "galore, side long": galore("long"),
-    "galore, side auto": galore("auto"),
-    "galore, side short": galore("short"),
-    "subtrack, side auto": registered(optimizer="subtrack", side="auto"),
+    "galore, side long": in_bfloat16(lro.galore, "long"),
+    "galore, side auto": in_bfloat16(lro.galore, "auto"),
+    "galore, side short": in_bfloat16(lro.galore, "short"),
+    "subtrack, side auto": in_bfloat16(lro.subtrack, "auto"),
+    "subtrack, float32 basis": registered(optimizer="subtrack", side="auto"),
     "gwt, level 2": registered(optimizer="gwt"),
     "galore_8bit, side auto": registered(optimizer="galore_8bit", side="auto"),
     "galore_8bit, side auto, block 128": galore_8bit(128),
