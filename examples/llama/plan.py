@@ -198,6 +198,12 @@ def ways_out(plan: PlanConfig) -> Iterator[str]:
             yield f"--optimizer {name} would take {total / MIB:,.0f} MiB"
 
 
+def two_ways_out(plan: PlanConfig) -> Iterator[str]:
+    """Recomputation, and one change besides, with which the run would fit."""
+    full = dataclasses.replace(plan, activation_policy="full", activation_budget="")
+    yield from (f"--activation-policy full {way}" for way in ways_out(full))
+
+
 def report(plan: PlanConfig) -> bool:
     """Prints the plan; whether it fits."""
     run = plan_run(plan)
@@ -213,17 +219,17 @@ def report(plan: PlanConfig) -> bool:
         f"{plan.topology} ({mesh}); {plan.batch} rows of {plan.seq} tokens\n"
         f"estimate for one device: {verdict(parts.total, topology)}\n"
         f"{breakdown(parts, topology)}\nthe same run with:\n"
-        f"  {'optimizer':<14}{'rank':>6}{'parameters':>12}{'state':>14}{'all':>14}"
+        f"  {'optimizer':<14}{'rank':>6}{'parameters':>12}{'state':>16}{'all':>18}"
     )
     for name, number, dtype, row in what_fits(plan):
         print(
-            f"  {name:<14}{number or '-':>6}{dtype:>12}{row.state / MIB:>10,.1f} MiB"
-            f"{row.total / MIB:>10,.1f} MiB  {verdict(row.total, topology)}"
+            f"  {name:<14}{number or '-':>6}{dtype:>12}{row.state / MIB:>12,.1f} MiB"
+            f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology)}"
         )
     fits = parts.total <= topology.memory_bytes
     if not fits:
-        ways = list(ways_out(plan))
-        less = "no single change does: fewer rows, more devices or a smaller --preset"
+        ways = [*ways_out(plan)] or [*two_ways_out(plan)]
+        less = "fewer rows, more devices or a smaller --preset would"
         print("it does not fit; " + ("; ".join(ways) or less))
     if plan.compile:
         print(beside(parts, compile_run(run)))

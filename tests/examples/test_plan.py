@@ -157,6 +157,14 @@ def test_a_plan_that_does_not_fit_names_what_would(capsys):
     assert "--optimizer gwt" not in out  # its state is not what is too large
 
 
+@pytest.mark.usefixtures("quick_table")
+def test_where_one_change_is_not_enough_two_are_named(capsys):
+    flags = ["--topology", "v5e:1x1", "--activation-policy", "none", "--batch", "4"]
+    code, out, _ = run(capsys, *flags, "--seq", "6144")
+    assert code == 1
+    assert re.search(r"it does not fit; --activation-policy full --micro-batches", out)
+
+
 def test_bad_plans(capsys):
     code, _, err = run(capsys, "--topology", "v5e:2x2", "--mesh", "fsdp=3")
     assert code == 2 and "names 3 devices, and there are 4" in err
