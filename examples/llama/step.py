@@ -92,6 +92,7 @@ def make_steps(
     """
     on_mesh = layout.wrap if layout else None
     use = layout.use if layout else lambda params: params
+    out = (layout.stored, layout.state, layout.rest) if layout else None
     wrap_layer = composed(on_mesh, wrap_layer)
 
     def train(
@@ -120,12 +121,9 @@ def make_steps(
         losses = token_losses(definition, params, batch, on_mesh)
         return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
 
-    if layout is None:
-        return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))
-    out = layout.stored, layout.state, layout.rest
     return Steps(
         jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
-        jax.jit(evaluate, out_shardings=layout.rest),
+        jax.jit(evaluate, out_shardings=layout.rest if layout else None),
     )
 
 
