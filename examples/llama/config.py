@@ -205,6 +205,16 @@ class TrainConfig:
     state cut) and tensor (products cut), such as data=2,fsdp=4 or fsdp=-1 for all that
     is left; empty: all on fsdp, if the rows of a micro-batch can be cut over them, else
     one device. A run may go on with another"""
+    layerwise: bool = False
+    """update each layer inside the backward pass, so that one layer's gradient is alive
+    at a time; losses stay the same. Leaving out gradients that are not finite, and
+    --clip, cost a second backward pass (the first one also with --clip 0). A run may go
+    on with or without it"""
+    compressed: bool = False
+    """send projections of gradients over the data axis of --mesh (empty: data=-1)
+    between refreshes, of a method that allows it: galore, galore_8bit, q_galore, coap,
+    sara, natural_galore, galore_plus. --clip goes by the norm of what is sent. A run
+    may go on with or without it"""
     distributed: bool = False
     """join the other processes of a TPU pod, of Slurm or of GKE, as JAX finds them;
     elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
@@ -273,6 +283,11 @@ _METHODS = {
 SIDES = ("short", "long", "left", "right", "auto")
 NO_SIDE = ("adamw", "adamw_8bit", "gwt")
 
+# Methods that read no whole gradient between two refreshes.
+SENDS = (
+    "galore galore_8bit q_galore coap sara natural_galore galore_plus dct_adamw"
+).split()
+
 # A checkpoint written under another value of these does not fit; the rest (learning
 # rate, length, evaluation, logging) may change between a run and its continuation.
 IDENTITY = (
@@ -333,6 +348,7 @@ def _check(config: Resolved, model: ModelConfig) -> None:
             "--activation-budget plans compressed activations (adacc); leave out "
             f"--activation-policy {config.activation_policy}, or the budget"
         )
+    _check_layerwise(config)
     positive = (
         "steps seq_len batch_size micro_batches lr rank level update_proj_gap "
         "max_skips eval_tokens eval_batch_size keep"
@@ -356,3 +372,27 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         )
     if model.vocab_size < 257 and config.tokenizer == "bytes":
         raise UsageError(f"preset {config.preset} has no room for the 256 bytes")
+
+
+def _check_layerwise(config: Resolved) -> None:
+    """Raises where the step of one layer after another cannot have what is asked."""
+    if not config.layerwise:
+        return
+    if config.weights != "plain":
+        raise UsageError(
+            f"--layerwise updates parameters as they are stored, and --weights "
+            f"{config.weights} turns all of them into others around the step; take "
+            "--weights plain, with --param-dtype bfloat16 for smaller ones"
+        )
+    if config.activation_budget:
+        raise UsageError(
+            "--layerwise computes each layer again in its backward pass, so layers "
+            "keep nothing that --activation-budget could plan; leave the budget out "
+            "(--activation-policy says what the one layer that goes backward keeps)"
+        )
+    if config.compressed:
+        raise UsageError(
+            "--layerwise updates a layer before the next one's gradient is known, and "
+            "--compressed sends all projections after the backward pass; give one of "
+            "the two"
+        )

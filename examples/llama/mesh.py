@@ -155,6 +155,22 @@ def _constrain(x: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
     return jax.lax.with_sharding_constraint(x, place)
 
 
+def check_copies(sizes: dict[str, int]) -> None:
+    """Raises if no copies of the parameters send gradients to each other."""
+    devices = math.prod(sizes.values())
+    if sizes["data"] == 1:
+        if devices == 1:
+            raise UsageError(
+                "--compressed sends projections to other devices, and there is one; "
+                "leave it out"
+            )
+        least = next(n for n in range(2, devices + 1) if devices % n == 0)
+        raise UsageError(
+            "--compressed sends projections over the axis data, which is 1; "
+            f"for example --mesh data={least},fsdp={devices // least}"
+        )
+
+
 def gathered(mesh: Mesh) -> Callable[[Any], Any]:
     """For parameters about to be used: the embedding is whole along its width.
 

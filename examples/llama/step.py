@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from examples.llama.activations import Wrap
 from examples.llama.model import Params
@@ -29,7 +30,8 @@ class Layout(NamedTuple):
 
     `params` are those of the parameters and their gradients, `stored` of what is kept
     of them between steps, `state` of the optimizer's state, `rest` of all else. The
-    forward pass is that of `use(params)`, with each layer in `wrap`.
+    forward pass is that of `use(params)`, with each layer in `wrap`. `mesh` is None on
+    one device.
     """
 
     params: Any
@@ -38,6 +40,7 @@ class Layout(NamedTuple):
     rest: Any
     wrap: Wrap | None = None
     use: Callable[[Params], Params] = lambda params: params
+    mesh: Mesh | None = None
 
 
 def token_losses(
