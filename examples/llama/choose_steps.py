@@ -75,7 +75,8 @@ def traffic(
     Raises:
         UsageError: no projection is ever sent.
     """
-    others = f"methods that send projections: {', '.join(SENDS)}"
+    sending = ", ".join(name for name in SENDS if name != config.optimizer)
+    others = f"methods that send projections: {sending}"
     try:
         report = lro.distributed.traffic_report(optimizer, params)
     except ValueError as error:  # no bracket

@@ -127,9 +127,9 @@ class TrainConfig:
     one device. A run may go on with another"""
     layerwise: bool = False
     """update each layer inside the backward pass, so that one layer's gradient is alive
-    at a time; losses stay the same. Leaving out gradients that are not finite, and
-    --clip, cost a second backward pass (the first one also with --clip 0). A run may go
-    on with or without it"""
+    at a time; losses stay the same. Steps whose gradient is not finite are left out as
+    ever, also with --clip 0: that, and --clip, cost a second backward pass. A run may
+    go on with or without it"""
     compressed: bool = False
     """send projections of gradients over the data axis of --mesh (empty: data=-1)
     between refreshes, of a method that allows it: galore, galore_8bit, q_galore, coap,
@@ -203,10 +203,9 @@ _METHODS = {
 SIDES = ("short", "long", "left", "right", "auto")
 NO_SIDE = ("adamw", "adamw_8bit", "gwt")
 
-# Methods that read no whole gradient between two refreshes.
-SENDS = (
-    "galore galore_8bit q_galore coap sara natural_galore galore_plus dct_adamw"
-).split()
+# Methods that read no whole gradient between refreshes; dct_adamw has one at every
+# step unless told otherwise.
+SENDS = "galore galore_8bit q_galore coap sara natural_galore galore_plus".split()
 
 # A checkpoint written under another value of these does not fit; the rest (learning
 # rate, length, evaluation, logging) may change between a run and its continuation.

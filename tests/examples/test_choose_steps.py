@@ -114,7 +114,7 @@ def test_which_methods_send_projections():
             TrainConfig(preset="micro", optimizer=name, update_proj_gap=3, level=1)
         )
         tx, params = optimizers.build_optimizer(config), abstract_model(model)[1]
-        if name in SENDS:
+        if name in (*SENDS, "dct_adamw"):  # with a gap above 1
             assert traffic(config, tx, params).compressed, name
             continue
         with pytest.raises(UsageError, match=f"--compressed: {name} .* galore, "):
