@@ -23,8 +23,8 @@ from jax.sharding import AxisType, PartitionSpec
 import lowrank_optax as lro
 from benchmarks.state_memory import RANKS
 from examples.llama.collectives import collectives
-from examples.llama.config import PRESETS
 from examples.llama.model import abstract_model
+from examples.llama.presets import PRESETS
 
 MIB = 2**20
 LAYERS, M, N, RANK, ROWS, MICRO = 8, 512, 1376, 64, 64, 4

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from examples.llama.config import PRESETS
 from examples.llama.model import abstract_model, count_params
 from examples.llama.optimizers import tree_bytes
+from examples.llama.presets import PRESETS
 
 GB = 1e9
 # Ranks of GaLore's table 2; the 7B model's are those of its 8-bit run.

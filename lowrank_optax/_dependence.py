@@ -168,7 +168,10 @@ class _Walk:
         return _settled(turn, ins[a + b :])
 
     def _scan(self, eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-        a, b = eqn.params["num_consts"], eqn.params["num_carry"]
+        # What is scanned has an axis less in the body; jax versions count it otherwise.
+        inner = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+        b = len(eqn.outvars) - _scanned(eqn.outvars, inner.outvars)
+        a = len(ins) - _scanned(eqn.invars, inner.invars) - b
         consts, xs = ins[:a], ins[a + b :]
         by_layer = any(isinstance(x.place, tuple) and x.place[0] == 0 for x in xs)
         entries = [Dependence(x.names, _entry(x.place)) for x in xs]
@@ -305,6 +308,11 @@ def _entry(place: Any) -> Any:
 def _whole_axis(eqn: Any, place: tuple[int, int]) -> Any:
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     return place if before[place[0]] == after[place[0]] else MIXED
+
+
+def _scanned(outside: Any, inside: Any) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(x.aval.ndim != y.aval.ndim for x, y in pairs)
 
 
 def _without(place: tuple[int, int], axes: Sequence[int]) -> Any:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 import lowrank_optax as lro
 from examples.llama.activations import Wrap
 from examples.llama.model import Params
-from examples.llama.step import Steps, make_steps, token_losses
+from examples.llama.step import Layout, Steps, composed, make_steps, token_losses
 from examples.llama.weights import PLAIN, Weights
 
 
@@ -21,14 +21,17 @@ def make_compressed_steps(
     micro_batches: int = 1,
     weights: Weights = PLAIN,
     wrap_layer: Wrap | None = None,
+    layout: Layout | None = None,
     axis_name: str = "data",
 ) -> Steps:
     """As `make_steps`, with parameters and state whole on every device of one axis.
 
     Rows of a micro-batch are spread over `axis_name`; any other axis of the mesh is
-    left to the compiler. `grad_norm`, and the norm to clip by, are of what is sent: the
-    gradients as the optimizer sees them.
+    left to the compiler, under `layout`. `grad_norm`, and the norm to clip by, are of
+    what is sent: the gradients as the optimizer sees them.
     """
+    wrap_layer = composed(layout.wrap if layout else None, wrap_layer)
+    use = layout.use if layout else lambda params: params
 
     def train(
         stored: Any, opt_state: Any, batch: Any, key: Any = None
@@ -38,7 +41,7 @@ def make_compressed_steps(
 
         def share(params: Params, rows: Any) -> jax.Array:
             # Every token weighs the same: the mean over parts is a sum over tokens.
-            losses = token_losses(definition, params, rows, wrap_layer)
+            losses = token_losses(definition, use(params), rows, wrap_layer)
             return jnp.sum(losses) * parts / jnp.maximum(tokens, 1)
 
         gradient = lro.distributed.value_and_grad(
@@ -69,5 +72,8 @@ def make_compressed_steps(
     def step(stored: Any, opt_state: Any, batch: Any, key: Any = None) -> Any:
         return mapped(stored, opt_state, batch, key)
 
-    evaluate = make_steps(definition, tx, weights, wrap_layer).evaluate
-    return Steps(jax.jit(step, donate_argnums=(0, 1)), evaluate)
+    out = (layout.stored, layout.state, layout.rest) if layout else None
+    return Steps(
+        jax.jit(step, donate_argnums=(0, 1), out_shardings=out),
+        make_steps(definition, tx, weights, layout=layout).evaluate,
+    )

@@ -1,96 +1,16 @@
-"""Presets (shape of the model and its recipe) and the command line's flags."""
+"""The command line's flags, what they are when left out, and what is refused."""
 
 import dataclasses
 from typing import Any
 
 from examples.llama.activations import ACTIVATIONS
 from examples.llama.model import ModelConfig
+from examples.llama.presets import PRESETS
 from examples.llama.weights import WEIGHTS
 
 
 class UsageError(Exception):
     """Something the caller can mend; the program prints one line and exits with 2."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a run of a preset does unless a flag says otherwise."""
-
-    steps: int
-    lr: float = 0.01
-    rank: int = 128
-    update_proj_gap: int = 200
-    seq_len: int = 256
-    batch_size: int = 512
-    micro_batches: int = 8
-    clip: float = 0.0
-    tokenizer: str = "bpe"
-    packing: str = "padded"
-    dtype: str = "bfloat16"
-    eval_every: int = 1000
-    eval_tokens: int = 10_000_000
-    eval_batch_size: int = 32
-    checkpoint_every: int = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """A model and its recipe."""
-
-    model: ModelConfig
-    recipe: Recipe
-
-
-def _llama(
-    width: int,
-    ff_width: int,
-    layers: int,
-    heads: int,
-    recipe: Recipe,
-    vocab_size: int = 32_000,
-    max_length: int = 1024,
-) -> Preset:
-    model = ModelConfig(vocab_size, width, ff_width, layers, heads, max_length)
-    return Preset(model, recipe)
-
-
-_TINY = Recipe(
-    steps=400,
-    lr=0.01,
-    rank=32,
-    update_proj_gap=50,
-    seq_len=128,
-    batch_size=16,
-    micro_batches=1,
-    clip=1.0,
-    tokenizer="bytes",
-    packing="packed",
-    dtype="float32",
-    eval_every=100,
-    eval_tokens=65_536,
-    eval_batch_size=32,
-    checkpoint_every=100,
-)
-_7B = Recipe(150_000, lr=0.005, rank=1024, update_proj_gap=500, clip=1.0)
-
-# Widths and depths of the GaLore scripts; 13b is APOLLO's.
-PRESETS: dict[str, Preset] = {
-    "tiny": _llama(128, 352, 4, 4, _TINY, vocab_size=264),
-    "9m": _llama(128, 352, 4, 4, Recipe(10_000, rank=32)),
-    "20m": _llama(256, 688, 4, 4, Recipe(10_000, rank=64)),
-    "35m": _llama(384, 1024, 6, 8, Recipe(10_000, rank=96)),
-    "40m": _llama(416, 1024, 8, 8, Recipe(10_000, rank=104)),
-    "60m": _llama(512, 1376, 8, 8, Recipe(10_000)),
-    "71m": _llama(512, 1368, 12, 8, Recipe(10_000)),
-    "100m": _llama(640, 1708, 12, 10, Recipe(20_000, rank=160), 32_100),
-    "130m": _llama(768, 2048, 12, 12, Recipe(20_000, rank=256)),
-    "250m": _llama(768, 2560, 24, 16, Recipe(40_000, rank=256)),
-    "350m": _llama(1024, 2736, 24, 16, Recipe(60_000, rank=256)),
-    "1b": _llama(2048, 5461, 24, 32, Recipe(100_000, rank=1024)),
-    "3b": _llama(2560, 6848, 32, 32, Recipe(120_000, lr=0.005, rank=1024)),
-    "7b": _llama(4096, 11008, 32, 32, _7B, max_length=2048),
-    "13b": _llama(5120, 13824, 40, 40, _7B),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +125,16 @@ class TrainConfig:
     state cut) and tensor (products cut), such as data=2,fsdp=4 or fsdp=-1 for all that
     is left; empty: all on fsdp, if the rows of a micro-batch can be cut over them, else
     one device. A run may go on with another"""
+    layerwise: bool = False
+    """update each layer inside the backward pass, so that one layer's gradient is alive
+    at a time; losses stay the same. Steps whose gradient is not finite are left out as
+    ever, also with --clip 0: that, and --clip, cost a second backward pass. A run may
+    go on with or without it"""
+    compressed: bool = False
+    """send projections of gradients over the data axis of --mesh (empty: data=-1)
+    between refreshes, of a method that allows it: galore, galore_8bit, q_galore, coap,
+    sara, natural_galore, galore_plus. --clip goes by the norm of what is sent. A run
+    may go on with or without it"""
     distributed: bool = False
     """join the other processes of a TPU pod, of Slurm or of GKE, as JAX finds them;
     elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
@@ -273,6 +203,10 @@ _METHODS = {
 SIDES = ("short", "long", "left", "right", "auto")
 NO_SIDE = ("adamw", "adamw_8bit", "gwt")
 
+# Methods that read no whole gradient between refreshes; dct_adamw has one at every
+# step unless told otherwise.
+SENDS = "galore galore_8bit q_galore coap sara natural_galore galore_plus".split()
+
 # A checkpoint written under another value of these does not fit; the rest (learning
 # rate, length, evaluation, logging) may change between a run and its continuation.
 IDENTITY = (
@@ -333,6 +267,7 @@ def _check(config: Resolved, model: ModelConfig) -> None:
             "--activation-budget plans compressed activations (adacc); leave out "
             f"--activation-policy {config.activation_policy}, or the budget"
         )
+    _check_layerwise(config)
     positive = (
         "steps seq_len batch_size micro_batches lr rank level update_proj_gap "
         "max_skips eval_tokens eval_batch_size keep"
@@ -356,3 +291,27 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         )
     if model.vocab_size < 257 and config.tokenizer == "bytes":
         raise UsageError(f"preset {config.preset} has no room for the 256 bytes")
+
+
+def _check_layerwise(config: Resolved) -> None:
+    """Raises where the step of one layer after another cannot have what is asked."""
+    if not config.layerwise:
+        return
+    if config.weights != "plain":
+        raise UsageError(
+            f"--layerwise updates parameters as they are stored, and --weights "
+            f"{config.weights} turns all of them into others around the step; take "
+            "--weights plain, with --param-dtype bfloat16 for smaller ones"
+        )
+    if config.activation_budget:
+        raise UsageError(
+            "--layerwise computes each layer again in its backward pass, so layers "
+            "keep nothing that --activation-budget could plan; leave the budget out "
+            "(--activation-policy says what the one layer that goes backward keeps)"
+        )
+    if config.compressed:
+        raise UsageError(
+            "--layerwise updates a layer before the next one's gradient is known, and "
+            "--compressed sends all projections after the backward pass; give one of "
+            "the two"
+        )

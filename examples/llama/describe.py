@@ -37,6 +37,10 @@ def describe(
         print(f"mesh {config.mesh}", *whole_axes(mesh, params), sep="\n", flush=True)
     if not is_first():
         return
+    if config.compressed:
+        report = lro.distributed.traffic_report(optimizer, params)
+        print(f"gradients: {str(report).splitlines()[-1]}", flush=True)
+        write_whole(run_dir / "traffic.txt", f"{report}\n")
     settings = json.dumps(dataclasses.asdict(config), indent=1)
     write_whole(run_dir / "config.json", settings + "\n")
     with contextlib.suppress(ValueError):  # an optimizer without a bracket

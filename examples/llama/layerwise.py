@@ -9,7 +9,7 @@ from flax import nnx
 
 from examples.llama.activations import Wrap
 from examples.llama.model import ModelConfig, abstract_model
-from examples.llama.step import Steps, make_steps
+from examples.llama.step import Layout, Steps, composed, make_steps
 from lowrank_optax import layerwise
 
 
@@ -20,6 +20,7 @@ def make_layerwise_steps(
     clip_norm: float | None = None,
     skip_nonfinite: bool = False,
     wrap_layer: Wrap | None = None,
+    layout: Layout | None = None,
 ) -> Steps:
     """Steps as `make_steps` makes them, with one layer's gradient alive at a time.
 
@@ -30,17 +31,21 @@ def make_layerwise_steps(
     """
     definition, abstract = abstract_model(config)
     layer = nnx.split(nnx.merge(definition, abstract).layers)[0]
-    wrap = wrap_layer if wrap_layer is not None else lambda layer: layer
+    wrap = composed(layout.wrap if layout else None, wrap_layer)
+    use = layout.use if layout else lambda params: params
 
     def part(params: Any) -> Any:
         """The model with some parts real and the rest shapes."""
         return nnx.merge(definition, {**abstract, **params})
 
     def embed(own: Any, batch: Any) -> jax.Array:
-        x = part({"embed": own}).embed(batch["tokens"])
+        x = part(use({"embed": own})).embed(batch["tokens"])
         return x.astype(config.compute_dtype)
 
-    wrapped = wrap(lambda x, own: (nnx.merge(layer, own)(x), None))
+    def block(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
+        return nnx.merge(layer, own)(x), None
+
+    wrapped = wrap(block) if wrap else block
 
     def head(own: Any, x: jax.Array, batch: Any) -> jax.Array:
         model = part(own)
@@ -89,5 +94,8 @@ def make_layerwise_steps(
         }
         return stored, own, metrics
 
-    plain = make_steps(definition, tx)
-    return Steps(jax.jit(train, donate_argnums=(0, 1)), plain.evaluate)
+    out = (layout.stored, layout.state, layout.rest) if layout else None
+    return Steps(
+        jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
+        make_steps(definition, tx, layout=layout).evaluate,
+    )

@@ -143,6 +143,34 @@ def check_rows(mesh: Mesh, rows: int) -> None:
         )
 
 
+def _constrain(x: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
+    """Cuts the first axis over axes of the mesh, and no other.
+
+    Inside `jax.shard_map` some axes of the mesh are cut already, by hand; only what is
+    left to the compiler can be asked of it.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    left = tuple(name for name in axes if name not in here.manual_axes)
+    place = NamedSharding(here if here.manual_axes else mesh, PartitionSpec(left))
+    return jax.lax.with_sharding_constraint(x, place)
+
+
+def check_copies(sizes: dict[str, int]) -> None:
+    """Raises if no copies of the parameters send gradients to each other."""
+    devices = math.prod(sizes.values())
+    if sizes["data"] == 1:
+        if devices == 1:
+            raise UsageError(
+                "--compressed sends projections to other devices, and there is one; "
+                "leave it out"
+            )
+        least = next(n for n in range(2, devices + 1) if devices % n == 0)
+        raise UsageError(
+            "--compressed sends projections over the axis data, which is 1; "
+            f"for example --mesh data={least},fsdp={devices // least}"
+        )
+
+
 def gathered(mesh: Mesh) -> Callable[[Any], Any]:
     """For parameters about to be used: the embedding is whole along its width.
 
@@ -153,21 +181,19 @@ def gathered(mesh: Mesh) -> Callable[[Any], Any]:
     def use(params: Any) -> Any:
         table = params["embed"]["embedding"]
         (axis, *_) = param_shardings(mesh, params)["embed"]["embedding"].spec
-        place = NamedSharding(mesh, PartitionSpec(axis))
-        table = jax.lax.with_sharding_constraint(table, place)
-        return params | {"embed": {"embedding": table}}
+        axes = (axis,) if axis else ()
+        return params | {"embed": {"embedding": _constrain(table, mesh, axes)}}
 
     return use
 
 
 def constrained(mesh: Mesh) -> Wrap:
     """Wraps a scanned layer: activations are cut along their rows and nothing else."""
-    rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
     def wrap(layer: Callable) -> Callable:
         def on_mesh(x: Any, params: Any) -> Any:
-            x, out = layer(jax.lax.with_sharding_constraint(x, rows), params)
-            return jax.lax.with_sharding_constraint(x, rows), out
+            x, out = layer(_constrain(x, mesh, ROWS), params)
+            return _constrain(x, mesh, ROWS), out
 
         return on_mesh
 

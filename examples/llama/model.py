@@ -19,7 +19,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model; the presets are in `config.py`."""
+    """Shape of a model; the presets are in `presets.py`."""
 
     vocab_size: int
     width: int

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from examples.llama.config import PRESETS, Resolved, UsageError
+from examples.llama.config import Resolved, UsageError
+from examples.llama.presets import PRESETS
 
 # Takes the resolved flags, the learning rate, and what `--side` adds.
 Factory = Callable[..., optax.GradientTransformation]

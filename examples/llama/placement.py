@@ -15,6 +15,7 @@ from examples.llama.config import Resolved
 from examples.llama.mesh import (
     ROWS,
     batch_sharding,
+    check_copies,
     check_rows,
     constrained,
     gathered,
@@ -64,6 +65,7 @@ class Placement:
             rest=NamedSharding(self.mesh, PartitionSpec()),
             wrap=constrained(self.mesh),
             use=gathered(self.mesh),
+            mesh=self.mesh,
         )
 
     def batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -114,20 +116,26 @@ def choose_placement(
 ) -> Placement:
     """The mesh that `--mesh` names; else all devices on fsdp, where rows allow it.
 
+    `--compressed` needs the axis data, and has all devices there if nothing is said.
+
     Raises:
         UsageError: the mesh does not fit the devices, or the rows do not fit the mesh.
     """
     devices = list(jax.devices() if devices is None else devices)
     rows = config.batch_size // config.micro_batches
     one_device = Placement(None, devices[0])
-    if not config.mesh and jax.process_count() == 1 and rows % len(devices):
+    free = not config.mesh and not config.compressed and jax.process_count() == 1
+    if free and rows % len(devices):
         print(
             f"one of {len(devices)} devices is used: {rows} rows of a micro-batch "
             f"cannot be cut over all; a --batch-size or --mesh that fits uses more",
             flush=True,
         )
         return one_device
-    sizes = parse_mesh(config.mesh or "fsdp=-1", len(devices))
+    default = "data=-1" if config.compressed else "fsdp=-1"
+    sizes = parse_mesh(config.mesh or default, len(devices))
+    if config.compressed:
+        check_copies(sizes)
     if math.prod(sizes.values()) == 1:
         return one_device
     mesh = make_mesh(sizes, devices)

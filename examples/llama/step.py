@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from examples.llama.activations import Wrap
 from examples.llama.model import Params
@@ -29,7 +30,8 @@ class Layout(NamedTuple):
 
     `params` are those of the parameters and their gradients, `stored` of what is kept
     of them between steps, `state` of the optimizer's state, `rest` of all else. The
-    forward pass is that of `use(params)`, with each layer in `wrap`.
+    forward pass is that of `use(params)`, with each layer in `wrap`. `mesh` is None on
+    one device.
     """
 
     params: Any
@@ -38,6 +40,7 @@ class Layout(NamedTuple):
     rest: Any
     wrap: Wrap | None = None
     use: Callable[[Params], Params] = lambda params: params
+    mesh: Mesh | None = None
 
 
 def token_losses(
@@ -92,6 +95,7 @@ def make_steps(
     """
     on_mesh = layout.wrap if layout else None
     use = layout.use if layout else lambda params: params
+    out = (layout.stored, layout.state, layout.rest) if layout else None
     wrap_layer = composed(on_mesh, wrap_layer)
 
     def train(
@@ -120,12 +124,9 @@ def make_steps(
         losses = token_losses(definition, params, batch, on_mesh)
         return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
 
-    if layout is None:
-        return Steps(jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate))
-    out = layout.stored, layout.state, layout.rest
     return Steps(
         jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
-        jax.jit(evaluate, out_shardings=layout.rest),
+        jax.jit(evaluate, out_shardings=layout.rest if layout else None),
     )
 
 

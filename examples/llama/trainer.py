@@ -1,6 +1,7 @@
 """A run: its data, its compiled steps, its state, and the loop over steps."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -11,7 +12,7 @@ import jax
 import tqdm
 
 from examples.llama import optimizers
-from examples.llama.activations import ACTIVATIONS, Wrap
+from examples.llama.activations import ACTIVATIONS
 from examples.llama.batches import (
     Batch,
     Position,
@@ -21,6 +22,7 @@ from examples.llama.batches import (
     validation_rows,
 )
 from examples.llama.checkpoint import Checkpoints, Store, find_start, on_device
+from examples.llama.choose_steps import choose_steps
 from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
 from examples.llama.corpus import Counts, load_corpora
 from examples.llama.describe import describe, say_changes
@@ -32,7 +34,7 @@ from examples.llama.plan_report import write_plan
 from examples.llama.processes import found_by_first, is_first
 from examples.llama.report import Metrics
 from examples.llama.rundir import choose_run_dir
-from examples.llama.step import Steps, make_steps, split_rows
+from examples.llama.step import split_rows
 from examples.llama.tokenizer import BPETokenizer, load_tokenizer, write_whole
 from examples.llama.weights import WEIGHTS, step_key
 
@@ -49,7 +51,7 @@ class Trainer:
         self.placement = choose_placement(config, devices)
         self.config = config = dataclasses.replace(config, mesh=self.placement.name)
         self.model_config = model
-        self.definition, self.abstract_params = abstract_model(model)
+        _, self.abstract_params = abstract_model(model)
         places = self.placement.params(self.abstract_params)
         on_mesh = places if self.placement.mesh else None
         self.optimizer = optimizers.build_optimizer(config, on_mesh)
@@ -72,6 +74,9 @@ class Trainer:
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.weights = WEIGHTS[config.weights](config.param_dtype)
         self.layout = self.placement.layout(self.abstract_params, self.tx, self.weights)
+        self.make_steps = functools.partial(
+            choose_steps, config, model, self.optimizer, self.weights, self.layout
+        )
         self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self._start()
@@ -85,10 +90,6 @@ class Trainer:
             config.packing == "packed",
             config.seed if training else None,
         )
-
-    def make_steps(self, wrap_layer: Wrap | None) -> Steps:
-        layout = self.layout if self.placement.mesh else None
-        return make_steps(self.definition, self.tx, self.weights, wrap_layer, layout)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run."""

@@ -10,8 +10,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from examples.llama import config
-from examples.llama.config import Preset, Recipe
 from examples.llama.model import ModelConfig
+from examples.llama.presets import Preset, Recipe
 
 MICRO = ModelConfig(vocab_size=264, width=32, ff_width=48, layers=2, heads=2)
 RECIPE = Recipe(

@@ -11,10 +11,11 @@ from examples.llama import config as configs
 from examples.llama import optimizers
 from examples.llama.batches import as_batch
 from examples.llama.checkpoint import Checkpoints, Store, on_device
-from examples.llama.config import Preset, TrainConfig, UsageError, resolve
+from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.mesh import check_rows, make_mesh, parse_mesh, whole_axes
 from examples.llama.model import abstract_model
 from examples.llama.placement import Placement, choose_placement, fresh_state
+from examples.llama.presets import Preset
 from examples.llama.step import make_steps, split_rows
 from examples.llama.trainer import Trainer
 from examples.llama.weights import WEIGHTS

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama.config import PRESETS
 from examples.llama.model import (
     ModelConfig,
     abstract_model,
@@ -14,6 +13,7 @@ from examples.llama.model import (
     init_params,
     rotate,
 )
+from examples.llama.presets import PRESETS
 
 # The papers' counts, to the parameter.
 SIZES = {

@@ -20,16 +20,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 # The program with a model that compiles fast. Process 1 sends itself SIGNAL at STEP.
 PROGRAM = """
 import os, sys
-from examples.llama import config, train, trainer
+from examples.llama import presets, train, trainer
 from examples.llama.model import ModelConfig
 
-recipe = config.Recipe(
+recipe = presets.Recipe(
     steps=8, rank=8, update_proj_gap=3, seq_len=16, batch_size=8, micro_batches=1,
     clip=1.0, tokenizer="bytes", packing="packed", dtype="float32", eval_every=0,
     eval_tokens=300, eval_batch_size=6, checkpoint_every=2,
 )
 model = ModelConfig(vocab_size=264, width=32, ff_width=48, layers=2, heads=2)
-config.PRESETS["micro"] = config.Preset(model, recipe)
+presets.PRESETS["micro"] = presets.Preset(model, recipe)
 number, at = int(os.environ["SIGNAL"]), int(os.environ["STEP"])
 plain = trainer.Trainer._step
 

@@ -1,0 +1,86 @@
+"""Presets: the shape of a model and its recipe."""
+
+import dataclasses
+
+from examples.llama.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run of a preset does unless a flag says otherwise."""
+
+    steps: int
+    lr: float = 0.01
+    rank: int = 128
+    update_proj_gap: int = 200
+    seq_len: int = 256
+    batch_size: int = 512
+    micro_batches: int = 8
+    clip: float = 0.0
+    tokenizer: str = "bpe"
+    packing: str = "padded"
+    dtype: str = "bfloat16"
+    eval_every: int = 1000
+    eval_tokens: int = 10_000_000
+    eval_batch_size: int = 32
+    checkpoint_every: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model and its recipe."""
+
+    model: ModelConfig
+    recipe: Recipe
+
+
+def _llama(
+    width: int,
+    ff_width: int,
+    layers: int,
+    heads: int,
+    recipe: Recipe,
+    vocab_size: int = 32_000,
+    max_length: int = 1024,
+) -> Preset:
+    model = ModelConfig(vocab_size, width, ff_width, layers, heads, max_length)
+    return Preset(model, recipe)
+
+
+_TINY = Recipe(
+    steps=400,
+    lr=0.01,
+    rank=32,
+    update_proj_gap=50,
+    seq_len=128,
+    batch_size=16,
+    micro_batches=1,
+    clip=1.0,
+    tokenizer="bytes",
+    packing="packed",
+    dtype="float32",
+    eval_every=100,
+    eval_tokens=65_536,
+    eval_batch_size=32,
+    checkpoint_every=100,
+)
+_7B = Recipe(150_000, lr=0.005, rank=1024, update_proj_gap=500, clip=1.0)
+
+# Widths and depths of the GaLore scripts; 13b is APOLLO's.
+PRESETS: dict[str, Preset] = {
+    "tiny": _llama(128, 352, 4, 4, _TINY, vocab_size=264),
+    "9m": _llama(128, 352, 4, 4, Recipe(10_000, rank=32)),
+    "20m": _llama(256, 688, 4, 4, Recipe(10_000, rank=64)),
+    "35m": _llama(384, 1024, 6, 8, Recipe(10_000, rank=96)),
+    "40m": _llama(416, 1024, 8, 8, Recipe(10_000, rank=104)),
+    "60m": _llama(512, 1376, 8, 8, Recipe(10_000)),
+    "71m": _llama(512, 1368, 12, 8, Recipe(10_000)),
+    "100m": _llama(640, 1708, 12, 10, Recipe(20_000, rank=160), 32_100),
+    "130m": _llama(768, 2048, 12, 12, Recipe(20_000, rank=256)),
+    "250m": _llama(768, 2560, 24, 16, Recipe(40_000, rank=256)),
+    "350m": _llama(1024, 2736, 24, 16, Recipe(60_000, rank=256)),
+    "1b": _llama(2048, 5461, 24, 32, Recipe(100_000, rank=1024)),
+    "3b": _llama(2560, 6848, 32, 32, Recipe(120_000, lr=0.005, rank=1024)),
+    "7b": _llama(4096, 11008, 32, 32, _7B, max_length=2048),
+    "13b": _llama(5120, 13824, 40, 40, _7B),
+}
