@@ -1,6 +1,5 @@
 """A small model trained for 20 steps on one device, and on meshes of both types."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -10,8 +9,8 @@ from jax.sharding import AxisType
 
 from examples.llama import optimizers
 from examples.llama.batches import as_batch
-from examples.llama.config import PRESETS, TrainConfig, resolve
-from examples.llama.mesh import make_mesh, param_shardings, parse_mesh
+from examples.llama.config import TrainConfig, resolve
+from examples.llama.mesh import make_mesh, parse_mesh
 from examples.llama.model import ModelConfig, abstract_model
 from examples.llama.placement import Placement, fresh_state
 from examples.llama.step import Layout, make_steps, mean_gradient, split_rows
@@ -21,7 +20,7 @@ STEPS = 20
 METHODS = ("adamw", "galore", "subtrack", "gwt", "galore_8bit")
 # 341 stands for 5461, the width of LLaMA-1B's layers: odd, so that no axis cuts it.
 MODEL = ModelConfig(vocab_size=264, width=64, ff_width=341, layers=2, heads=2)
-RECIPE = {"rank": 8, "update_proj_gap": 6, "warmup": 2, "lr": 0.01, "steps": STEPS}
+RECIPE = {"rank": 16, "update_proj_gap": 6, "warmup": 2, "lr": 0.01, "steps": STEPS}
 
 
 @functools.cache
