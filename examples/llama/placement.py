@@ -11,12 +11,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import lowrank_optax as lro
-from examples.llama.config import Resolved
+from examples.llama.config import PRESETS, Resolved
 from examples.llama.mesh import (
     ROWS,
     batch_sharding,
     check_rows,
     constrained,
+    cut_heads,
     gathered,
     make_mesh,
     param_shardings,
@@ -132,6 +133,8 @@ def choose_placement(
         return one_device
     mesh = make_mesh(sizes, devices)
     check_rows(mesh, rows)
+    for line in cut_heads(mesh, PRESETS[config.preset].model.heads):
+        print(line, flush=True)
     return Placement(mesh, devices[0])
 
 

@@ -10,7 +10,13 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from examples.llama.placement import stored_shardings
 from examples.llama.weights import WEIGHTS
-from lowrank_optax.quantization import affine, blockwise_int8, is_quantized, quantize
+from lowrank_optax.quantization import (
+    affine,
+    blockwise_int8,
+    dequantize,
+    is_quantized,
+    quantize,
+)
 from tests.distributed.cases import (
     AXES,
     MESHES,
@@ -74,6 +80,24 @@ def test_every_scale(codec):
     found = jax.jit(quantize, static_argnums=1)(cut, codec)
     expected = jax.jit(quantize, static_argnums=1)(x, codec)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    "codec", [blockwise_int8(), affine(bits=4)], ids=["codes", "packed"]
+)
+def test_blocks_that_no_explicit_type_cuts(codec):
+    """Of 64 columns on eight devices there are not eight runs; of 680 a short block."""
+    mesh = jax.make_mesh((8,), "a", axis_types=(jax.sharding.AxisType.Explicit,))
+    for n in (64, 680):
+        x = jax.random.normal(jax.random.key(n), (4, n))
+        cut = jax.device_put(x, NamedSharding(mesh, P(None, "a")))
+        encode = jax.jit(quantize, static_argnums=1)
+        found, expected = encode(cut, codec), encode(x, codec)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        again = jax.jit(dequantize)(found)
+        np.testing.assert_array_equal(again, dequantize(expected))
+        if codec.bits == 8:
+            assert found.codes.sharding == again.sharding == cut.sharding
 
 
 def test_weights():
