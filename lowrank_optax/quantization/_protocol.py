@@ -104,19 +104,14 @@ class Codec:
         if key is not None:
             self._check_stochastic()
         axes = explicit.axes_of(x)
-        if axes is not None:
-            out = self._axes(axes, x.shape)
-            parts = explicit.under_auto_axes(self._parts, x, out, x, key)
-        else:
-            parts = self._parts(x, key)
-        return Encoded(*parts)
-
-    def _axes(self, axes: explicit.Axes, shape: Sequence[int]) -> list[explicit.Axes]:
-        """Returns the axes of codes, scales and zeros, given the array's."""
-        blocks = len(self._block_shape(shape))
-        rows = explicit.rows_of(axes, blocks - 1, blocks)
-        codes = axes if self.bits == 8 else rows
-        return [codes, rows, rows] if self.has_zeros else [codes, rows]
+        if axes is None:
+            return Encoded(*self._parts(x, key))
+        blocks, codes = self._block_shape(x.shape), self.code_shape(x.shape)
+        scales = explicit.rows_of(x, axes, len(blocks) - 1, blocks)
+        if self.bits != 8:
+            axes = explicit.rows_of(x, axes, len(codes) - 1, codes)
+        out = [axes, scales, scales] if self.has_zeros else [axes, scales]
+        return Encoded(*explicit.under_auto_axes(self._parts, x, out, x, key))
 
     def _parts(self, x: Array, key: Any) -> tuple[Array, ...]:
         """Returns codes, scales and, if there are any, zeros."""
@@ -153,7 +148,8 @@ class Codec:
         if axes is None:
             return self._array(encoded, shape)
         if self.bits != 8:
-            axes = explicit.rows_of(axes, len(self._block_shape(shape)) - 1, len(shape))
+            batch = encoded.codes.ndim - 1
+            axes = explicit.rows_of(encoded.codes, axes, batch, shape)
 
         def array(encoded: Encoded) -> tuple[Array]:
             return (self._array(encoded, shape),)

@@ -1,5 +1,6 @@
 """Explicit meshes: blocks are cut and joined with automatic axes."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,23 @@ def axes_of(x: Any) -> Axes | None:
     return (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
 
 
-def rows_of(axes: Axes, batch: int, ndim: int) -> Axes:
-    """Returns the axes of what has rows for as many batch axes; rows are whole."""
-    return (*axes[:batch], *[None] * (ndim - batch))
+def rows_of(like: Any, axes: Axes, batch: int, shape: Sequence[int]) -> Axes:
+    """Returns the axes of an array with as many batch axes, and rows, as another.
+
+    Args:
+      like: an array on the mesh.
+      axes: those of the other array.
+      batch: how many axes come before rows.
+      shape: the array's own; rows that the devices do not divide are whole.
+    """
+    out = [*axes[:batch], *[None] * (len(shape) - batch)]
+    if len(axes) == len(shape) == batch + 1:
+        last = axes[-1] or ()
+        names = (last,) if isinstance(last, str) else last
+        sizes = jax.typeof(like).sharding.mesh.shape
+        if shape[-1] % math.prod(sizes[name] for name in names) == 0:
+            out[-1] = axes[-1]
+    return tuple(out)
 
 
 def under_auto_axes(fn: Callable, like: Any, out: Sequence[Axes], *args: Any) -> Any:

@@ -43,48 +43,49 @@ def make_optimizer(method: str, shardings: Any = None) -> Any:
     return optimizers.guarded(config, optimizers.build_optimizer(config, shardings))
 
 
-def run(step: Any, placement: Placement, layout: Layout, tx: Any) -> tuple[Any, Any]:
-    """The losses of all steps, and the last state."""
+def run(
+    step: Any, placement: Placement, layout: Layout, tx: Any, backwards: bool = False
+) -> np.ndarray:
+    """The losses of all steps."""
     params, state = fresh_state(layout, MODEL, 0, tx, PLAIN)
     losses = []
     for batch in batches():
+        if backwards:
+            batch = {name: x[:, ::-1] for name, x in batch.items()}
         params, state, metrics = step(params, state, placement.batch(batch))
         losses.append(metrics["loss"])
-    return np.array(losses), (params, state)
+    return np.array(losses)
+
+
+def laid_out(method: str, mesh: Any) -> tuple[Any, Placement, Layout, Any]:
+    """The model's definition, where all lies, and the optimizer."""
+    definition, shapes = abstract_model(MODEL)
+    placement = Placement(mesh, jax.devices()[0])
+    tx = make_optimizer(method, placement.params(shapes) if mesh else None)
+    return definition, placement, placement.layout(shapes, tx, PLAIN), tx
 
 
 @functools.cache
-def on_one_device(method: str) -> tuple[Any, Any]:
-    definition, shapes = abstract_model(MODEL)
-    placement, tx = Placement(None, jax.devices()[0]), make_optimizer(method)
-    layout = placement.layout(shapes, tx, PLAIN)
-    return run(make_steps(definition, tx).train, placement, layout, tx)
+def run_on_one(method: str, backwards: bool = False) -> np.ndarray:
+    """On one device, with the rows of every batch in their order or backwards."""
+    definition, *rest = laid_out(method, None)
+    return run(make_steps(definition, rest[-1]).train, *rest, backwards)
 
 
-def on_auto_mesh(method: str, sizes: str, devices: int) -> tuple[Any, Any]:
+def run_on_auto(method: str, sizes: dict[str, int], devices: Any) -> np.ndarray:
     """The trainer's own step."""
-    definition, shapes = abstract_model(MODEL)
-    mesh = make_mesh(parse_mesh(sizes, devices), jax.devices()[:devices])
-    placement = Placement(mesh, jax.devices()[0])
-    tx = make_optimizer(method, placement.params(shapes))
-    layout = placement.layout(shapes, tx, PLAIN)
+    definition, placement, layout, tx = laid_out(method, make_mesh(sizes, devices))
     steps = make_steps(definition, tx, layout=layout)
     return run(steps.train, placement, layout, tx)
 
 
-def on_explicit_mesh(method: str, sizes: str, devices: int) -> tuple[Any, Any]:
+def run_on_explicit(method: str, sizes: dict[str, int], devices: Any) -> np.ndarray:
     """The model leaves layouts to the compiler; the optimizer sees explicit types."""
-    definition, shapes = abstract_model(MODEL)
-    axes = parse_mesh(sizes, devices)
+    types = (AxisType.Explicit,) * len(sizes)
     mesh = jax.make_mesh(
-        tuple(axes.values()),
-        tuple(axes),
-        axis_types=(AxisType.Explicit,) * len(axes),
-        devices=jax.devices()[:devices],
+        tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices
     )
-    placement = Placement(mesh, jax.devices()[0])
-    tx = make_optimizer(method, placement.params(shapes))
-    layout = placement.layout(shapes, tx, PLAIN)
+    definition, placement, layout, tx = laid_out(method, mesh)
     gradient = jax.sharding.auto_axes(
         functools.partial(mean_gradient, definition),
         out_sharding=(layout.rest, layout.params),
@@ -100,11 +101,7 @@ def on_explicit_mesh(method: str, sizes: str, devices: int) -> tuple[Any, Any]:
         return run(jax.jit(step, out_shardings=out), placement, layout, tx)
 
 
-MESHES = {"auto": on_auto_mesh, "explicit": on_explicit_mesh}
-
-
-def deviation(kind: str, method: str, sizes: str, devices: int) -> float:
-    """The largest relative difference between losses, of all steps."""
-    expected, _ = on_one_device(method)
-    found, _ = MESHES[kind](method, sizes, devices)
-    return float(np.max(np.abs(found - expected) / expected))
+def run_on(kind: str, method: str, sizes: str, devices: int) -> np.ndarray:
+    """The losses on a mesh of either kind, of the first devices."""
+    make = {"auto": run_on_auto, "explicit": run_on_explicit}[kind]
+    return make(method, parse_mesh(sizes, devices), jax.devices()[:devices])
