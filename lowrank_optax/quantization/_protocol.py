@@ -113,7 +113,7 @@ class Codec:
         out = [axes, scales, scales] if self.has_zeros else [axes, scales]
         return Encoded(*explicit.under_auto_axes(self._parts, x, out, x, key))
 
-    def _parts(self, x: Array, key: Any) -> tuple[Array, ...]:
+    def _parts(self, x: Array, key: Any) -> tuple[Any, ...]:
         """Returns codes, scales and, if there are any, zeros."""
         rows = x.reshape(self.cut.row_shape(x.shape))
         draws = None

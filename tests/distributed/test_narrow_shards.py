@@ -21,19 +21,14 @@ from tests.distributed.cases import (
     AXES,
     MESHES,
     Sharded,
-    assert_close,
     auto_mesh,
+    gradients,
     named,
 )
 
 # Rows of 64 are one block and four runs: eight columns, half a run, on each device.
 PARAMS = {"layers": {"up": jnp.ones((2, 128, 64))}}
 SPECS = {"layers": {"up": P(None, None, AXES)}}
-
-
-def gradients(steps=3):
-    keys = jax.random.split(jax.random.key(0), steps)
-    return [{"layers": {"up": jax.random.normal(key, (2, 128, 64))}} for key in keys]
 
 
 METHODS = {
@@ -51,17 +46,18 @@ METHODS = {
 def test_states(name, kind):
     tx = METHODS[name]
     state, step, expected = tx.init(PARAMS), jax.jit(tx.update), []
-    for gradient in gradients():
+    for gradient in gradients(PARAMS, 3):
         update, state = step(gradient, state, PARAMS)
         expected.append(update)
     mesh = MESHES[kind]()
     with jax.set_mesh(mesh):
         run = Sharded(tx, PARAMS, named(mesh, SPECS))
-        found, last = run.updates(gradients())
-    if name == "adamw_8bit":  # element by element, and the largest of a block
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
-    else:
-        assert_close(found, expected)
+        found, last = run.updates(gradients(PARAMS, 3))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if name == "adamw_8bit":  # element by element, and the largest of a block
+            np.testing.assert_array_equal(a, b)
+        else:  # a code may differ, see test_mesh_grid.py, and with it a column
+            assert np.mean(np.abs(a - b) > 1e-5) < 0.05
     codes = [x for x in jax.tree.leaves(last, is_leaf=is_quantized) if is_quantized(x)]
     assert len(codes) == 2
     for one in codes:
@@ -74,7 +70,7 @@ def test_states(name, kind):
 def test_every_scale(codec):
     """The two kinds of scale that the states above do not take, and what is not
     finite."""
-    x = gradients(1)[0]["layers"]["up"]
+    x = gradients(PARAMS, 1)[0]["layers"]["up"]
     x = x.at[0, 0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
     cut = jax.device_put(x, NamedSharding(auto_mesh(), SPECS["layers"]["up"]))
     found = jax.jit(quantize, static_argnums=1)(cut, codec)
@@ -102,7 +98,7 @@ def test_blocks_that_no_explicit_type_cuts(codec):
 
 def test_weights():
     weights = WEIGHTS["int8"]("float32")
-    params, update = gradients(2)
+    params, update = gradients(PARAMS, 2)
     key = jax.random.key(1)
 
     def step(params, update):
