@@ -1,6 +1,6 @@
 """Losses of 20 steps, on 1, 2, 4 and 8 devices, are the same wherever arrays lie.
 
-The largest relative differences of the whole grid are in `TOLERANCE`'s comments.
+The whole grid: at most 4e-7 for methods with float32 states, on jax 0.10.2.
 """
 
 import jax
@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 # A sum in another order differs in its last bit; where that carries an entry over the
 # middle between two codes, the stored moment differs by a whole step of its code.
 # No layout of sums can be that of all meshes. One device that is given the rows of its
-# batches in another order is as far off (the last test): 5e-5 there, 8e-5 on meshes.
+# batches in another order is as far off (the last test): 5e-5 there, 1e-4 on meshes.
 TOLERANCE_8BIT = 2e-4
 BEFORE_CODES_DIFFER = 4  # steps, which are held to 1e-5 as well
 
