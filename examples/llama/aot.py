@@ -15,11 +15,11 @@ import lowrank_optax as lro
 from examples.llama.activations import ACTIVATIONS, Wrap
 from examples.llama.collectives import Collective, collectives
 from examples.llama.config import Resolved, UsageError
-from examples.llama.estimate import TPUS, Parts, Topology, of_one_device
+from examples.llama.estimate import TPUS, Parts, Topology
 from examples.llama.mesh import batch_sharding, make_mesh, param_shardings
 from examples.llama.model import ModelConfig, abstract_model
 from examples.llama.placement import Placement
-from examples.llama.plan_layers import plan_from_shapes, wrap_with
+from examples.llama.plan_layers import of_one_device, plan_from_shapes, wrap_with
 from examples.llama.step import MODEL, OPTIMIZER, make_steps
 from examples.llama.weights import WEIGHTS
 from lowrank_optax import activations

@@ -14,10 +14,10 @@ from jax.sharding import AbstractMesh, AxisType
 import lowrank_optax as lro
 from examples.llama.activations import PRODUCTS
 from examples.llama.config import Resolved, UsageError
-from examples.llama.mesh import ROWS, param_shardings
+from examples.llama.mesh import param_shardings
 from examples.llama.model import ModelConfig, abstract_model, count_params
 from examples.llama.optimizers import tree_bytes
-from examples.llama.plan_layers import find_layers, plan_from_shapes
+from examples.llama.plan_layers import find_layers, of_one_device, plan_from_shapes
 from lowrank_optax import activations
 
 
@@ -169,13 +169,6 @@ def estimate(
         working=working // sizes["tensor"],
         gathered=_gathered(model, params, sizes),
     )
-
-
-def of_one_device(config: Resolved, sizes: dict[str, int]) -> Resolved:
-    """The configuration with one device's rows of a micro-batch for a batch."""
-    rows = config.batch_size // config.micro_batches
-    local = max(rows // math.prod(sizes[axis] for axis in ROWS), 1)
-    return dataclasses.replace(config, batch_size=local, micro_batches=1)
 
 
 @functools.cache

@@ -127,6 +127,18 @@ def whole_axes(mesh: Mesh, params: Any) -> list[str]:
     return lines
 
 
+def cut_heads(mesh: Mesh, heads: int) -> list[str]:
+    """Says so where the mesh cuts inside of heads."""
+    parts = mesh.shape["tensor"]
+    if heads % parts == 0:
+        return []
+    return [
+        f"tensor={parts} does not divide {heads} heads: every layer's attention sends "
+        f"parts of them between devices; tensor={math.gcd(heads, parts)} keeps them "
+        "whole"
+    ]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch `[micro-batches, rows, positions]`: its rows."""
     return NamedSharding(mesh, PartitionSpec(None, ROWS))

@@ -18,12 +18,14 @@ from examples.llama.mesh import (
     check_copies,
     check_rows,
     constrained,
+    cut_heads,
     gathered,
     make_mesh,
     param_shardings,
     parse_mesh,
 )
 from examples.llama.model import ModelConfig, init_params
+from examples.llama.presets import PRESETS
 from examples.llama.step import Layout
 from examples.llama.weights import Weights
 
@@ -140,6 +142,8 @@ def choose_placement(
         return one_device
     mesh = make_mesh(sizes, devices)
     check_rows(mesh, rows)
+    for line in cut_heads(mesh, PRESETS[config.preset].model.heads):
+        print(line, flush=True)
     return Placement(mesh, devices[0])
 
 

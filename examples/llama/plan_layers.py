@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 
 from examples.llama.activations import Wrap
 from examples.llama.config import Resolved, UsageError
+from examples.llama.mesh import AXES, ROWS
 from examples.llama.model import ModelConfig, abstract_model
 from lowrank_optax import activations
 
@@ -133,6 +135,13 @@ def find_layers(config: Resolved, model: ModelConfig) -> Layers:
     return Layers(definition, model, block, rows, config.seq_len)
 
 
+def of_one_device(config: Resolved, sizes: dict[str, int]) -> Resolved:
+    """The configuration with one device's rows of a micro-batch for a batch."""
+    rows = config.batch_size // config.micro_batches
+    local = max(rows // math.prod(sizes[axis] for axis in ROWS), 1)
+    return dataclasses.replace(config, batch_size=local, micro_batches=1)
+
+
 def options(config: Resolved, hardware: str) -> dict[str, Any]:
     """What the flags ask of the planner."""
     return {
@@ -169,11 +178,15 @@ def planned_train(
     """The training step under plans for its layers.
 
     `build` makes the step with a wrapped layer, `load` turns what is stored between
-    steps into parameters, `record` is what a run that goes on left.
+    steps into parameters, `record` is what a run that goes on left. Bytes are counted
+    for one device of `config.mesh`, which has all sizes or none.
     """
     hardware = profile_name(jax.devices()[0].device_kind)
-    plan_from_shapes(config, model, hardware)
-    layers = find_layers(config, model)
+    sizes = dict.fromkeys(AXES, 1)
+    sizes |= {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", config.mesh)}
+    one = of_one_device(config, sizes)
+    plan_from_shapes(one, model, hardware)
+    layers = find_layers(one, model)
 
     def errors(stored: Any, opt_state: Any, batch: Any, *key: Any) -> Any:
         del opt_state, key

@@ -3,6 +3,9 @@
 import contextlib
 import json
 import os
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +16,7 @@ from jax.experimental import multihost_utils
 from examples.llama.config import UsageError
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+WAIT = 300  # seconds until the others must be there
 
 
 def start_processes(distributed: bool) -> None:
@@ -22,7 +26,8 @@ def start_processes(distributed: bool) -> None:
     that JAX finds itself: on TPU pods, Slurm and GKE.
 
     Raises:
-        UsageError: the environment names only a part, or nothing is found.
+        UsageError: the environment names only a part, nothing is found, or nobody
+            answers at the coordinator's address.
     """
     given = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
     if (not given and not distributed) or jax.distributed.is_initialized():
@@ -35,8 +40,11 @@ def start_processes(distributed: bool) -> None:
         )
     try:
         if given:
-            address, count, index = given.values()
-            jax.distributed.initialize(address, int(count), int(index))
+            address, count, index = (given[name] for name in NAMES)
+            _find_coordinator(address, int(count), int(index))
+            jax.distributed.initialize(
+                address, int(count), int(index), initialization_timeout=WAIT
+            )
         else:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
@@ -44,6 +52,38 @@ def start_processes(distributed: bool) -> None:
             f"the processes of the run could not be joined ({error}); set "
             f"{', '.join(NAMES)}"
         ) from error
+
+
+def _find_coordinator(address: str, count: int, index: int) -> None:
+    """Waits for process 0 to listen; JAX itself would abort this process after `WAIT`.
+
+    Raises:
+        UsageError: the address is none, or nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(
+            f"{NAMES[0]} must be the host and a port of process 0, such as "
+            f"10.0.0.1:8476; got {address!r}"
+        )
+    print(
+        f"process {index} of {count} joins the others at {address}, for up to {WAIT} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    until = time.monotonic() + WAIT
+    while index:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UsageError(
+                    f"nobody listens at {address} ({error}), where process 0 should: "
+                    f"check that it runs, with the same {NAMES[0]}, that the name is "
+                    "that of its host, and that no firewall closes the port"
+                ) from error
+        time.sleep(0.5)
 
 
 def is_first() -> bool:

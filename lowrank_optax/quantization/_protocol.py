@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.quantization import packing
+from lowrank_optax.quantization import explicit, packing
 from lowrank_optax.quantization.blocks import Cut
 from lowrank_optax.quantization.rounding import uniform
 
@@ -101,10 +101,23 @@ class Codec:
           ValueError: if a key is given to a codec that rounds to the nearest only.
         """
         x = jnp.asarray(x).astype(jnp.float32)
+        if key is not None:
+            self._check_stochastic()
+        axes = explicit.axes_of(x)
+        if axes is None:
+            return Encoded(*self._parts(x, key))
+        blocks, codes = self._block_shape(x.shape), self.code_shape(x.shape)
+        scales = explicit.rows_of(x, axes, len(blocks) - 1, blocks)
+        if self.bits != 8:
+            axes = explicit.rows_of(x, axes, len(codes) - 1, codes)
+        out = [axes, scales, scales] if self.has_zeros else [axes, scales]
+        return Encoded(*explicit.under_auto_axes(self._parts, x, out, x, key))
+
+    def _parts(self, x: Array, key: Any) -> tuple[Any, ...]:
+        """Returns codes, scales and, if there are any, zeros."""
         rows = x.reshape(self.cut.row_shape(x.shape))
         draws = None
         if key is not None:
-            self._check_stochastic()
             draws = uniform(key, x.shape).reshape(rows.shape)
         fits = [self.fit(piece) for piece in self._pieces(rows)]
         scales = self.cut.join([scale for scale, _ in fits])
@@ -116,7 +129,8 @@ class Codec:
         if self.bits == 4:
             packed = [packing.pack(p, self.empty_code) for p in self._pieces(codes)]
             codes = self.cut.join(packed)
-        return Encoded(codes.reshape(self.code_shape(x.shape)), scales, zeros)
+        codes = codes.reshape(self.code_shape(x.shape))
+        return (codes, scales, zeros) if self.has_zeros else (codes, scales)
 
     def decode(self, encoded: Encoded, shape: Sequence[int]) -> Array:
         """Returns the array of this shape, in float32.
@@ -130,6 +144,20 @@ class Codec:
                 f"`shape` must be that of the array that was encoded: {shape} has "
                 f"codes of shape {self.code_shape(shape)}, got {encoded.codes.shape}."
             )
+        axes = explicit.axes_of(encoded.codes)
+        if axes is None:
+            return self._array(encoded, shape)
+        if self.bits != 8:
+            batch = encoded.codes.ndim - 1
+            axes = explicit.rows_of(encoded.codes, axes, batch, shape)
+
+        def array(encoded: Encoded) -> tuple[Array]:
+            return (self._array(encoded, shape),)
+
+        found = explicit.under_auto_axes(array, encoded.codes, [axes], encoded)
+        return found[0]
+
+    def _array(self, encoded: Encoded, shape: tuple[int, ...]) -> Array:
         rows = self.cut.row_shape(shape)
         codes, n = encoded.codes, rows[-1]
         if self.bits == 4:

@@ -53,18 +53,23 @@ def _most(x: Blocks, of: Any, pick: Any, whole: Any) -> Scales:
     """Returns ``whole`` of each block of ``of(x)``; ``of(of(v)) == of(v)``.
 
     XLA on CPU writes ``of(x)``, as large as x, out before it reduces. There runs of 16
-    are reduced first, to one of their entries, by a function that contains ``of``. A
-    run lies inside one shard, so no such function, which a collective could not have,
-    is needed between shards.
+    are reduced first, to one of their entries, by a function that contains ``of``. Of
+    runs that lie inside one shard each, that is all. Where shards are smaller, XLA
+    would join their parts by a collective with that function, which a CPU does not
+    have. Parts of two results it gathers instead and joins by any function, so there
+    is a second result, which says nothing and which the barrier keeps.
     """
 
     def by_runs(x: Array) -> Array:
         runs = x.reshape((*x.shape[:-1], -1, _RUN))
 
-        def both(a: Array, b: Array) -> Array:
-            return pick(of(a), of(b))
+        def both(a: Any, b: Any) -> Any:
+            return pick(of(a[0]), of(b[0])), a[1] | b[1]
 
-        return whole(jax.lax.reduce(runs, np.float32(0), both, (x.ndim,)))
+        nothing = jnp.zeros_like(runs, bool)
+        start = np.float32(0), np.False_
+        found = jax.lax.reduce((runs, nothing), start, both, (x.ndim,))
+        return whole(jax.lax.optimization_barrier(found)[0])
 
     if x.shape[-1] % _RUN or not x.size:
         return whole(of(x))[..., None]

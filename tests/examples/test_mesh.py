@@ -184,6 +184,19 @@ def test_an_axis_that_does_not_divide_stays_whole(monkeypatch):
     )
 
 
+def test_heads_that_are_cut_are_named(monkeypatch, capsys):
+    preset(monkeypatch)
+    for mesh, said in [
+        ("fsdp=4,tensor=2", ""),
+        ("fsdp=2,tensor=4", "tensor=4 does not divide 2 heads: every layer's "),
+    ]:
+        config, _ = resolve(TrainConfig(preset="micro", mesh=mesh))
+        choose_placement(config)
+        out = capsys.readouterr().out
+        assert out.startswith(said) and bool(out) == bool(said)
+    assert "tensor=2 keeps them whole" in out
+
+
 @pytest.mark.slow
 def test_losses_agree_with_an_odd_width(monkeypatch, batches):
     layouts = [("fsdp=2,tensor=2", 4), ("tensor=4", 4)]

@@ -75,6 +75,22 @@ def test_budgets_that_cannot_be():
         plan("30%", activation_policy="full")
 
 
+@pytest.mark.usefixtures("micro_preset")
+def test_the_trainer_plans_for_the_rows_of_one_device(monkeypatch):
+    """The planner is given the layer with the rows that one device has of it."""
+    given = []
+    monkeypatch.setattr(
+        activations, "AdaptivePlanner", lambda *args, **options: given.append(args)
+    )
+    for mesh in ("", "data=2,fsdp=2,tensor=2"):
+        flags = {"activation_budget": "30%", "mesh": mesh}
+        config, model = resolve(TrainConfig(preset="micro", **flags))
+        plan_layers.planned_train(config, model, id, lambda stored: stored, print)
+        _, sample, *_ = given[-1]
+        _, x = jax.eval_shape(sample, jax.eval_shape(lambda m=model: init_params(m, 0)))
+        assert x.shape == (4 if not mesh else 1, 16, 32)
+
+
 def test_budget_text():
     assert parse_budget("12.5%") == {"budget_fraction": 0.125}
     assert parse_budget("4096") == {"budget_bytes": 4096}

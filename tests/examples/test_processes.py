@@ -138,6 +138,25 @@ def test_a_part_of_the_environment(monkeypatch):
         processes.start_processes(False)
 
 
+def join(monkeypatch, address):
+    """As process 1 of 2 that waits for no time."""
+    monkeypatch.setattr(processes, "WAIT", 0)
+    for name, value in zip(processes.NAMES, (address, "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    processes.start_processes(False)
+
+
+def test_nobody_at_the_coordinators_address(monkeypatch, capsys):
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(
+        UsageError, match=f"nobody listens at {address} .*refused.*runs"
+    ):
+        join(monkeypatch, address)
+    assert f"process 1 of 2 joins the others at {address}" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"a port of process 0.* got '10\.0\.0\.1'"):
+        join(monkeypatch, "10.0.0.1")
+
+
 def test_one_process_asks_nobody():
     def flag() -> bool:
         return True
