@@ -15,7 +15,7 @@ from lowrank_optax._dependence import (
     Dependence,
     dependences,
 )
-from lowrank_optax._matrices import is_box, path_string
+from lowrank_optax._matrices import path_string
 from lowrank_optax._slices import at_layer
 
 
@@ -47,13 +47,9 @@ class LayerUpdate:
         return jax.eval_shape(self.tx.init, self._masked(part, params))
 
     def _masked(self, part: tuple[str, ...], tree: Any) -> Any:
-        # Leaf by leaf, so that trees like params, of shardings for one, still fit.
-        def mask(other: Any) -> Any:
-            return jax.tree.map(lambda _: MaskedNode(), other, is_leaf=is_box)
-
         return like_params(
             self.params,
-            {k: tree[k] if k in part else mask(p) for k, p in self.params.items()},
+            {k: tree[k] if k in part else MaskedNode() for k in self.params},
         )
 
     def _owners(self, whole, layers, names, two) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax import _checks
 from lowrank_optax._matrices import (
@@ -180,18 +181,24 @@ def _is_sharding(node: Any) -> bool:
 
 
 def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
-    """Flattens a prefix tree of annotations to one entry per leaf of ``treedef``."""
-    if _is_annotation(tree):
-        return [tree] * treedef.num_leaves
-    skeleton = treedef.unflatten(range(treedef.num_leaves))
+    """Flattens a prefix tree of annotations to one entry per leaf of ``treedef``.
+
+    What ``optax.masked`` hides of the parameters has no entry.
+    """
     out: list[Any] = [None] * treedef.num_leaves
 
-    def assign(annotation: Any, positions: Any) -> None:
-        for position in jax.tree.leaves(positions):
-            out[position] = annotation
+    def spread(node: Any, positions: Any) -> None:
+        if isinstance(positions, optax.MaskedNode):
+            return
+        if _is_annotation(node) or jax.tree_util.all_leaves([node]):
+            for position in jax.tree.leaves(positions):
+                out[position] = node
+            return
+        # One level: the children count as leaves.
+        jax.tree.map(spread, node, positions, is_leaf=lambda x: x is not node)
 
     try:
-        jax.tree.map(assign, tree, skeleton, is_leaf=_is_annotation)
+        spread(tree, treedef.unflatten(range(treedef.num_leaves)))
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"`{name}` must be a tree like the parameters (a prefix of it will do): "

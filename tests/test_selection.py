@@ -285,3 +285,15 @@ def test_complex_leaf_goes_through_the_inner_at_full_size():
     updates, _ = tx.update(params, tx.init(params), params)
     expected, _ = reference.update(params, reference.init(params))
     assert jnp.array_equal(updates["w"], expected["w"])
+
+
+def test_annotations_of_what_a_mask_hides():
+    """A mask that is a prefix hides a whole subtree; its annotations are not missed."""
+    params = {"a": {"k": jnp.ones((16, 12))}, "b": {"k": jnp.ones((16, 12))}}
+    cut = jax.sharding.PartitionSpec("x")
+    specs = {"a": {"k": cut}, "b": {"k": cut}}
+    tx = optax.masked(
+        bracket(side="auto", param_shardings=specs), {"a": False, "b": True}
+    )
+    (row,) = lro.selection_report(tx, params).rows
+    assert row.path == "b/k" and row.matrix.side == "right"  # the axis that is whole
