@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental.layout import Format
 
 from examples.llama.config import UsageError
 
@@ -228,7 +229,8 @@ def on_device(abstract: Any, shardings: Any = None) -> Any:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda leaf: first, abstract)
 
-    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    def place(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        sharding = place.sharding if isinstance(place, Format) else place
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, abstract, shardings)

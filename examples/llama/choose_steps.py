@@ -40,7 +40,7 @@ def choose_steps(
             clip_norm=config.clip or None,
             skip_nonfinite=True,
             wrap_layer=wrap_layer,
-            layout=on_mesh,
+            layout=layout,
         )
         _trace(steps, config, params, jax.eval_shape(tx.init, params))
         return steps

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import lowrank_optax as lro
@@ -28,6 +29,8 @@ from examples.llama.model import ModelConfig, init_params
 from examples.llama.presets import PRESETS
 from examples.llama.step import Layout
 from examples.llama.weights import Weights
+
+PADDING = {"tpu"}  # platforms whose arrays are padded to tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,33 @@ def _cut(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, Any
         name: jax.make_array_from_callback(x.shape, sharding, lambda at, x=x: x[at])
         for name, x in batch.items()
     }
+
+
+def layers_outermost(
+    layout: Layout, tx: optax.GradientTransformation, weights: Weights, params: Any
+) -> Layout:
+    """The same, with every layer of a stack in one piece where that is not a given.
+
+    A TPU pads the last two axes, and its compiler may lay layers inside to pad less.
+    """
+    shapes = jax.eval_shape(weights.store, params), jax.eval_shape(tx.init, params)
+    if {device.platform for device in layout.rest.device_set} <= PADDING:
+        stored, state = lro.layerwise.formats(shapes, (layout.stored, layout.state))
+        return layout._replace(stored=stored, state=state)
+    return layout
+
+
+def laid_out(tree: Any, places: Any) -> Any:
+    """Arrays as their places say, one after another: no more than one is there twice.
+
+    What `jax.jit` made, or was restored, for shardings has the device's own layouts.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    del tree
+    for i, place in enumerate(jax.tree.leaves(places)):
+        if isinstance(place, Format):
+            leaves[i] = jax.jit(lambda x: x, out_shardings=place)(leaves[i])
+    return treedef.unflatten(leaves)
 
 
 def stored_shardings(place: NamedSharding, param: Any, stored: Any) -> Any:

@@ -28,7 +28,12 @@ from examples.llama.corpus import Counts, load_corpora
 from examples.llama.describe import describe, say_changes
 from examples.llama.evaluate import Evaluation, eval_batches, evaluate
 from examples.llama.model import abstract_model
-from examples.llama.placement import choose_placement, fresh_state
+from examples.llama.placement import (
+    choose_placement,
+    fresh_state,
+    laid_out,
+    layers_outermost,
+)
 from examples.llama.plan_layers import planned_train
 from examples.llama.plan_report import write_plan
 from examples.llama.processes import found_by_first, is_first
@@ -74,6 +79,10 @@ class Trainer:
         self.learning_rate = jax.jit(optimizers.learning_rate(config))
         self.weights = WEIGHTS[config.weights](config.param_dtype)
         self.layout = self.placement.layout(self.abstract_params, self.tx, self.weights)
+        if config.layerwise:
+            self.layout = layers_outermost(
+                self.layout, self.tx, self.weights, self.abstract_params
+            )
         self.make_steps = functools.partial(
             choose_steps, config, model, self.optimizer, self.weights, self.layout
         )
@@ -123,6 +132,7 @@ class Trainer:
             abstract = {"params": params, "opt_state": opt_state}
             places = {"params": self.layout.stored, "opt_state": self.layout.state}
             state = self.checkpoints.restore(start, on_device(abstract, places))
+            state = laid_out(state, places)
             self.params, self.opt_state = state["params"], state["opt_state"]
             meta = store.meta(start)
             self.position = Position.from_json(meta["position"])

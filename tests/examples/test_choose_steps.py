@@ -3,17 +3,24 @@
 import re
 import shutil
 
+import chex
 import jax
 import numpy as np
 import optax
 import pytest
 
-from examples.llama import optimizers, train
+from examples.llama import optimizers, placement, train
 from examples.llama.choose_steps import traffic
 from examples.llama.config import SENDS, TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model
-from examples.llama.placement import choose_placement
+from examples.llama.placement import (
+    choose_placement,
+    fresh_state,
+    laid_out,
+    layers_outermost,
+)
 from examples.llama.trainer import Trainer
+from examples.llama.weights import PLAIN
 
 pytestmark = pytest.mark.usefixtures("micro_preset", "programs")
 # Adam divides by roots of 1e-12 or less without it, and makes much of rounding.
@@ -43,8 +50,12 @@ def metrics(shards, tmp_path):
     return run
 
 
-def test_layerwise_goes_on_with_a_plain_run_and_back(metrics, tmp_path):
-    """Layer-wise and on two devices from step 3 to 6; refreshes at 0, 3 and 6 of 8."""
+def test_layerwise_goes_on_with_a_plain_run_and_back(metrics, tmp_path, monkeypatch):
+    """Layer-wise and on two devices from step 3 to 6; refreshes at 0, 3 and 6 of 8.
+
+    With the layouts that a TPU is given.
+    """
+    monkeypatch.setattr(placement, "PADDING", {"cpu"})
     flags = {"micro_batches": 2, "clip": 0.5, "eval_every": 0, "keep": 9}
     plain = losses(metrics("plain", checkpoint_every=3, **flags))
     assert len(plain) == 9
@@ -58,6 +69,25 @@ def test_layerwise_goes_on_with_a_plain_run_and_back(metrics, tmp_path):
     assert len(found) == 10  # the stop added a validation
     # float32 sums in another order, through a refresh.
     np.testing.assert_allclose(np.delete(found, 6), plain, rtol=1e-6)
+
+
+def test_layerwise_layouts(monkeypatch):
+    """Layers outermost; innermost the axis that needs no padding, 128 beside 352."""
+    config, model = resolve(TrainConfig(preset="tiny", layerwise=True))
+    one = choose_placement(config, jax.devices()[:1])
+    _, params = abstract_model(model)
+    tx = optimizers.build_optimizer(config)
+    plain = one.layout(params, tx, PLAIN)
+    assert layers_outermost(plain, tx, PLAIN, params) is plain
+    monkeypatch.setattr(placement, "PADDING", {"cpu"})
+    layout = layers_outermost(plain, tx, PLAIN, params)
+    made = fresh_state(layout, model, 0, tx, PLAIN)
+    moved = laid_out(fresh_state(plain, model, 0, tx, PLAIN), layout[1:3])
+    for tree in (made, moved):
+        kernel = tree[0]["layers"]["mlp"]["up"]["kernel"]
+        assert kernel.shape == (4, 128, 352)
+        assert kernel.format.layout.major_to_minor == (0, 2, 1)
+    chex.assert_trees_all_equal(made, moved)
 
 
 @pytest.mark.slow
