@@ -23,7 +23,7 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from examples.llama import aot, optimizers
-from examples.llama.config import TrainConfig, UsageError, resolve
+from examples.llama.config import TrainConfig, resolve
 from examples.llama.layerwise import make_layerwise_steps
 from examples.llama.model import abstract_model, count_params
 from examples.llama.step import make_steps, mean_gradient
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, optimizer: str, step: str) -> dict[str,
     arguments = params, state, batch
     try:
         found = aot.compiled(train.lower(*arguments))
-    except UsageError as error:
+    except aot.NoRoom as error:
         return {"refused": str(error)}
     return {
         "parameter_bytes": optimizers.tree_bytes(params),

@@ -139,7 +139,6 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "program_bytes": update.program_bytes,
         "compile_seconds": update.seconds,
         "compile_cpu_seconds": update.cpu_seconds,
-        "collectives": aot.sent(update.collectives, MODEL),
         "largest_gather_bytes": _largest_gather(update.collectives),
     }
     print(f"{name}, update: {row}", flush=True)

@@ -77,6 +77,8 @@ class LayerUpdate:
         inside = {part: set(_by_path(self.parts[part])) for part in (names, ("embed",))}
         common = inside[names] & inside["embed",]
         self.common = common | (set(one) - stacked)
+        # The layers' alone, and one for all of them, such as a counter per leaf.
+        self.single = self.common & set(one) - inside[names] - inside["embed",]
         self.owned["head"] = inside[names] - self.common
         self.owned["embed"] = inside["embed",] - self.common
         known = self.common | self.owned["head"] | self.owned["embed"]

@@ -222,6 +222,12 @@ class Leaves:
                 self.clock, renewed[i].stored, finish, *arrays
             )
             if recovery:
+                # What counts for all layers comes back once per layer.
+                after = jax.tree.map(
+                    lambda new, old: new if new.shape == old.shape else new[0],
+                    after,
+                    before,
+                )
                 after = _when_stepped(inner_state, after, before)
                 states[i] = refill_tree(states[i], after)
         return lifted, treedef.unflatten(states) if recovery else ()

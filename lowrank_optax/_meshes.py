@@ -1,13 +1,12 @@
 """Explicit meshes: the step runs with automatic axes, its results keep their types."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
-import optax
-
-Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 def explicit_mesh(tree: Any) -> Any:
@@ -39,41 +38,26 @@ def under_auto_axes(step: Callable, updates, state, params, extra_args) -> Any:
     On an Explicit mesh every result of a step has the type of something that went
     in: the update that of the gradient, the new state that of the old. So the
     step itself can leave all sharding to the compiler, as on an Auto mesh. Arrays that
-    the step closes over keep their explicit type: see ``hands_arrays_over``.
+    the step closes over keep their explicit type: see ``_handed``.
     """
     return explicit_like((updates, state), step, updates, state, params, extra_args)
 
 
-def hands_arrays_over(make: Factory) -> Factory:
-    """Lets a factory of transformations take arrays as hyperparameters on any mesh.
+_OUTSIDE: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "outside", default=MappingProxyType({})
+)
 
-    An array that a transformation closes over keeps its explicit type, which a step
-    with automatic axes refuses. On an Explicit mesh the arrays are therefore handed to
-    the step like its other arguments, and the transformation is made again inside.
-    ``optax.inject_hyperparams`` is the usual source of such arrays.
-    """
 
-    @functools.wraps(make)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        made = make(*args, **kwargs)
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
-        if not arrays or not isinstance(made, optax.GradientTransformation):
-            return made
+@contextlib.contextmanager
+def outside_shardings(by_path: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block axes are automatic; leaves had these shardings before."""
+    token = _OUTSIDE.set(by_path)
+    try:
+        yield
+    finally:
+        _OUTSIDE.reset(token)
 
-        def update(updates, state, params=None, **extra_args):
-            if explicit_mesh((updates, state, params)) is None:
-                return made.update(updates, state, params, **extra_args)
 
-            def step(updates, state, params, given):
-                arrays, extra_args = given
-                again = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-                args, kwargs = treedef.unflatten(again)
-                inside = make(*args, **kwargs)
-                return inside.update(updates, state, params, **extra_args)
-
-            return under_auto_axes(step, updates, state, params, (arrays, extra_args))
-
-        return optax.GradientTransformationExtraArgs(made.init, update)
-
-    return wrapped  # pyright: ignore[reportReturnType]
+def outside_sharding(path: str) -> Any:
+    """Returns the sharding that a leaf had outside of automatic axes, if known."""
+    return _OUTSIDE.get().get(path)

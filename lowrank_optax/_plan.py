@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
+from lowrank_optax._meshes import outside_sharding
 from lowrank_optax._selection import Selection, axis_parts
 from lowrank_optax.projectors import Projector
 
@@ -95,7 +96,7 @@ def make_plan(
             path_string(path),
             unbox(leaf),
             given,
-            sharding,
+            outside_sharding(path_string(path)) if sharding is None else sharding,
             selection,
             projector,
             state_bytes,
@@ -186,18 +187,24 @@ def _make_matrix(path, leaf, numbers, sharding, selection, projector):
         rank=r,
         shared=shared,
         block=projector.block_of(draft),
-        in_turn=_in_turn(batch, numbers, parts, selection),
+        in_turn=_in_turn(draft, numbers, sharding, leaf, selection),
     )
     return matrix, f"selected {chosen}"
 
 
-def _in_turn(batch, numbers, parts, selection: Selection) -> bool:
+def _in_turn(draft: Matrix, numbers, sharding, leaf, selection: Selection) -> bool:
     """Whether the leaf is a stack of layers, and its matrices lie on several devices.
 
-    Elsewhere all layers at once are faster: what is lifted need not be written out.
+    Elsewhere all layers at once are faster: what is lifted need not be written out. If
+    the axis of layers is cut itself, a loop over it would gather the stack.
     """
-    layers = batch == (0,) and numbers is None and selection.layer_axis is not None
-    return layers and parts is not None and parts != (1, 1)
+    if draft.batch != (0,) or numbers is not None or selection.layer_axis is None:
+        return False
+    parts = axis_parts(sharding, leaf, draft.rows, draft.columns)
+    return parts not in (None, (1, 1)) and axis_parts(sharding, leaf, (0,), ()) == (
+        1,
+        1,
+    )
 
 
 class Record(NamedTuple):

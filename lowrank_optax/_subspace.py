@@ -13,8 +13,9 @@ import optax
 
 from lowrank_optax import _checks
 from lowrank_optax._bracket import Bracket
+from lowrank_optax._handed import hands_arrays_over
 from lowrank_optax._leaves import Leaves
-from lowrank_optax._meshes import hands_arrays_over, under_auto_axes
+from lowrank_optax._meshes import under_auto_axes
 from lowrank_optax._plan import Plan
 from lowrank_optax._selection import Selection
 from lowrank_optax._slices import with_layer

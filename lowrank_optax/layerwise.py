@@ -53,7 +53,8 @@ def train_step(
         its leading axis; ``jax.checkpoint`` around it is welcome.
       head: ``head(params["head"], x, batch) -> loss``, a scalar.
       tx: an optimizer that treats leaves, and layers of a leaf, independently.
-        Low-rank methods need ``layer_axis=0``.
+        Low-rank methods need ``layer_axis=0``. Random numbers whose keys follow from
+        the number of leaves (``optax.add_noise``) are others than in a plain step.
       clip_norm: largest norm of the gradient.
       clip_by: "global": by the norm of the whole gradient, measured exactly in a
         backward pass of its own. "part": each layer, the embedding and the head by
@@ -168,7 +169,7 @@ def train_step(
         new_head, head_state, new_shared = apply(names, head_grad, head_params, state)
 
         def descend(at: Array, carry: Any) -> Any:
-            stack, own, cotangent, total = carry
+            stack, own, _, cotangent, total = carry
             i = layers - 1 - at
             grad, cotangent = backward(stack, i, cotangent)
             total = total + squares(grad)
@@ -178,18 +179,23 @@ def train_step(
                 (_slice(stack, i), _slice(own, i), grad)
             )
             with at_layer(i, layers):
-                p, s, _ = apply(
+                p, s, shared = apply(
                     ("layers",), {"layers": grad}, {"layers": p}, {**old, **s}
                 )
-            return _put(stack, p["layers"], i), _put(own, s, i), cotangent, total
+            single = {path: shared[path] for path in update.single}
+            stack, own = _put(stack, p["layers"], i), _put(own, s, i)
+            return stack, own, single, cotangent, total
 
         start = (
             params["layers"],
             update.own("layers", state),
+            {path: old[path] for path in update.single},
             cotangent,
             squares(head_grad),
         )
-        stack, own, cotangent, total = jax.lax.fori_loop(0, layers, descend, start)
+        stack, own, single, cotangent, total = jax.lax.fori_loop(
+            0, layers, descend, start
+        )
         embed_grad = bottom(cotangent)
         new_embed, embed_state, _ = apply(
             ("embed",), {"embed": embed_grad}, {"embed": params["embed"]}, state
@@ -197,7 +203,7 @@ def train_step(
         if norm is None:
             norm = jnp.sqrt(total + squares(embed_grad))
         parts = {**new_head, **new_embed, "layers": stack}
-        leaves = {**new_shared, **head_state, **own, **embed_state}
+        leaves = {**new_shared, **single, **head_state, **own, **embed_state}
         metrics = {
             "loss": jnp.mean(losses),
             "grad_norm": norm,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,9 +26,15 @@ METHODS = {
     "ldadam": lambda **o: lro.ldadam(1e-2, R, error_feedback=True, **o),
     "apollo": lambda **o: lro.apollo(1e-2, R, **o),
     "frugal": lambda **o: lro.frugal(1e-2, R, **o),
-    "galore_8bit": lambda **o: lro.galore_8bit(1e-2, R, **o),
+    "galore_8bit": lambda **o: lro.galore_8bit(1e-2, R, min_size=0, **o),
+    "complement": lambda **o: lro.chain(  # with one counter for all layers of a leaf
+        lro.project(lro.power(R), **o),
+        optax.scale_by_adam(),
+        lro.complement(optax.scale_by_adam()),
+        lro.backproject(learning_rate=1e-2),
+    ),
 }
-OFTEN = ("galore", "subtrack", "gwt", "ldadam", "galore_8bit")
+OFTEN = ("galore", "subtrack", "gwt", "ldadam", "galore_8bit", "complement")
 
 
 def gradients(step):
@@ -59,6 +66,7 @@ def test_in_turn_is_at_once(name):
     # Products of other shapes sum in another order; a sign of noise may turn where
     # Adam divides by a root near zero, hence not in all digits.
     for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_turn), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.abs(a - b).max() <= 1e-4 * max(np.abs(a).max(), 1e-6)
 
@@ -90,6 +98,17 @@ def test_a_basis_is_whole_for_one_layer_at_a_time():
     assert gathers
     largest = 4 * N * R  # float32, the basis of one layer on its longer side
     assert max(item.bytes for item in gathers) <= largest
+
+
+def test_a_cut_axis_of_layers_is_not_looped_over():
+    """A loop over it would gather the stack on every device."""
+    mesh = jax.sharding.AbstractMesh((2, 2), ("pipe", "x"))
+    for spec, expected in ((P(None, "x"), True), (P("pipe", "x"), False)):
+        shardings = {"wide": NamedSharding(mesh, spec)}
+        tx = lro.galore(1e-2, R, layer_axis=0, param_shardings=shardings)
+        params = {"wide": jax.ShapeDtypeStruct(SHAPES["wide"], jnp.float32)}
+        (row,) = lro.selection_report(tx, params).rows
+        assert row.matrix.in_turn is expected
 
 
 def test_one_device_is_not_made_to_wait():

@@ -18,7 +18,7 @@ LAYERS = (
     ("_checks", "_dependence", "_hyperparams", "_meshes", "_slices"),
     ("linalg", "quantization"),
     ("_matrices",),
-    ("_moments", "_selection", "_axes"),
+    ("_moments", "_selection", "_axes", "_handed"),
     ("projectors",),
     ("transport", "recovery", "_plan"),
     ("transforms", "_refresh"),

@@ -79,6 +79,13 @@ OPTIMIZERS = {
     "fira": lambda: low(lro.fira, eps=1e-4),
     "gwt": lambda: lro.gwt(1e-2, layer_axis=0, eps=1e-4),
     "apollo": lambda: low(lro.apollo, eps=1e-4),
+    # One counter for all layers of a leaf, which no other part has.
+    "complement": lambda: lro.chain(
+        lro.project(lro.power(2), layer_axis=0),
+        optax.scale_by_adam(eps=1e-4),
+        lro.complement(optax.scale_by_adam(eps=1e-4)),
+        lro.backproject(learning_rate=1e-2),
+    ),
     # Its own moments hold the sum, one gradient of all layers; correct all the same.
     "accumulation": lambda: optax.MultiSteps(
         optax.adamw(1e-2, eps=1e-4), 2

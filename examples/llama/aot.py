@@ -36,6 +36,10 @@ _ENVIRONMENT = {
 MIB = 2**20
 
 
+class NoRoom(Exception):
+    """The compiler finds no room on a device."""
+
+
 class Compiled(NamedTuple):
     """The compiler's account, for one device."""
 
@@ -190,7 +194,7 @@ def compiled(lowered: Any) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = str(error).splitlines()[0][:300]
-        raise UsageError(f"the TPU's compiler finds no room for it: {said}") from error
+        raise NoRoom(f"the TPU's compiler finds no room for it: {said}") from error
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     text = program.as_text() or ""
     return Compiled(

@@ -115,16 +115,21 @@ def layers_outermost(
 
 
 def laid_out(tree: Any, places: Any) -> Any:
-    """Arrays as their places say, one after another: no more than one is there twice.
+    """Moves arrays to their layouts, one after another; the old ones are deleted."""
 
-    What `jax.jit` made, or was restored, for shardings has the device's own layouts.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    del tree
-    for i, place in enumerate(jax.tree.leaves(places)):
-        if isinstance(place, Format):
-            leaves[i] = jax.jit(lambda x: x, out_shardings=place)(leaves[i])
-    return treedef.unflatten(leaves)
+    def move(x: Any, place: Any) -> Any:
+        if not isinstance(place, Format) or _order(x.format) == _order(place):
+            return x
+        moved = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=place)(x))
+        x.delete()
+        return moved
+
+    return jax.tree.map(move, tree, places)
+
+
+def _order(format: Format) -> Any:
+    layout: Any = format.layout
+    return layout.major_to_minor
 
 
 def stored_shardings(place: NamedSharding, param: Any, stored: Any) -> Any:

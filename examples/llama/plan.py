@@ -1,6 +1,7 @@
 """Does a run fit? `python -m examples.llama.plan --help`; nothing is allocated.
 
-Exit codes: 0 it fits; 1 it does not, with what would; 2 the command needs mending.
+Exit codes: 0 it fits; 1 it does not, with what would; 2 the command needs mending. With
+--compile the compiler decides, without it the estimate.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import optax
 import tyro
 
 from examples.llama import optimizers
-from examples.llama.aot import beside, compile_run, require_compiler
+from examples.llama.aot import NoRoom, beside, compile_run, require_compiler
 from examples.llama.config import (
     NO_SIDE,
     Resolved,
@@ -154,11 +155,12 @@ def breakdown(parts: Parts, topology: Topology) -> str:
 
 def what_fits(plan: PlanConfig) -> Iterator[tuple[str, int | None, str, Parts]]:
     """(optimizer, rank, type of parameters, parts) of the run under each of them."""
-    own = plan_run(plan).config.rank
+    own = plan_run(plan, optimizer="galore").config.rank  # of the flag, or the preset
+    ranks = dict.fromkeys((own, max(own // 4, 1)))
     for dtype in ("float32", "bfloat16"):
         base = plan_run(plan, param_dtype=dtype).parts()  # all but the state is equal
         for name in dict.fromkeys((plan.optimizer, *COMPARED)):
-            for rank in (None,) if name in NO_RANK else (own, own // 4):
+            for rank in (None,) if name in NO_RANK else ranks:
                 run = plan_run(plan, optimizer=name, rank=rank, param_dtype=dtype)
                 yield name, rank, dtype, dataclasses.replace(base, state=run.state())
 
@@ -192,7 +194,8 @@ def ways_out(plan: PlanConfig) -> Iterator[str]:
     run = plan_run(plan)
     parts, room = run.parts(), MARGIN * run.topology.memory_bytes
     for name in COMPARED[1:]:
-        state = plan_run(plan, optimizer=name).state()
+        rank = None if name in NO_RANK else plan.rank
+        state = plan_run(plan, optimizer=name, rank=rank).state()
         total = parts.total - parts.state + state
         if total <= room:
             yield f"--optimizer {name} would take {total / MIB:,.0f} MiB"
@@ -231,9 +234,15 @@ def report(plan: PlanConfig) -> bool:
         ways = [*ways_out(plan)] or [*two_ways_out(plan)]
         less = "fewer rows, more devices or a smaller --preset would"
         print("it does not fit; " + ("; ".join(ways) or less))
-    if plan.compile:
-        print(beside(parts, compile_run(run)))
-    return fits
+    if not plan.compile:
+        return fits
+    try:
+        found = compile_run(run)
+    except NoRoom as error:
+        print(error)
+        return False
+    print(beside(parts, found))
+    return found.total <= topology.memory_bytes
 
 
 def main(args: Sequence[str] | None = None) -> int:

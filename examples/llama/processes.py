@@ -61,7 +61,7 @@ def _find_coordinator(address: str, count: int, index: int) -> None:
         UsageError: the address is none, or nobody listens there.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UsageError(
             f"{NAMES[0]} must be the host and a port of process 0, such as "
             f"10.0.0.1:8476; got {address!r}"

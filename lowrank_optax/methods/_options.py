@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
 from lowrank_optax._chain import project
-from lowrank_optax._meshes import hands_arrays_over
+from lowrank_optax._handed import hands_arrays_over
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

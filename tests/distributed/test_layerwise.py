@@ -71,5 +71,7 @@ def test_on_a_mesh(mesh):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     # What is gathered is one layer's at most, never a stack of all.
     stack = LAYERS * WIDTH * 2 * WIDTH
-    for item in collectives(compiled.as_text()):
+    found = collectives(compiled.as_text())
+    assert found
+    for item in found:
         assert max(math.prod(shape) for shape in item.shapes) < stack, item

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -42,6 +43,21 @@ def test_updates_equal_those_of_one_device(mesh, projector, side, layout):
     updates, state = run.updates(gradients(PARAMS))
     assert_close(updates, reference(projector, side))
     assert jax.tree.map(lambda x: x.sharding, state) == run.state_shardings
+
+
+def test_array_hyperparameters_do_not_change_the_side():
+    """Made again under automatic axes, the optimizer still sees how leaves are cut."""
+    mesh = explicit_mesh()
+    with jax.set_mesh(mesh):
+        place = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(mesh.axis_names[0], None)
+        )
+        params = {"w": jax.device_put(jnp.ones((32, 64)), place)}
+        tx = lro.galore(jnp.asarray(1e-2), rank=4, side="auto")
+        state = jax.jit(tx.init)(params)
+        _, after = jax.jit(tx.update)(params, state, params)
+    # On the longer side, the one that is whole.
+    assert state.basis["w"].shape == after.basis["w"].shape == (64, 4)
 
 
 @pytest.mark.parametrize("spelling", ["method", "chain"])

@@ -82,7 +82,9 @@ def test_layerwise_layouts(monkeypatch):
     monkeypatch.setattr(placement, "PADDING", {"cpu"})
     layout = layers_outermost(plain, tx, PLAIN, params)
     made = fresh_state(layout, model, 0, tx, PLAIN)
-    moved = laid_out(fresh_state(plain, model, 0, tx, PLAIN), layout[1:3])
+    old = fresh_state(plain, model, 0, tx, PLAIN)
+    moved = laid_out(old, (layout.stored, layout.state))
+    assert old[0]["layers"]["mlp"]["up"]["kernel"].is_deleted()
     for tree in (made, moved):
         kernel = tree[0]["layers"]["mlp"]["up"]["kernel"]
         assert kernel.shape == (4, 128, 352)

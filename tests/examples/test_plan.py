@@ -12,6 +12,7 @@ import pytest
 
 import lowrank_optax as lro
 from examples.llama import optimizers, plan
+from examples.llama.aot import Compiled, NoRoom
 from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.estimate import (
     abstract_mesh,
@@ -22,6 +23,7 @@ from examples.llama.estimate import (
 )
 from examples.llama.mesh import make_mesh, param_shardings
 from examples.llama.model import abstract_model, init_params
+from lowrank_optax import activations
 
 FEW = ("adamw", "galore", "subtrack", "gwt", "galore_8bit")
 MESHES = ({"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2})
@@ -189,6 +191,25 @@ def test_compiling_needs_the_compiler(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = run(capsys, "--topology", "v5e:2x2", "--compile")
     assert code == 2 and "pip install '.[tpu]'" in err
+
+
+def test_the_compiler_decides(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "COMPARED", ())
+    monkeypatch.setattr(plan, "require_compiler", lambda topology: None)
+
+    def no_room(run):
+        raise NoRoom("the TPU's compiler finds no room for it: 20G of 16G")
+
+    monkeypatch.setattr(plan, "compile_run", no_room)
+    flags = ["--topology", "v5e:2x2", "--optimizer", "apollo_mini", "--compile"]
+    code, out, err = run(capsys, *flags)
+    assert code == 1 and not err
+    assert "estimate for one device: fits" in out and "finds no room" in out
+    assert re.search(r"apollo_mini +- +bfloat16", out)  # its rank is its own
+    audit = activations.Audit(2**30, 0, 0, 20 * 2**30, None, None)
+    found = Compiled(audit, 0, 1.0, 1.0, [], "")
+    monkeypatch.setattr(plan, "compile_run", lambda run: found)
+    assert run(capsys, *flags)[0] == 1
 
 
 @pytest.mark.tpu_aot
