@@ -189,9 +189,16 @@ def _activations(config: Resolved, model: ModelConfig, profile: str) -> tuple[in
     if config.activation_policy != "none":
         return found.kept_bytes + found.input_bytes, found.working_bytes
     # What reverse mode keeps by itself: the leaves of the function that it returns.
-    pulled = jax.eval_shape(lambda p, x: jax.vjp(layers.block, p, x)[1], *args)
-    residuals = max(tree_bytes(pulled) - tree_bytes(args[0]), 0)
-    return count * residuals, found.working_bytes
+    own, x = args
+    stack = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct((count, *p.shape), p.dtype), own
+    )
+
+    def run(stack: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, own: (layers.block(own, x), None), x, stack)[0]
+
+    pulled = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], stack, x)
+    return max(tree_bytes(pulled) - tree_bytes(stack), 0), found.working_bytes
 
 
 def _loss(config: Resolved, model: ModelConfig, sizes: dict[str, int]) -> int:
