@@ -157,13 +157,13 @@ def estimate(
     shardings = param_shardings(mesh, params)
     own = shard_bytes(params, shardings)
     one = of_one_device(config, sizes)
-    kept, working = _activations(one, model, profile)
+    whole, cut, working = _activations(one, model, profile)
     count = count_params(params)
     return Parts(
         parameters=own,
         state=state_bytes(tx, params, shardings),
         sums=4 * own * count // tree_bytes(params) if config.micro_batches > 1 else 0,
-        kept=kept // sizes["tensor"],
+        kept=whole + cut // sizes["tensor"],
         loss=_loss(one, model, sizes),
         gradients=own,
         working=working // sizes["tensor"],
@@ -172,11 +172,16 @@ def estimate(
 
 
 @functools.cache
-def _activations(config: Resolved, model: ModelConfig, profile: str) -> tuple[int, int]:
-    """What all layers keep, their inputs included, and the working set of one."""
+def _activations(
+    config: Resolved, model: ModelConfig, profile: str
+) -> tuple[int, int, int]:
+    """What all layers keep, whole or cut over `tensor`, and the working set of one.
+
+    Inputs of layers and the like, as wide as the model, are whole.
+    """
     if config.activation_budget:
         found = plan_from_shapes(config, model, profile).predicted
-        return found.kept_bytes + found.input_bytes, found.working_bytes
+        return found.input_bytes, found.kept_bytes, found.working_bytes
     layers, count = find_layers(config, model), model.layers
     args = jax.eval_shape(layers.args, abstract_model(model)[1])
     policies = {
@@ -187,7 +192,7 @@ def _activations(config: Resolved, model: ModelConfig, profile: str) -> tuple[in
     policy = policies.get(config.activation_policy, {})
     found = activations.predict(layers.block, args, count, policy, hardware=profile)
     if config.activation_policy != "none":
-        return found.kept_bytes + found.input_bytes, found.working_bytes
+        return found.input_bytes, found.kept_bytes, found.working_bytes
     # What reverse mode keeps by itself: the leaves of the function that it returns.
     own, x = args
     stack = jax.tree.map(
@@ -198,7 +203,9 @@ def _activations(config: Resolved, model: ModelConfig, profile: str) -> tuple[in
         return jax.lax.scan(lambda x, own: (layers.block(own, x), None), x, stack)[0]
 
     pulled = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], stack, x)
-    return max(tree_bytes(pulled) - tree_bytes(stack), 0), found.working_bytes
+    kept = max(tree_bytes(pulled) - tree_bytes(stack), 0)
+    wide = [leaf for leaf in jax.tree.leaves(pulled) if leaf.shape[1:] == x.shape]
+    return tree_bytes(wide), kept - tree_bytes(wide), found.working_bytes
 
 
 def _loss(config: Resolved, model: ModelConfig, sizes: dict[str, int]) -> int:
