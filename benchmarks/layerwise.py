@@ -18,7 +18,6 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
@@ -26,7 +25,7 @@ from examples.llama import aot, optimizers
 from examples.llama.config import TrainConfig, resolve
 from examples.llama.layerwise import make_layerwise_steps
 from examples.llama.model import abstract_model, count_params
-from examples.llama.step import make_steps, mean_gradient
+from examples.llama.step import abstract_batch, make_steps, mean_gradient
 from lowrank_optax import layerwise
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "layerwise.json"
@@ -80,9 +79,6 @@ def measure(options: argparse.Namespace, optimizer: str, step: str) -> dict[str,
     train, tx = make_step(step, config, model)
     _, params = abstract_model(model)
     state = jax.eval_shape(tx.init, params)
-    shape = (1, options.batch, options.seq)
-    types = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
     place = SingleDeviceSharding(aot.find_devices(options.topology)[0])
 
     places = (place, place)
@@ -94,7 +90,7 @@ def measure(options: argparse.Namespace, optimizer: str, step: str) -> dict[str,
         in_shardings=(*places, place),
         out_shardings=(*places, place),
     )
-    arguments = params, state, batch
+    arguments = params, state, abstract_batch(config)
     try:
         found = aot.compiled(train.lower(*arguments))
     except aot.NoRoom as error:

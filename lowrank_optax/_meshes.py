@@ -25,7 +25,14 @@ def explicit_like(like: Any, fn: Callable, *args: Any) -> Any:
     if mesh is None:
         return fn(*args)
     out = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
-    # Axes that are manual, in jax.shard_map over others, stay so.
+    return with_auto_axes(mesh, out, fn, *args)
+
+
+def with_auto_axes(mesh: Any, out: Any, fn: Callable, *args: Any) -> Any:
+    """Calls ``fn(*args)``, whose result is laid out by ``out`` on an Explicit mesh.
+
+    Axes that are manual, in ``jax.shard_map`` over others, stay so.
+    """
     auto: Callable = jax.sharding.auto_axes(
         fn, axes=mesh.explicit_axes, out_sharding=out
     )

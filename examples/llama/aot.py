@@ -6,7 +6,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -20,7 +19,7 @@ from examples.llama.mesh import batch_sharding, make_mesh, param_shardings
 from examples.llama.model import ModelConfig, abstract_model
 from examples.llama.placement import Placement
 from examples.llama.plan_layers import of_one_device, plan_from_shapes, wrap_with
-from examples.llama.step import MODEL, OPTIMIZER, make_steps
+from examples.llama.step import MODEL, OPTIMIZER, abstract_batch, make_steps
 from examples.llama.weights import WEIGHTS
 from lowrank_optax import activations
 
@@ -105,14 +104,7 @@ def compile_step(
     step: Any = make_steps(definition, tx, weights, wrap_layer, layout).train
     stored = jax.eval_shape(weights.store, params)
     state = jax.eval_shape(tx.init, params)
-    rows = config.batch_size // config.micro_batches
-    shape = (config.micro_batches, rows, config.seq_len)
-    types = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    cut = batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
-        for name, dtype in types.items()
-    }
+    batch = abstract_batch(config, batch_sharding(mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.rest)
     arguments = placed(stored, layout.stored), placed(state, layout.state), batch, key

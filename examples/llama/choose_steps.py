@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
@@ -13,7 +12,7 @@ from examples.llama.compressed import make_compressed_steps
 from examples.llama.config import SENDS, Resolved, UsageError
 from examples.llama.layerwise import make_layerwise_steps
 from examples.llama.model import ModelConfig, abstract_model
-from examples.llama.step import Layout, Steps, make_steps
+from examples.llama.step import Layout, Steps, abstract_batch, make_steps
 from examples.llama.weights import Weights
 
 
@@ -56,13 +55,9 @@ def choose_steps(
 
 def _trace(steps: Steps, config: Resolved, params: Any, state: Any) -> None:
     """The step refuses an optimizer while it is traced."""
-    rows = config.batch_size // config.micro_batches
-    shape = config.micro_batches, rows, config.seq_len
-    types = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        jax.eval_shape(steps.train, params, state, batch, key)
+        jax.eval_shape(steps.train, params, state, abstract_batch(config), key)
     except ValueError as error:
         raise UsageError(f"--layerwise with {config.optimizer}: {error}") from error
 

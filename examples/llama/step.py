@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from examples.llama.activations import Wrap
+from examples.llama.config import Resolved
 from examples.llama.model import Params
 from examples.llama.weights import PLAIN, Weights
 
@@ -135,6 +136,17 @@ def composed(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:
     if outer is None or inner is None:
         return outer or inner
     return lambda layer: outer(inner(layer))
+
+
+def abstract_batch(config: Resolved, sharding: Any = None) -> dict[str, Any]:
+    """Shapes of what a training step takes, `[micro-batches, rows, positions]`."""
+    rows = config.batch_size // config.micro_batches
+    shape = config.micro_batches, rows, config.seq_len
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in types.items()
+    }
 
 
 def split_rows(batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, Any]:

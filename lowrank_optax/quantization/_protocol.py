@@ -111,7 +111,7 @@ class Codec:
         if self.bits != 8:
             axes = explicit.rows_of(x, axes, len(codes) - 1, codes)
         out = [axes, scales, scales] if self.has_zeros else [axes, scales]
-        return Encoded(*explicit.under_auto_axes(self._parts, x, out, x, key))
+        return Encoded(*explicit.with_axes(self._parts, x, out, x, key))
 
     def _parts(self, x: Array, key: Any) -> tuple[Any, ...]:
         """Returns codes, scales and, if there are any, zeros."""
@@ -154,7 +154,7 @@ class Codec:
         def array(encoded: Encoded) -> tuple[Array]:
             return (self._array(encoded, shape),)
 
-        found = explicit.under_auto_axes(array, encoded.codes, [axes], encoded)
+        found = explicit.with_axes(array, encoded.codes, [axes], encoded)
         return found[0]
 
     def _array(self, encoded: Encoded, shape: tuple[int, ...]) -> Array:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank_optax._meshes import with_auto_axes
+
 Axes = tuple[Any, ...]
 
 
@@ -37,15 +39,11 @@ def rows_of(like: Any, axes: Axes, batch: int, shape: Sequence[int]) -> Axes:
     return tuple(out)
 
 
-def under_auto_axes(fn: Callable, like: Any, out: Sequence[Axes], *args: Any) -> Any:
+def with_axes(fn: Callable, like: Any, out: Sequence[Axes], *args: Any) -> Any:
     """Returns ``fn(*args)``, a sequence of arrays whose axes are ``out``.
 
     A block may lie on several devices, and then no type says how its array is cut.
-    Axes that are manual stay so.
     """
     mesh = jax.typeof(like).sharding.mesh
     places = tuple(NamedSharding(mesh, PartitionSpec(*axes)) for axes in out)
-    auto: Callable = jax.sharding.auto_axes(
-        fn, axes=mesh.explicit_axes, out_sharding=places
-    )
-    return auto(*args)
+    return with_auto_axes(mesh, places, fn, *args)
