@@ -1,27 +1,27 @@
 """Memory-efficient training for JAX: low-rank optimizers as Optax transformations."""
 
 # The bracket.
-from lowrank_optax._chain import backproject as backproject
-from lowrank_optax._chain import chain as chain
-from lowrank_optax._chain import project as project
+from lowrank_optax.bracket.chain import backproject as backproject
+from lowrank_optax.bracket.chain import chain as chain
+from lowrank_optax.bracket.chain import project as project
 
 # Helpers.
-from lowrank_optax._hyperparams import static_args as static_args
-from lowrank_optax._matrices import Matrix as Matrix
-from lowrank_optax._matrices import MatrixDimensionNumbers as MatrixDimensionNumbers
-from lowrank_optax._moments import register_moments as register_moments
-from lowrank_optax._report import SelectionReport as SelectionReport
-from lowrank_optax._report import selection_report as selection_report
-from lowrank_optax._bracket import SubspaceState as SubspaceState
-from lowrank_optax._bracket import SubspaceView as SubspaceView
-from lowrank_optax._selection import Selection as Selection
-from lowrank_optax._subspace import subspace as subspace
+from lowrank_optax.methods._hyperparams import static_args as static_args
+from lowrank_optax.leaves.matrix import Matrix as Matrix
+from lowrank_optax.leaves.matrix import MatrixDimensionNumbers as MatrixDimensionNumbers
+from lowrank_optax.leaves.moments import register_moments as register_moments
+from lowrank_optax.shapes.report import SelectionReport as SelectionReport
+from lowrank_optax.shapes.report import selection_report as selection_report
+from lowrank_optax.bracket.state import SubspaceState as SubspaceState
+from lowrank_optax.bracket.state import SubspaceView as SubspaceView
+from lowrank_optax.bracket.selection import Selection as Selection
+from lowrank_optax.bracket.subspace import subspace as subspace
 
 # Transport of moments.
 from lowrank_optax.linalg.rotation import Rotation as Rotation
-from lowrank_optax.sharding import state_shardings as state_shardings
-from lowrank_optax.memory import StateBytes as StateBytes
-from lowrank_optax.memory import state_bytes as state_bytes
+from lowrank_optax.shapes.sharding import state_shardings as state_shardings
+from lowrank_optax.shapes.memory import StateBytes as StateBytes
+from lowrank_optax.shapes.memory import state_bytes as state_bytes
 from lowrank_optax.weights import dequantize_weights as dequantize_weights
 from lowrank_optax.weights import quantize_weights as quantize_weights
 from lowrank_optax.weights import (

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._matrices import path_string, unbox
-from lowrank_optax._selection import Selection
+from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.leaves.matrix import path_string, unbox
 from lowrank_optax.quantization import (
     Codec,
     QuantizedArray,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 import lowrank_optax as lro
-from lowrank_optax._matrices import path_string
+from lowrank_optax.leaves.matrix import path_string
 
 Numbers = lro.MatrixDimensionNumbers
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax import _moments
+from lowrank_optax.leaves import moments as _moments
 from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
 
 M, N, R, GAP = 8, 12, 3, 2

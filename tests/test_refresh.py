@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax._refresh import phases
+from lowrank_optax.bracket.refresh import phases
 
 LAYERS, GAP = 4, 8
 

@@ -11,10 +11,12 @@ here and a level is a sum of L shifted ones: no convolution, for Haar (L = 2) tw
 additions.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -180,3 +182,22 @@ def _cut(x: Array, start: int, size: int, axis: int) -> Array:
     if start == 0 and size == x.shape[axis]:
         return x
     return x[(*(slice(None),) * axis, slice(start, start + size))]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class WaveletBasis:
+    """What ``lro.wavelet`` uses in a basis' place: no arrays.
+
+    Attributes:
+      level: number of levels.
+      wavelet: name of the filter.
+    """
+
+    level: int
+    wavelet: str
+
+    @property
+    def is_haar(self) -> bool:
+        """Whether every coefficient belongs to ``2^level`` rows, and they to it."""
+        return len(filter_taps(self.wavelet)) == 2

@@ -8,8 +8,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
-from lowrank_optax._chain import project
-from lowrank_optax._handed import hands_arrays_over
+from lowrank_optax.bracket.chain import project
+from lowrank_optax.bracket.handed import hands_arrays_over
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

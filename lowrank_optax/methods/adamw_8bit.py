@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from jaxtyping import Array
 
-from lowrank_optax._handed import hands_arrays_over
+from lowrank_optax.bracket.handed import hands_arrays_over
 from lowrank_optax.methods import _recipe
 from lowrank_optax.transforms import quantize_state
 

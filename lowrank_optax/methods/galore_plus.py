@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._chain import backproject, chain
+from lowrank_optax.bracket.chain import backproject, chain
 from lowrank_optax.methods import _recipe
 from lowrank_optax.methods._options import (
     ProjectOptions,

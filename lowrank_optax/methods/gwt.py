@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import optax
 from jaxtyping import Array
 
-from lowrank_optax._chain import backproject, chain, project
+from lowrank_optax.bracket.chain import backproject, chain, project
 from lowrank_optax.methods import _recipe
 from lowrank_optax.methods._options import (
     ProjectOptions,

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
-from lowrank_optax._selection import Parts
+from lowrank_optax.leaves.matrix import Matrix, Parts
 from lowrank_optax.linalg.layout import HIGHEST, turn, turned, wide
 from lowrank_optax.linalg.rotation import Rotation
 

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.randomized import block_power, random_start
 from lowrank_optax.linalg.svd import leading_singular_vectors
 from lowrank_optax.projectors._protocol import At, BasisProjector

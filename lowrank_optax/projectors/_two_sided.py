@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.layout import by_blocks, turn
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector

@@ -5,8 +5,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from lowrank_optax._matrices import Matrix
-from lowrank_optax._selection import Parts
+from lowrank_optax.leaves.matrix import Matrix, Parts
 from lowrank_optax.projectors._protocol import BasisProjector, Projector
 from lowrank_optax.projectors._two_sided import two_sided
 

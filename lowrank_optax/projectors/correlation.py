@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.layout import HIGHEST, by_blocks, turn, wide
 from lowrank_optax.linalg.orthogonalize import cholesky_qr
 from lowrank_optax.linalg.randomized import block_power

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.dct import KINDS, dct_columns, dct_matrix
 from lowrank_optax.linalg.layout import HIGHEST, as_stored, wide
 from lowrank_optax.linalg.rotation import Rotation

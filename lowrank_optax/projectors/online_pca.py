@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.orthogonalize import cholesky_qr
 from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax._matrices import Matrix
-from lowrank_optax._moments import weight_seen
+from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.moments import weight_seen
 from lowrank_optax.linalg.layout import (
     HIGHEST,
     as_stored,

@@ -3,36 +3,15 @@
 import dataclasses
 from typing import Any
 
-import jax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
-from lowrank_optax._selection import Parts
+from lowrank_optax.leaves.matrix import Matrix, Parts
 from lowrank_optax.linalg.layout import wide
-from lowrank_optax.linalg.wavelet import WAVELETS, band_sizes, dwt, filter_taps, lift
+from lowrank_optax.linalg.wavelet import WAVELETS, WaveletBasis, band_sizes, dwt, lift
 from lowrank_optax.projectors._protocol import At, Projector
 
 _SIDES = {0: "left", -2: "left", 1: "right", -1: "right", "auto": "auto"}
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class WaveletBasis:
-    """What ``lro.wavelet`` uses in a basis' place: no arrays.
-
-    Attributes:
-      level: number of levels.
-      wavelet: name of the filter.
-    """
-
-    level: int
-    wavelet: str
-
-    @property
-    def is_haar(self) -> bool:
-        """Whether every coefficient belongs to ``2^level`` rows, and they to it."""
-        return len(filter_taps(self.wavelet)) == 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

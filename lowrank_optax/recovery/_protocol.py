@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.leaves.matrix import Matrix
 
 
 class LeafView(NamedTuple):

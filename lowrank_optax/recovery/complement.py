@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 

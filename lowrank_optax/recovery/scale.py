@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._dependence import only_rounds
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.layerwise.dependence import only_rounds
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.layout import HIGHEST, by_blocks, gram, wide
 from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery

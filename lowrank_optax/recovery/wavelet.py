@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import Matrix
-from lowrank_optax._moments import weight_seen
+from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.moments import weight_seen
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.scaling import unit_norm
-from lowrank_optax.linalg.wavelet import Bands, dwt, idwt, repeat
-from lowrank_optax.projectors.wavelet import WaveletBasis
+from lowrank_optax.linalg.wavelet import Bands, WaveletBasis, dwt, idwt, repeat
 from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._chain import backproject, chain, project
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.bracket.chain import backproject, chain, project
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.projectors import At, OrthonormalProjector, Projector
 from lowrank_optax.testing._assertions import (
     assert_bit_equal,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax._moments import weight_seen
+from lowrank_optax.leaves.moments import weight_seen
 
 
 class ScaleByBiasCorrectionState(NamedTuple):

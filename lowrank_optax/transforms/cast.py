@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import _moments
+from lowrank_optax.leaves import moments as _moments
 from lowrank_optax.quantization import is_quantized
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax._matrices import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
 
 
 class MatrixFactoredRmsState(NamedTuple):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax._matrices import is_box, rebox, refill, unbox
-from lowrank_optax._moments import weight_seen
+from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.moments import weight_seen
 
 
 class ScaleByAdamMiniState(NamedTuple):

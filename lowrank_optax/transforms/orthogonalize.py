@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import path_string
+from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.polar import polar_newton_schulz, polar_svd
 

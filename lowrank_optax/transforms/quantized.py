@@ -8,9 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import _checks, _moments
-from lowrank_optax._matrices import is_box, rebox, refill, restore, unbox, unbox_tree
-from lowrank_optax._slices import whole_shape
+from lowrank_optax import _checks
+from lowrank_optax.leaves import moments as _moments
+from lowrank_optax.leaves.matrix import (
+    is_box,
+    rebox,
+    refill,
+    restore,
+    unbox,
+    unbox_tree,
+)
+from lowrank_optax.leaves.slices import whole_shape
 from lowrank_optax.quantization import (
     Codec,
     QuantizedArray,

@@ -5,7 +5,7 @@ import dataclasses
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._moments import Group
+from lowrank_optax.leaves.moments import Group
 from lowrank_optax.linalg.rotation import Rotation
 
 

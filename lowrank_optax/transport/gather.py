@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax._moments import Group
+from lowrank_optax.leaves.moments import Group
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.transport._protocol import Transport
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._moments import Group, weight_seen
+from lowrank_optax.leaves.moments import Group, weight_seen
 from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.transport._protocol import Transport

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from lowrank_optax._matrices import path_string
+from lowrank_optax.leaves.matrix import path_string
 
 
 def _names(axis_name: Any) -> tuple[Any, ...]:

@@ -14,13 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax._matrices import (
+from lowrank_optax.leaves.matrix import (
     MatrixDimensionNumbers,
+    Parts,
 )
-
-# Into how many parts rows and columns are sharded; 0 where the number is not known, or
-# where a part is no run of consecutive rows (columns).
-Parts = tuple[int, int]
 
 SIDES = ("short", "long", "left", "right", "both", "auto")
 _NEVER_KEYS = ("scale", "bias")

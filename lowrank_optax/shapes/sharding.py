@@ -8,10 +8,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
-from lowrank_optax._plan import abstract_init, recording
-from lowrank_optax._selection import broadcast_prefix, mesh_axes
-from lowrank_optax.memory import ENCODED, owned_leaves
+from lowrank_optax.bracket.plan import abstract_init, recording
+from lowrank_optax.bracket.selection import broadcast_prefix, mesh_axes
+from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
+from lowrank_optax.shapes.memory import ENCODED, owned_leaves
 
 Axes = tuple[tuple[int, ...], ...]
 

@@ -16,12 +16,12 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._axes import check_averaging, varying
-from lowrank_optax._compression import Channel, Compression, LeafTraffic
-from lowrank_optax._matrices import is_box, path_string, refill, unbox
 from lowrank_optax._meshes import explicit_like, explicit_mesh
-from lowrank_optax._report import aligned
+from lowrank_optax.distributed.compression import Channel, Compression, LeafTraffic
+from lowrank_optax.distributed.mapped import check_averaging, varying
+from lowrank_optax.leaves.matrix import is_box, path_string, refill, unbox
 from lowrank_optax.linalg.layout import wide
+from lowrank_optax.shapes.report import aligned
 
 
 @dataclasses.dataclass(frozen=True)

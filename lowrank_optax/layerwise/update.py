@@ -8,15 +8,15 @@ import optax
 from jaxtyping import Array
 from optax.transforms import MaskedNode
 
-from lowrank_optax._dependence import (
+from lowrank_optax.layerwise.dependence import (
     MIXED,
     NOTHING,
     RANDOM,
     Dependence,
     dependences,
 )
-from lowrank_optax._matrices import path_string
-from lowrank_optax._slices import at_layer
+from lowrank_optax.leaves.matrix import path_string
+from lowrank_optax.leaves.slices import at_layer
 
 
 class LayerUpdate:

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax import _moments
-from lowrank_optax._bracket import (
+from lowrank_optax.bracket.finish import Finish, stepped
+from lowrank_optax.bracket.plan import Plan
+from lowrank_optax.bracket.refresh import LeafBasis
+from lowrank_optax.bracket.state import (
     Bracket,
     SubspaceState,
     SubspaceView,
     cast,
     clock_of,
 )
-from lowrank_optax._finish import Finish, stepped
-from lowrank_optax._matrices import (
+from lowrank_optax.leaves import moments as _moments
+from lowrank_optax.leaves.matrix import (
     is_altered,
     is_box,
     rebox,
@@ -27,8 +29,6 @@ from lowrank_optax._matrices import (
     unbox,
     unbox_tree,
 )
-from lowrank_optax._plan import Plan
-from lowrank_optax._refresh import LeafBasis
 
 
 class Leaves:

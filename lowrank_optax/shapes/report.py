@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from lowrank_optax._plan import LeafPlan, abstract_init, recording
+from lowrank_optax.bracket.plan import LeafPlan, abstract_init, recording
 
 
 @dataclasses.dataclass(frozen=True)

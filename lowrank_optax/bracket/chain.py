@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax._selection import Selection
-from lowrank_optax._subspace import subspace
+from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.bracket.subspace import subspace
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lowrank_optax._matrices import Matrix
-from lowrank_optax._slices import current_layer
+from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.slices import current_layer
 from lowrank_optax.projectors import At, Projector
 from lowrank_optax.transport import Transport
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax._bracket import Bracket, cast
-from lowrank_optax._matrices import Matrix
+from lowrank_optax.bracket.state import Bracket, cast
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import LeafView, Recovered
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax import _moments
-from lowrank_optax._matrices import Matrix, is_box, rebox, refill, unbox
-from lowrank_optax._plan import Plan, make_plan, record
-from lowrank_optax._refresh import PRNG, Clock, Refresher, phases
-from lowrank_optax._selection import Selection
+from lowrank_optax.bracket.plan import Plan, make_plan, record
+from lowrank_optax.bracket.refresh import PRNG, Clock, Refresher, phases
+from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.leaves import moments as _moments
+from lowrank_optax.leaves.matrix import Matrix, is_box, rebox, refill, unbox
 from lowrank_optax.projectors import Projector, TwoSidedBasis, two_sided
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport

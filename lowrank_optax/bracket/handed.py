@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import jax
 import optax
 
-from lowrank_optax._matrices import is_box, path_string, unbox
 from lowrank_optax._meshes import explicit_mesh, outside_shardings, under_auto_axes
-from lowrank_optax._slices import with_layer
+from lowrank_optax.leaves.matrix import is_box, path_string, unbox
+from lowrank_optax.leaves.slices import with_layer
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax._bracket import Bracket
-from lowrank_optax._handed import hands_arrays_over
-from lowrank_optax._leaves import Leaves
 from lowrank_optax._meshes import under_auto_axes
-from lowrank_optax._plan import Plan
-from lowrank_optax._selection import Selection
-from lowrank_optax._slices import with_layer
+from lowrank_optax.bracket.handed import hands_arrays_over
+from lowrank_optax.bracket.plan import Plan
+from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.bracket.state import Bracket
+from lowrank_optax.bracket.trees import Leaves
+from lowrank_optax.leaves.slices import with_layer
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport, align_signs

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._matrices import is_box, path_string
-from lowrank_optax._plan import abstract_init
+from lowrank_optax.bracket.plan import abstract_init
+from lowrank_optax.leaves.matrix import is_box, path_string
 
 _ROLES = {
     "basis": "basis",

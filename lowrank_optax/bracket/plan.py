@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lowrank_optax._matrices import Matrix, is_box, path_string, unbox
 from lowrank_optax._meshes import outside_sharding
-from lowrank_optax._selection import Selection, axis_parts
+from lowrank_optax.bracket.selection import Selection, axis_parts
+from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
 from lowrank_optax.projectors import Projector
 
 

@@ -16,14 +16,14 @@ from jax.experimental.layout import Format, Layout
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._layers import (
+from lowrank_optax.layerwise.update import (
     LayerUpdate,
     count_layers,
     gain_of,
     like_params,
     squares,
 )
-from lowrank_optax._slices import at_layer
+from lowrank_optax.leaves.slices import at_layer
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, Array]]]
 

@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Into how many parts rows and columns are sharded; 0 where the number is not known, or
+# where a part is no run of consecutive rows (columns).
+Parts = tuple[int, int]
+
 
 class MatrixDimensionNumbers(NamedTuple):
     """Which axes of a leaf form the matrix; axes not named are batch axes.

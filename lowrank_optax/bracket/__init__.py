@@ -1,0 +1,1 @@
+"""The bracket: one step of an Optax transformation inside a subspace."""

@@ -1,0 +1,1 @@
+"""Answers from shapes alone: reports, bytes and shardings of optimizer states."""
