@@ -67,23 +67,3 @@ def transformation(name: str, value: Any, example: str) -> Any:
             f"optax.{example}, got {type(value).__name__}."
         )
     return value
-
-
-class Part:
-    """A piece of a bracket, not a transformation.
-
-    Asking it for the ``init`` or ``update`` of a transformation, as ``optax.chain``
-    does, is the mistake that this class turns into a message.
-    """
-
-    @property
-    def init(self):
-        """Raises TypeError: a part has no init of its own."""
-        raise TypeError(
-            f"{type(self).__name__} is a part of a low-rank bracket, not a gradient "
-            "transformation, so it cannot stand in optax.chain by itself. Expected: "
-            "lro.chain(lro.project(projector), *transformations, "
-            "lro.backproject(scale)), which is one."
-        )
-
-    update = init

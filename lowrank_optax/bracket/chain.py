@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import _checks
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.subspace import subspace
+from lowrank_optax.leaves.part import Made, Part, made
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport
@@ -17,7 +17,7 @@ _ORDER = "project -> transformations -> [recovery] -> backproject"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class project(_checks.Part):
+class project(Part):
     """Opens a bracket: which leaves are projected, on what, from which side.
 
     A part for ``lro.chain``, not a transformation.
@@ -92,7 +92,7 @@ class project(_checks.Part):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class backproject(_checks.Part):
+class backproject(Part):
     """Closes a bracket: lifts the direction, ``U = scale * P N``, and may step.
 
     Args:
@@ -155,19 +155,21 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
         raise ValueError(f"lro.chain expected {_ORDER}, got {got}.")
     recovery = middle.pop() if middle and isinstance(middle[-1], Recovery) else None
     for stage in middle:
-        if isinstance(stage, _checks.Part):
+        if isinstance(stage, Part) and not isinstance(stage, Made):
             raise ValueError(
                 f"{_name(stage)} is out of place: lro.chain expected {_ORDER}, "
                 f"got {got}."
             )
-        if not isinstance(stage, optax.GradientTransformation | optax.MultiSteps):
+        if not isinstance(
+            stage, optax.GradientTransformation | optax.MultiSteps | Made
+        ):
             raise TypeError(
                 "lro.chain expected an optax.GradientTransformation between project "
                 f"and backproject, got {_name(stage)}; the whole chain: {got}."
             )
     inner = optax.identity()
     if middle:
-        inner = middle[0] if len(middle) == 1 else optax.chain(*middle)
+        inner = middle[0] if len(middle) == 1 else made(optax.chain, *middle)
     return subspace(
         first.projector,
         inner,

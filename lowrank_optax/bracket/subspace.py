@@ -18,6 +18,7 @@ from lowrank_optax.bracket.plan import Plan
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.state import Bracket
 from lowrank_optax.bracket.trees import Leaves
+from lowrank_optax.leaves.part import transformation
 from lowrank_optax.leaves.slices import with_layer
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
@@ -156,6 +157,7 @@ def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
 
 
 def _transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    tx = transformation(tx)
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     tx = _checks.transformation(name, tx, "scale_by_adam()")

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix, Parts
+from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.layout import HIGHEST, turn, turned, wide
 from lowrank_optax.linalg.rotation import Rotation
 
@@ -34,7 +35,7 @@ class At(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Projector(_checks.Part):
+class Projector(Part):
     """How one matrix ``[m, n]`` is seen through ``r`` numbers per column.
 
     A subclass says what it stores (``start``, any tree of arrays), how that is renewed

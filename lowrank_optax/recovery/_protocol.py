@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
-from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.part import Part
 
 
 class LeafView(NamedTuple):
@@ -49,7 +49,7 @@ class Recovered(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recovery(_checks.Part):
+class Recovery(Part):
     """Turns a direction in the subspace into a full update.
 
     Its state per leaf is an array (or a tree of them) with the leaf's batch axes in

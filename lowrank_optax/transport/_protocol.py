@@ -4,13 +4,13 @@ import dataclasses
 
 from jaxtyping import Array
 
-from lowrank_optax import _checks
 from lowrank_optax.leaves.moments import Group
+from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.rotation import Rotation
 
 
 @dataclasses.dataclass(frozen=True)
-class Transport(_checks.Part):
+class Transport(Part):
     """What happens to signs and moments when a matrix gets a new basis.
 
     Attributes:
