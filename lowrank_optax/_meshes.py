@@ -1,9 +1,6 @@
 """Explicit meshes: the step runs with automatic axes, its results keep their types."""
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,32 +36,9 @@ def with_auto_axes(mesh: Any, out: Any, fn: Callable, *args: Any) -> Any:
     return auto(*args)
 
 
-def under_auto_axes(step: Callable, updates, state, params, extra_args) -> Any:
-    """Calls ``step(updates, state, params, extra_args)`` on any kind of mesh.
-
-    On an Explicit mesh every result of a step has the type of something that went
-    in: the update that of the gradient, the new state that of the old. So the
-    step itself can leave all sharding to the compiler, as on an Auto mesh. Arrays that
-    the step closes over keep their explicit type: see ``_handed``.
-    """
-    return explicit_like((updates, state), step, updates, state, params, extra_args)
-
-
-_OUTSIDE: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
-    "outside", default=MappingProxyType({})
-)
-
-
-@contextlib.contextmanager
-def outside_shardings(by_path: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block axes are automatic; leaves had these shardings before."""
-    token = _OUTSIDE.set(by_path)
-    try:
-        yield
-    finally:
-        _OUTSIDE.reset(token)
-
-
-def outside_sharding(path: str) -> Any:
-    """Returns the sharding that a leaf had outside of automatic axes, if known."""
-    return _OUTSIDE.get().get(path)
+def explicit_sharding(leaf: Any) -> Any:
+    """Returns the sharding in a leaf's type, None if its mesh has no explicit axes."""
+    kind = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
+    sharding = getattr(kind, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return sharding if getattr(mesh, "explicit_axes", ()) else None

@@ -1,30 +1,64 @@
-"""The plan of a tree: what happens to every leaf, recorded for the reports."""
+"""``Planner`` and ``Plan``: what happens to every leaf, decided once per structure."""
 
-import contextlib
+import contextvars
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
 
-from lowrank_optax._meshes import outside_sharding
+from lowrank_optax._meshes import explicit_sharding
+from lowrank_optax.bracket.leaf import PRNG, Clock, FullLeaf, LowLeaf, cast
 from lowrank_optax.bracket.selection import Selection, axis_parts
-from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
-from lowrank_optax.projectors import Projector
+from lowrank_optax.bracket.state import (
+    Bracket,
+    SubspaceState,
+    box_basis,
+    start_recovery,
+)
+from lowrank_optax.leaves.matrix import (
+    Matrix,
+    Parts,
+    is_box,
+    path_string,
+    rebox,
+    refill,
+    unbox,
+)
+from lowrank_optax.leaves.moments import FIELDS, find
+from lowrank_optax.leaves.part import transformation
+from lowrank_optax.projectors import two_sided
 
 
-class SideCost(NamedTuple):
-    """What the choice of a side costs.
+class LeafInfo(NamedTuple):
+    """What is known of a leaf before any array exists.
 
     Attributes:
-      state_bytes: the bracket's state for the leaf, on all devices together.
-      reduced_bytes: what every step sums over devices: the projections ``[r, n]`` in
-        float32 if the projected axis is sharded, else nothing.
+      shape: its shape as stored, the whole stack's in a layer-wise step.
+      dtype: of its entries.
+      sharding: as the type of an array on an Explicit mesh says it, else None.
     """
 
-    state_bytes: int
-    reduced_bytes: int
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: Any
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +72,8 @@ class LeafPlan:
       reason: why it is projected or full.
       full_bytes: state bytes of the inner optimizer at full size.
       low_bytes: state bytes of the bracket for this leaf (None if never considered).
-      costs: what a basis on the rows ("left") and on the columns ("right") would cost,
-        where the leaf's sharding is known.
+      in_turn: whether its layers are worked on one after another.
+      parts: into how many parts its rows and columns are sharded, None if not known.
     """
 
     path: str
@@ -48,7 +82,8 @@ class LeafPlan:
     reason: str
     full_bytes: int
     low_bytes: int | None = None
-    costs: dict[str, "SideCost"] = dataclasses.field(default_factory=dict)
+    in_turn: bool = False
+    parts: Parts | None = None
 
     @property
     def empty(self) -> bool:
@@ -58,187 +93,386 @@ class LeafPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The tree's structure and one ``LeafPlan`` per leaf, in its order."""
+    """The tree's structure and, in its order, one ``LeafPlan`` per leaf.
+
+    Attributes:
+      treedef: the structure, boxes counting as leaves.
+      leaves: the leaves' plans.
+      shifts: by how many steps the matrices of each leaf refresh early.
+    """
 
     treedef: Any
     leaves: tuple[LeafPlan, ...]
+    shifts: tuple[tuple[int, ...], ...]
 
     def matrices(self) -> list[tuple[int, Matrix]]:
         """Returns (position, matrix) of every projected leaf."""
         return [(i, leaf.matrix) for i, leaf in enumerate(self.leaves) if leaf.matrix]
 
+    def flat(self, tree: Any) -> list[Any]:
+        """Returns the tree's leaves by position; None for each if there is no tree."""
+        if tree is None:
+            return [None] * len(self.leaves)
+        return self.treedef.flatten_up_to(tree)
 
-def make_plan(
-    tree: Any,
-    selection: Selection,
-    projector: Projector,
-    state_bytes: Callable[[Matrix | tuple[int, ...]], int],
-) -> Plan:
-    """Decides for every leaf of ``tree`` whether and how it is projected.
-
-    Args:
-      tree: parameters or gradients, arrays or ShapeDtypeStructs, boxed or not.
-      selection: the selection's options.
-      projector: says how large the projections are.
-      state_bytes: bytes of state for a projected matrix, or for a full shape.
-
-    Returns:
-      The plan.
-
-    Raises:
-      ValueError: if a leaf selected explicitly has too large a rank or no axes.
-    """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    numbers = selection.numbers(tree, treedef)
-    shardings = selection.shardings(treedef)
-    leaves = [
-        _plan_leaf(
-            path_string(path),
-            unbox(leaf),
-            given,
-            outside_sharding(path_string(path)) if sharding is None else sharding,
-            selection,
-            projector,
-            state_bytes,
-        )
-        for (path, leaf), given, sharding in zip(flat, numbers, shardings, strict=True)
-    ]
-    return Plan(treedef, tuple(leaves))
-
-
-def _plan_leaf(
-    path, leaf, numbers, sharding, selection, projector, state_bytes
-) -> LeafPlan:
-    if 0 in leaf.shape:
-        return LeafPlan(path, leaf.shape, None, "no elements", 0)
-    full_bytes = state_bytes(leaf.shape)
-    reason = selection.why_full(path, leaf, numbers)
-    if reason is not None:
-        return LeafPlan(path, leaf.shape, None, reason, full_bytes)
-    matrix, reason = _make_matrix(path, leaf, numbers, sharding, selection, projector)
-    if matrix is None:
-        return LeafPlan(path, leaf.shape, None, reason, full_bytes)
-    low_bytes = state_bytes(matrix)
-    if low_bytes >= full_bytes and not selection.explicit(numbers):
-        reason = f"low rank would not save: {low_bytes} >= {full_bytes} bytes"
-        return LeafPlan(path, leaf.shape, None, reason, full_bytes, low_bytes)
-    costs = {}
-    if _RECORDS:  # only a report asks for them
-        parts = axis_parts(sharding, leaf, matrix.rows, matrix.columns)
-        costs = _side_costs(matrix, parts, projector, state_bytes)
-    return LeafPlan(path, leaf.shape, matrix, reason, full_bytes, low_bytes, costs)
-
-
-def _side_costs(matrix, parts, projector, state_bytes) -> dict[str, SideCost]:
-    """Returns both sides' costs; nothing if they are not known, or not ours to choose.
-
-    A projector with a side of its own knows when its map crosses no border.
-    """
-    if parts is None or projector.side_of(matrix, parts) is not None:
-        return {}
-    costs = {}
-    for side, count in zip(("left", "right"), parts, strict=True):
-        seen = dataclasses.replace(matrix.seen_from(side), block=0)
-        projected = math.prod(seen.batch_shape) * seen.rank * seen.n
-        costs[side] = SideCost(state_bytes(seen), 4 * projected * (count != 1))
-    return costs
-
-
-def _make_matrix(path, leaf, numbers, sharding, selection, projector):
-    batch, shared, rows, columns, reduction_is_rows = selection.axes(
-        path, leaf, numbers
-    )
-    draft = Matrix(
-        path,
-        tuple(leaf.shape),
-        batch,
-        rows,
-        columns,
-        "left",
-        1,
-        reduction_is_rows=reduction_is_rows,
-    )
-    m, n = draft.m, draft.n
-    parts = axis_parts(sharding, leaf, rows, columns)
-    own = projector.side_of(draft, parts)
-    if own is not None and selection.side != "short":
-        raise ValueError(
-            f"lro.{type(projector).__name__} works along an axis of its own; got "
-            f"side={selection.side!r} besides. Say it as the projector's axis alone."
-        )
-    side = own or selection.resolve_side(m, n, reduction_is_rows, parts)
-    draft = draft.seen_from(side)
-    r, largest = projector.rank_of(draft), projector.largest_rank(draft)
-    if r > largest:
-        if not selection.explicit(numbers) and not selection.clip_rank:
-            return None, f"rank {r} exceeds min(m, n)={largest}"
-        if not selection.clip_rank:
+    def check(self, updates: Any) -> None:
+        """Raises if the gradients are no tree like the parameters."""
+        structure = jax.tree.structure(updates, is_leaf=is_box)
+        if structure != self.treedef:
             raise ValueError(
-                f"Leaf {path!r} of shape {tuple(leaf.shape)} is a {m} x {n} matrix and "
+                "Gradients and parameters must be trees of the same structure; got "
+                f"gradients {structure} and parameters {self.treedef}."
+            )
+        for leaf, update in zip(self.leaves, self.flat(updates), strict=True):
+            if unbox(update).shape != leaf.shape:
+                raise ValueError(
+                    f"The gradient of leaf {leaf.path!r} has shape "
+                    f"{unbox(update).shape}, its parameter {leaf.shape}; they must be "
+                    "the same."
+                )
+
+    def boxed_like(self, boxes: list[Any], low: list[Any]) -> list[Any]:
+        """Puts what the inner optimizer sees into boxes like the leaves' own."""
+        return [
+            rebox(box, x, leaf.matrix.batch_axes + leaf.matrix.low_axes)
+            if leaf.matrix
+            else refill(box, x)
+            for leaf, box, x in zip(self.leaves, boxes, low, strict=True)
+        ]
+
+    def leaves_of(
+        self, bracket: Bracket, gradients: list[Any]
+    ) -> list[LowLeaf | FullLeaf]:
+        """Returns what opens and closes every leaf."""
+        full = FullLeaf(bracket.dtype)
+        return [
+            low_leaf(bracket, leaf.matrix, unbox(gradient).dtype, leaf.in_turn, shift)
+            if leaf.matrix
+            else full
+            for leaf, gradient, shift in zip(
+                self.leaves, gradients, self.shifts, strict=True
+            )
+        ]
+
+    def split(self, bracket: Bracket, low: list[Any]) -> tuple[Any, Any]:
+        """Returns the trees of the inner and of the ``full`` transformation.
+
+        Leaves without elements are hidden from both.
+        """
+
+        def tree(shown: Callable[[LeafPlan], bool]) -> Any:
+            return self.treedef.unflatten(
+                x if shown(leaf) and not leaf.empty else optax.MaskedNode()
+                for leaf, x in zip(self.leaves, low, strict=True)
+            )
+
+        if bracket.full is None:
+            return tree(lambda leaf: True), ()
+        return (
+            tree(lambda leaf: leaf.matrix is not None),
+            tree(lambda leaf: leaf.matrix is None),
+        )
+
+
+def low_leaf(
+    bracket: Bracket,
+    matrix: Matrix,
+    update_dtype: Any = None,
+    in_turn: bool = False,
+    shift: tuple[int, ...] = (),
+) -> LowLeaf:
+    """Returns a projected leaf; without the last three, for shapes alone."""
+    projector = bracket.projector
+    if matrix.side == "both":
+        projector = two_sided(projector)
+    shift = shift or (0,) * math.prod(matrix.batch_shape)
+    return LowLeaf(
+        matrix,
+        projector.for_leaf(matrix.path),
+        bracket.transport,
+        bracket.recovery,
+        bracket.scale,
+        bracket.dtype,
+        update_dtype,
+        in_turn,
+        # Python's own hash of a string differs from process to process.
+        np.asarray(zlib.crc32(matrix.path.encode()), np.uint32),
+        np.asarray(shift, np.int32).reshape(matrix.batch_shape),
+    )
+
+
+class Planner:
+    """Makes plans for one bracket, each structure's once.
+
+    Attributes:
+      bracket: the bracket's slots.
+      selection: which leaves are projected.
+      stagger: whether the refreshes of different matrices are spread over the gap.
+      seed: seed of the bracket's random numbers.
+    """
+
+    def __init__(
+        self, bracket: Bracket, selection: Selection, stagger: bool, seed: int
+    ):
+        self.bracket, self.selection = bracket, selection
+        self.stagger, self.seed = stagger, seed
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(self, tree: Any, layers: int | None = None) -> Plan:
+        """Decides from shapes alone what happens to every leaf of ``tree``.
+
+        Args:
+          tree: parameters or gradients, arrays or ShapeDtypeStructs, boxed or not.
+          layers: how many layers the whole stacks have, of which the leaves are one.
+
+        Raises:
+          ValueError: if a leaf selected explicitly has too large a rank or no axes.
+        """
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+        infos = tuple(_info(unbox(leaf), layers) for _, leaf in flat)
+        key = treedef, infos, layers
+        if key not in self._plans:
+            paths = [path_string(path) for path, _ in flat]
+            self._plans[key] = self._decide(tree, treedef, paths, infos, layers)
+        return self._plans[key]
+
+    def _decide(self, tree, treedef, paths, infos, layers) -> Plan:
+        numbers = self.selection.numbers(tree, treedef)
+        shardings = self.selection.shardings(treedef)
+        leaves = tuple(map(self._leaf, paths, infos, numbers, shardings))
+        shifts = _shifts(leaves, self.bracket.projector.update_proj_gap, self.stagger)
+        if layers is not None:
+            if self.stagger:
+                raise ValueError(
+                    "stagger=True spreads refreshes over all matrices of a tree, and a "
+                    "layer-wise step sees one layer of it at a time. Use stagger=False."
+                )
+            leaves = tuple(map(_of_one_layer, leaves))
+            shifts = tuple(shift[: len(shift) // layers] for shift in shifts)
+        return Plan(treedef, leaves, shifts)
+
+    def _leaf(self, path: str, info: LeafInfo, numbers: Any, sharding: Any) -> LeafPlan:
+        shape, selection = info.shape, self.selection
+        if 0 in shape:
+            return LeafPlan(path, shape, None, "no elements", 0)
+        full_bytes = self.state_bytes(shape)
+        reason = selection.why_full(path, info, numbers)
+        if reason is not None:
+            return LeafPlan(path, shape, None, reason, full_bytes)
+        sharding = info.sharding if sharding is None else sharding
+        matrix, parts, reason = self._matrix(path, info, numbers, sharding)
+        if matrix is None:
+            return LeafPlan(path, shape, None, reason, full_bytes)
+        low_bytes = self.state_bytes(matrix)
+        if low_bytes >= full_bytes and not selection.explicit(numbers):
+            reason = f"low rank would not save: {low_bytes} >= {full_bytes} bytes"
+            return LeafPlan(path, shape, None, reason, full_bytes, low_bytes)
+        # A stack of layers on several devices. Elsewhere all layers at once are faster:
+        # what is lifted need not be written out. If the axis of layers is cut itself,
+        # a loop over it would gather the stack.
+        in_turn = (
+            matrix.batch == (0,)
+            and numbers is None
+            and selection.layer_axis is not None
+            and parts not in (None, (1, 1))
+            and axis_parts(sharding, info, (0,), ()) == (1, 1)
+        )
+        return LeafPlan(
+            path, shape, matrix, reason, full_bytes, low_bytes, in_turn, parts
+        )
+
+    def _matrix(
+        self, path: str, info: LeafInfo, numbers: Any, sharding: Any
+    ) -> tuple[Matrix | None, Parts | None, str]:
+        selection, projector = self.selection, self.bracket.projector
+        batch, shared, rows, columns, reduction_is_rows = selection.axes(
+            path, info, numbers
+        )
+        draft = Matrix(
+            path,
+            info.shape,
+            batch,
+            rows,
+            columns,
+            "left",
+            1,
+            shared,
+            reduction_is_rows,
+        )
+        parts = axis_parts(sharding, info, rows, columns)
+        plain = dataclasses.replace(draft, shared=())  # one of the matrices that share
+        m, n = plain.m, plain.n
+        own = projector.side_of(plain, parts)
+        if own is not None and selection.side != "short":
+            raise ValueError(
+                f"lro.{type(projector).__name__} works along an axis of its own; got "
+                f"side={selection.side!r} besides. Say it as the projector's axis "
+                "alone."
+            )
+        side = own or selection.resolve_side(m, n, reduction_is_rows, parts)
+        plain = plain.seen_from(side)
+        r, largest = projector.rank_of(plain), projector.largest_rank(plain)
+        explicit = selection.explicit(numbers)
+        if r > largest and not selection.clip_rank:
+            if not explicit:
+                return None, parts, f"rank {r} exceeds min(m, n)={largest}"
+            raise ValueError(
+                f"Leaf {path!r} of shape {info.shape} is a {m} x {n} matrix and "
                 f"was selected explicitly, but rank={r} exceeds min(m, n)={largest}. "
                 "Lower the rank (a fraction such as rank=0.25 adapts to each leaf), "
                 "leave the leaf out of the selection, or pass clip_rank=True to run it "
                 "at r=min(m, n)."
             )
-        r = largest
-    chosen = "explicitly" if selection.explicit(numbers) else "by the default rule"
-    matrix = dataclasses.replace(
-        draft,
-        rank=r,
-        shared=shared,
-        block=projector.block_of(draft),
-        in_turn=_in_turn(draft, numbers, sharding, leaf, selection),
+        chosen = "explicitly" if explicit else "by the default rule"
+        matrix = dataclasses.replace(
+            plain, rank=min(r, largest), shared=shared, block=projector.block_of(plain)
+        )
+        return matrix, parts, f"selected {chosen}"
+
+    def state_bytes(self, leaf: Matrix | tuple[int, ...]) -> int:
+        """Returns the state bytes of one projected matrix, or of one full leaf."""
+        bracket = self.bracket
+
+        def full() -> Any:
+            tx = transformation(bracket.full or bracket.inner)
+            return tx.init(jnp.zeros(leaf, bracket.dtype))
+
+        def low(matrix: Matrix) -> Any:
+            door = low_leaf(bracket, matrix)
+            kept = door.start()
+            zeros = self.low_zeros(door, kept.stored)
+            inner = transformation(bracket.inner).init(zeros)
+            return kept, inner, start_recovery(door, jnp.zeros(matrix.shape))
+
+        make = functools.partial(low, leaf) if isinstance(leaf, Matrix) else full
+        shapes = jax.eval_shape(make)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+    def low_zeros(self, door: LowLeaf, stored: Any) -> Array:
+        """Returns zeros in the shape of a leaf's projection."""
+
+        def project(stored: Any) -> Array:
+            at = door.at(Clock(jnp.int32(0), jnp.bool_(True), self.key_data(), 0))
+            zeros = jnp.zeros(door.matrix.shape, door.dtype)
+            basis = door.basis(at, stored)
+            return door.down(at, stored, basis, door.matrix.operand(zeros))
+
+        return jnp.zeros(jax.eval_shape(project, stored).shape, door.dtype)
+
+    def key_data(self) -> Array:
+        """Returns the key that a fresh bracket starts with."""
+        return jax.random.key_data(jax.random.key(self.seed, impl=PRNG))
+
+
+def _info(leaf: Any, layers: int | None) -> LeafInfo:
+    shape = tuple(leaf.shape)
+    if layers is not None and shape:
+        shape = (layers, *shape[1:])
+    return LeafInfo(shape, jnp.dtype(leaf.dtype), explicit_sharding(leaf))
+
+
+def _of_one_layer(leaf: LeafPlan) -> LeafPlan:
+    """Returns the plan of a stack's layer, which comes as a stack of one."""
+    if leaf.matrix is None or not leaf.shape:
+        return leaf
+    shape = (1, *leaf.shape[1:])
+    matrix = dataclasses.replace(leaf.matrix, shape=shape)
+    return dataclasses.replace(leaf, shape=shape, matrix=matrix, in_turn=False)
+
+
+def _shifts(
+    leaves: tuple[LeafPlan, ...], gap: int, stagger: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Spreads the refreshes of all matrices evenly over the gap, or not at all."""
+    counts = [
+        math.prod(leaf.matrix.batch_shape) if leaf.matrix else 0 for leaf in leaves
+    ]
+    total, starts = max(sum(counts), 1), np.cumsum([0, *counts])
+    return tuple(
+        tuple(
+            -(int(start + i) * gap // total) % gap if stagger else 0
+            for i in range(count)
+        )
+        for start, count in zip(starts, counts, strict=False)
     )
-    return matrix, f"selected {chosen}"
 
 
-def _in_turn(draft: Matrix, numbers, sharding, leaf, selection: Selection) -> bool:
-    """Whether the leaf is a stack of layers, and its matrices lie on several devices.
+def start(planner: Planner, params: Any) -> Any:
+    """Returns the state of a fresh bracket."""
+    plan, bracket = planner.plan(params), planner.bracket
+    boxes = plan.flat(params)
+    leaves = plan.leaves_of(bracket, boxes)
+    low: list[Any] = [cast(unbox(box), bracket.dtype) for box in boxes]
+    basis: list[Any] = [optax.MaskedNode()] * len(boxes)
+    pending, recovery = list(basis), list(basis)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, LowLeaf):
+            first = leaf.start()
+            low[i] = planner.low_zeros(leaf, first.stored)
+            basis[i] = box_basis(boxes[i], first.stored, leaf)
+            pending[i] = first.pending
+            recovery[i] = start_recovery(leaf, boxes[i])
+    inner, full = plan.split(bracket, plan.boxed_like(boxes, low))
+    inner_state = transformation(bracket.inner).init(inner)
+    if plan.matrices():
+        _check_moments(bracket, inner_state)
+    state = SubspaceState(
+        jnp.zeros([], jnp.int32),
+        planner.key_data(),
+        plan.treedef.unflatten(basis),
+        plan.treedef.unflatten(pending),
+        inner_state,
+        () if bracket.full is None else transformation(bracket.full).init(full),
+        () if bracket.recovery is None else plan.treedef.unflatten(recovery),
+    )
+    return Described(state, plan, planner) if _DESCRIBING.get() else state
 
-    Elsewhere all layers at once are faster: what is lifted need not be written out. If
-    the axis of layers is cut itself, a loop over it would gather the stack.
+
+def _check_moments(bracket: Bracket, inner_state: Any) -> None:
+    """Raises if the parts want of the inner optimizer's state what it does not have."""
+    if bracket.transport.moves and not any(find(inner_state).groups):
+        raise ValueError(
+            "This transport moves moments, but the inner optimizer's state has none "
+            f"(no field {', '.join(FIELDS)}). Use an inner optimizer with "
+            "moments, such as optax.scale_by_adam(), or transport=lro.align_signs(). "
+            "A state type of your own can be named with lro.register_moments."
+        )
+    recovery = bracket.recovery
+    if recovery is None or recovery.accumulates:
+        return
+    if optax.tree_utils.tree_get(inner_state, "mini_step") is not None:
+        raise ValueError(
+            f"{type(recovery).__name__} does not work around an accumulation inside "
+            "the bracket. Put optax.MultiSteps around the whole optimizer instead."
+        )
+
+
+# Whether `init` describes its brackets: for reports, which look into any nesting of
+# transformations. What a step computes does not depend on it.
+_DESCRIBING = contextvars.ContextVar("describing", default=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A bracket's state where it stands in an optimizer's, with its plan.
+
+    Attributes:
+      state: the state.
+      plan: what happens to every leaf.
+      planner: the bracket and its options.
     """
-    if draft.batch != (0,) or numbers is not None or selection.layer_axis is None:
-        return False
-    parts = axis_parts(sharding, leaf, draft.rows, draft.columns)
-    return parts not in (None, (1, 1)) and axis_parts(sharding, leaf, (0,), ()) == (
-        1,
-        1,
-    )
+
+    state: SubspaceState
+    plan: Plan = dataclasses.field(metadata={"static": True})
+    planner: Planner = dataclasses.field(metadata={"static": True})
 
 
-class Record(NamedTuple):
-    """One bracket at its initialisation: its plan, itself, and its first state."""
-
-    plan: Plan
-    bracket: Any
-    state: Any
-
-
-_RECORDS: list[list[Record]] = []
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Collects every bracket that is initialised inside the with block."""
-    records: list[Record] = []
-    _RECORDS.append(records)
+def described(tx: Any, params: Any) -> Any:
+    """Returns the shapes of ``tx.init(params)``, a ``Described`` for every bracket."""
+    token = _DESCRIBING.set(True)
     try:
-        yield records
+        # A function of its own: eval_shape remembers those that it has traced.
+        return jax.eval_shape(lambda params: tx.init(params), params)
     finally:
-        _RECORDS.pop()
-
-
-def record(plan: Plan, bracket: Any, state: Any) -> None:
-    """Hands a bracket to the innermost ``recording`` block, if there is one."""
-    if _RECORDS:
-        _RECORDS[-1].append(Record(plan, bracket, state))
-
-
-def abstract_init(tx: Any, params: Any) -> Any:
-    """Returns the shapes of ``tx.init(params)``, tracing it anew each time.
-
-    ``jax.eval_shape`` remembers a function it has traced and would then not call
-    it, and nothing would be recorded.
-    """
-    return jax.eval_shape(lambda params: tx.init(params), params)
+        _DESCRIBING.reset(token)

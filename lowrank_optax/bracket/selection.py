@@ -14,10 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import (
-    MatrixDimensionNumbers,
-    Parts,
-)
+from lowrank_optax.leaves.matrix import MatrixDimensionNumbers, Parts
 
 SIDES = ("short", "long", "left", "right", "both", "auto")
 _NEVER_KEYS = ("scale", "bias")
@@ -207,11 +204,7 @@ def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
 def axis_parts(sharding, leaf, rows, columns) -> Parts | None:
     """Returns how rows and columns are sharded, None if not known."""
     if sharding is None:
-        sharding = getattr(
-            jax.typeof(leaf) if _is_array(leaf) else leaf, "sharding", None
-        )
-        if not getattr(getattr(sharding, "mesh", None), "explicit_axes", ()):
-            return None
+        return None
     spec = getattr(sharding, "spec", sharding)
     if not isinstance(spec, jax.sharding.PartitionSpec):
         return None
@@ -234,7 +227,3 @@ def mesh_axes(name: Any) -> tuple[str, ...]:
     if name is None:
         return ()
     return name if isinstance(name, tuple) else (name,)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array)

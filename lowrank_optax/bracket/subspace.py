@@ -1,7 +1,7 @@
-"""THE combinator: an Optax transformation run inside a low-rank subspace.
+"""``subspace``: an Optax transformation run inside a low-rank subspace.
 
-Read ``_step`` first: every method of this library is that function with one part
-chosen for each slot.
+Read ``step`` first: every method of this library is that function with one part chosen
+for each slot.
 """
 
 import functools
@@ -12,29 +12,46 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax._meshes import under_auto_axes
-from lowrank_optax.bracket.handed import hands_arrays_over
-from lowrank_optax.bracket.plan import Plan
+from lowrank_optax._meshes import explicit_like
+from lowrank_optax.bracket.leaf import (
+    Clock,
+    FullLeaf,
+    Kept,
+    LowLeaf,
+    Moments,
+    Opened,
+    cast,
+    stepped,
+    summed,
+    when,
+)
+from lowrank_optax.bracket.plan import Plan, Planner, start
 from lowrank_optax.bracket.selection import Selection
-from lowrank_optax.bracket.state import Bracket
-from lowrank_optax.bracket.trees import Leaves
-from lowrank_optax.leaves.part import transformation
-from lowrank_optax.leaves.slices import with_layer
+from lowrank_optax.bracket.state import Bracket, SubspaceState, SubspaceView
+from lowrank_optax.leaves import moments as leaf_moments
+from lowrank_optax.leaves.matrix import (
+    is_altered,
+    refill,
+    refill_tree,
+    restore,
+    unbox,
+    unbox_tree,
+)
+from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport, align_signs
 
 
-@hands_arrays_over
 def subspace(
     projector: Projector,
-    inner: optax.GradientTransformation | optax.MultiSteps,
+    inner: optax.GradientTransformation | optax.MultiSteps | Made,
     *,
     transport: Transport | None = None,
     recovery: Recovery | None = None,
     scale: Any = 1.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    full: optax.GradientTransformation | optax.MultiSteps | None = None,
+    full: optax.GradientTransformation | optax.MultiSteps | Made | None = None,
     selection: Selection | None = None,
     dtype: Any = jnp.float32,
     stagger: bool = False,
@@ -104,61 +121,237 @@ def subspace(
         )
     bracket = Bracket(
         projector,
-        _transformation("inner", inner),
+        _checked("inner", inner),
         transport,
         recovery,
-        None if full is None else _transformation("full", full),
-        selection or Selection(),
+        None if full is None else _checked("full", full),
         scale,
         learning_rate,
         dtype,
-        stagger,
-        seed,
+    )
+    planner = Planner(bracket, selection or Selection(), stagger, seed)
+
+    def init(params: Any) -> SubspaceState:
+        return start(planner, params)
+
+    def update(updates, state, params=None, *, layer=None, **extra_args):
+        layers = None if layer is None else layer.layers
+        like = updates if params is None else params
+        plan = planner.plan(like, layers)
+        plan.check(updates)
+        if _is_altered(plan, state):
+            state = restore(state, lambda: start(planner, like))
+        # The bracket goes along as an argument, and its arrays with it: on an Explicit
+        # mesh, those that the step had closed over would keep their explicit type.
+        args = (bracket, updates, state, params, layer, extra_args)
+        return explicit_like((updates, state), functools.partial(step, plan), *args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def step(
+    plan: Plan,
+    bracket: Bracket,
+    updates: Any,
+    state: SubspaceState,
+    params: Any,
+    layer: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, SubspaceState]:
+    """One step of the bracket.
+
+    Every leaf is opened: viewed as matrices, its basis renewed if that is due, its
+    moments carried over, itself projected. The inner optimizer runs on the results.
+    Every leaf is closed: completed from outside the subspace, lifted, turned back.
+    """
+    clock, gain = Clock.of(state, layer), bracket.gain(state.count)
+    gradients, weights = plan.flat(updates), plan.flat(params)
+    leaves = plan.leaves_of(bracket, gradients)
+    kept, moments = _kept(plan, bracket, state), _moments(plan, state, leaves)
+
+    opened = [
+        leaf.open(clock, unbox(g), unbox(w), k, m)
+        for leaf, g, w, k, m in zip(
+            leaves, gradients, weights, kept, moments, strict=True
+        )
+    ]
+
+    view = _view(plan, bracket, state, leaves, opened, weights)
+    directions, inner_state, full_state = _inner(
+        plan, bracket, state, view, opened, gradients, params, extra_args
     )
 
-    def update(updates, state, params=None, **extra_args):
-        plan = bracket.plan(updates if params is None else params)
-        step = functools.partial(_step, bracket, plan)
-        step, extra_args = with_layer(step, extra_args)
-        return under_auto_axes(step, updates, state, params, extra_args)
+    done = summed(inner_state)
+    seen = _seen(plan, bracket, inner_state, view)
+    closed = [
+        leaf.close(clock, o, d, k, m, gain, done)
+        for leaf, o, d, k, m in zip(leaves, opened, directions, kept, seen, strict=True)
+    ]
+    new_updates, kept = _completed(plan, bracket, gradients, closed, kept, gain, done)
 
-    return optax.GradientTransformationExtraArgs(bracket.init, update)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    new_state = SubspaceState(
+        count if done is None else jnp.where(done, count, state.count),
+        state.key,
+        _boxed(plan, state.basis, [k.stored for k in kept]),
+        _boxed(plan, state.pending, [k.pending for k in kept]),
+        inner_state,
+        full_state,
+        _boxed(plan, state.recovery_state, [k.recovery for k in kept]),
+    )
+    return new_updates, new_state
 
 
-def _step(bracket: Bracket, plan: Plan, updates, state, params, extra_args):
-    """One step of the bracket. The comments number the lines of the design."""
-    leaves = Leaves(bracket, plan, updates, state, params)
+def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
+    """Returns what the state has of every leaf, out of its boxes."""
+    recovery = plan.flat(state.recovery_state or None)
+    if bracket.recovery is not None and not bracket.recovery.whole:
+        recovery = map(unbox_tree, recovery)
+    stored = map(unbox_tree, plan.flat(state.basis))
+    return list(map(Kept, stored, plan.flat(state.pending), recovery))
 
-    # 1. matrix view of every projected leaf, and what the recovery adds to it
-    gradients = leaves.enter(leaves.view(updates))
-    # 2. a new basis where one is due, and 3. the moments carried over to it
-    with jax.named_scope("lowrank/refresh"):
-        renewed, transported = leaves.refresh(gradients)
-    # 4. project
-    with jax.named_scope("lowrank/project"):
-        bases = leaves.bases(renewed)
-        projected = leaves.down(renewed, gradients)
-    # 5. the inner optimizer, in the subspace and on the full leaves
+
+def _boxed(plan: Plan, before: Any, leaves: list[Any]) -> Any:
+    """Returns the leaves' states as one tree, each in the boxes of the one before."""
+    if isinstance(before, tuple) and not before:
+        return ()
+    boxes = plan.flat(before)
+    return plan.treedef.unflatten(map(refill_tree, boxes, leaves))
+
+
+def _moments(
+    plan: Plan, state: SubspaceState, leaves: list[LowLeaf | FullLeaf]
+) -> list[Any]:
+    """Returns the moments that a refresh reads or moves, per leaf."""
+    reads = [isinstance(leaf, LowLeaf) and leaf.reads_moments for leaf in leaves]
+    if not any(reads):
+        return [()] * len(leaves)
+    groups = leaf_moments.find(state.inner_state).groups
+    return [
+        leaf_moments.of_leaf(groups, plan.treedef, i) if read else ()
+        for i, read in enumerate(reads)
+    ]
+
+
+def _view(
+    plan: Plan,
+    bracket: Bracket,
+    state: SubspaceState,
+    leaves: list[LowLeaf | FullLeaf],
+    opened: list[Opened],
+    weights: list[Any],
+) -> SubspaceView:
+    """Gathers what inner transformations may read, the moments carried over."""
+    carried = state.inner_state
+    if bracket.transport.moves and plan.matrices():
+        moments = leaf_moments.find(carried)
+        moved = {i: opened[i].renewed.moments for i, _ in plan.matrices()}
+        groups = leaf_moments.with_leaves(moments.groups, plan.treedef, moved)
+        carried = moments.rebuild(groups)
+    tree = plan.treedef.unflatten
+    matrices = [leaf.matrix for leaf in plan.leaves]
+    params = [
+        unbox(w) if matrix is None or w is None else matrix.view(unbox(w))
+        for matrix, w in zip(matrices, weights, strict=True)
+    ]
+    return SubspaceView(
+        gradient=tree(o.array for o in opened),
+        params=None if None in weights else tree(params),
+        projected=tree(o.low for o in opened),
+        basis=tree(o.basis for o in opened),
+        previous_basis=tree(o.previous for o in opened),
+        state_before=state.inner_state,
+        state_transported=carried,
+        matrices=tree(matrices),
+    )
+
+
+def _inner(
+    plan: Plan,
+    bracket: Bracket,
+    state: SubspaceState,
+    view: SubspaceView,
+    opened: list[Opened],
+    gradients: list[Any],
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[list[Any], Any, Any]:
+    """Runs the inner transformation, and ``full`` on the leaves left to it."""
+    low, rest = plan.split(bracket, plan.boxed_like(gradients, [o.low for o in opened]))
+    low_params = rest_params = None
+    if params is not None:
+        weights = plan.boxed_like(gradients, [o.low_weights for o in opened])
+        low_params, rest_params = plan.split(bracket, weights)
     with jax.named_scope("lowrank/inner"):
-        view = leaves.subspace_view(gradients, bases, projected, transported)
-        directions, inner_state, full_state = leaves.inner(view, renewed, extra_args)
-    # 6. recover (and step, if the learning rate is ours), 7. backproject
-    with jax.named_scope("lowrank/backproject"):
-        lifted, recovery_state = leaves.lift(
-            view, gradients, directions, renewed, inner_state
+        directions, inner_state = transformation(bracket.inner).update(
+            low, view.state_transported, low_params, **{**extra_args, "subspace": view}
         )
-        directions = leaves.descend(directions)
-    # 8. undo the matrix view, 9. back to the gradient's dtype
-    new_updates = leaves.undo(lifted, directions)
-    # 10. move the bases that move after use, and store
-    with jax.named_scope("lowrank/advance"):
-        renewed = leaves.advance(renewed, gradients, view, inner_state)
-    return new_updates, leaves.state(renewed, inner_state, full_state, recovery_state)
+        directions, full_state = plan.flat(directions), ()
+        if bracket.full is not None:
+            others, full_state = transformation(bracket.full).update(
+                rest, state.full_state, rest_params, **extra_args
+            )
+            directions = [
+                d if leaf.matrix else other
+                for leaf, d, other in zip(
+                    plan.leaves, directions, plan.flat(others), strict=True
+                )
+            ]
+    return [unbox(d) for d in directions], inner_state, full_state
 
 
-def _transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
-    tx = transformation(tx)
+def _seen(
+    plan: Plan, bracket: Bracket, inner_state: Any, view: SubspaceView
+) -> list[Moments]:
+    """Returns the moments that a recovery may read, per leaf."""
+    if bracket.recovery is None:
+        return [Moments()] * len(plan.leaves)
+    groups = [
+        leaf_moments.find(state, factors=True).groups
+        for state in (inner_state, view.state_transported, view.state_before)
+    ]
+    return [
+        Moments(*(leaf_moments.of_leaf(group, plan.treedef, i) for group in groups))
+        if leaf.matrix
+        else Moments()
+        for i, leaf in enumerate(plan.leaves)
+    ]
+
+
+def _completed(
+    plan: Plan,
+    bracket: Bracket,
+    gradients: list[Any],
+    closed: list[tuple[Any, Any, Kept]],
+    before: list[Kept],
+    gain: Any,
+    done: Any,
+) -> tuple[Any, list[Kept]]:
+    """Returns the updates, with what a recovery makes of whole leaves, in boxes."""
+    updates, kept = [], []
+    for g, (update, outside, new), old in zip(gradients, closed, before, strict=True):
+        if outside is not None:
+            assert bracket.recovery is not None
+            term, state = bracket.recovery.update_whole(
+                refill(g, outside), old.recovery
+            )
+            update = cast(update + stepped(unbox(term), gain), unbox(g).dtype)
+            new = new._replace(recovery=when(done, state, old.recovery))
+        updates.append(refill(g, update))
+        kept.append(new)
+    return plan.treedef.unflatten(updates), kept
+
+
+def _is_altered(plan: Plan, state: SubspaceState) -> bool:
+    """Whether ``nnx.Optimizer`` has put mappings in the place of tuples."""
+    return is_altered(
+        plan.treedef, state.basis, state.recovery_state
+    ) or leaf_moments.are_altered(plan.treedef, state.inner_state)
+
+
+def _checked(name: str, tx: Any) -> Any:
+    """Checks what is given as a transformation; what is yet to be made, once made."""
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
-    tx = _checks.transformation(name, tx, "scale_by_adam()")
-    return optax.with_extra_args_support(tx)
+    _checks.transformation(name, transformation(tx), "scale_by_adam()")
+    return tx if isinstance(tx, Made) else optax.with_extra_args_support(tx)

@@ -20,7 +20,7 @@ from lowrank_optax._meshes import explicit_like, explicit_mesh
 from lowrank_optax.distributed.compression import Channel, Compression, LeafTraffic
 from lowrank_optax.distributed.mapped import check_averaging, varying
 from lowrank_optax.leaves.matrix import is_box, path_string, refill, unbox
-from lowrank_optax.linalg.layout import wide
+from lowrank_optax.linalg.products import wide
 from lowrank_optax.shapes.report import aligned
 
 

@@ -12,14 +12,8 @@ from jaxtyping import Array
 from lowrank_optax.bracket.plan import LeafPlan, Record, recording
 from lowrank_optax.bracket.refresh import Clock, LeafBasis, Refresher
 from lowrank_optax.bracket.state import Bracket, SubspaceState, clock_of
-from lowrank_optax.leaves.matrix import (
-    Matrix,
-    is_box,
-    path_string,
-    unbox,
-    unbox_tree,
-)
-from lowrank_optax.linalg.layout import gram, wide
+from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox, unbox_tree
+from lowrank_optax.linalg.products import gram, wide
 
 
 @dataclasses.dataclass(frozen=True)

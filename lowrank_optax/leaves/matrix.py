@@ -1,4 +1,4 @@
-"""How a leaf is seen as a stack of matrices, and its metadata box kept."""
+"""``Matrix``: a leaf seen as a stack of matrices, and the box around a leaf."""
 
 import dataclasses
 import math
@@ -8,10 +8,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+
+from lowrank_optax.linalg.products import Operand
 
 # Into how many parts rows and columns are sharded; 0 where the number is not known, or
 # where a part is no run of consecutive rows (columns).
 Parts = tuple[int, int]
+
+
+class Axes(tuple):
+    """For each axis of an array of the state, the axes of the parameter behind it.
+
+    ``()`` where there is none, as for the vectors of a basis. A leaf in a tree.
+    """
+
+    def __add__(self, other: tuple) -> "Axes":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the axes of an array with those of both."""
+        return Axes((*self, *other))
 
 
 class MatrixDimensionNumbers(NamedTuple):
@@ -39,7 +53,8 @@ class Matrix:
     """One leaf seen as a stack of matrices ``[*batch, m, n]``, basis on the left.
 
     Attributes:
-      path: the leaf's path, keys joined by "/".
+      path: the leaf's path, keys joined by "/", for messages. Matrices that differ in
+        it alone are equal: one trace serves them all.
       shape: the leaf's shape as stored.
       batch: axes that only count matrices (layers, experts, heads).
       rows: stored axes that form the matrix' rows.
@@ -51,12 +66,9 @@ class Matrix:
       reduction_is_rows: whether the rows are what a layer sums over.
       block: how many rows of the view make up one row of the projection, in order; 0
         where every row has a part in it.
-      in_turn: whether the first axis counts layers that are worked on one after
-        another, so that what one of them takes is there once: of a stack on several
-        devices, if its sharding is known.
     """
 
-    path: str
+    path: str = dataclasses.field(compare=False)
     shape: tuple[int, ...]
     batch: tuple[int, ...]
     rows: tuple[int, ...]
@@ -66,7 +78,6 @@ class Matrix:
     shared: tuple[int, ...] = ()
     reduction_is_rows: bool = True
     block: int = 0
-    in_turn: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -94,16 +105,20 @@ class Matrix:
         return self._size(self._kept)
 
     @property
-    def basis_axes(self) -> tuple[tuple[int, ...], ...]:
-        """For each axis of a basis ``[*batch, m, r]`` the stored axes behind it."""
-        return (*((axis,) for axis in self.batch), self._projected, ())
+    def batch_axes(self) -> "Axes":
+        """For each batch axis the stored axis behind it."""
+        return Axes((axis,) for axis in self.batch)
 
     @property
-    def low_axes(self) -> tuple[tuple[int, ...], ...]:
-        """For each axis of ``[*batch, r, n]`` the stored axes behind it."""
+    def basis_axes(self) -> "Axes":
+        """For each axis of one basis ``[m, r]`` the stored axes behind it."""
+        return Axes((self._projected, ()))
+
+    @property
+    def low_axes(self) -> "Axes":
+        """For each axis of one projection ``[r, n]`` the stored axes behind it."""
         kept = self.shared if self.side == "both" else self._kept
-        first = self._projected if self.block else ()
-        return (*((axis,) for axis in self.batch), first, kept)
+        return Axes((self._projected if self.block else (), kept))
 
     @property
     def _projected(self) -> tuple[int, ...]:
@@ -127,40 +142,37 @@ class Matrix:
         """Returns the same matrix with its basis on another side."""
         return dataclasses.replace(self, side=side)
 
-    def of_one_layer(self) -> "Matrix":
-        """Returns what ``in_turn`` leaves of the stack."""
-        fields = ("batch", "rows", "columns", "shared")
-        moved = {
-            f: tuple(axis - 1 for axis in getattr(self, f) if axis) for f in fields
-        }
-        return dataclasses.replace(self, shape=self.shape[1:], in_turn=False, **moved)
-
-    def other_side(self, view: jax.Array) -> jax.Array:
+    def other_side(self, view: Operand) -> Operand:
         """Turns the view of ``side="both"`` into the one ``seen_from("right")``."""
-        blocks = view.reshape((*view.shape[:-1], self.blocks, -1))
-        blocks = jnp.moveaxis(blocks, -3, -1)  # [..., blocks, n, m]
-        blocks = jnp.swapaxes(blocks, -3, -2)
-        return blocks.reshape((*blocks.shape[:-2], -1))
+        blocks = view.array.reshape((self.m, self.blocks, -1))
+        # [n, blocks m], as what is seen from the right is the transpose of its storage.
+        other = jnp.transpose(blocks, (2, 1, 0)).reshape((blocks.shape[-1], -1))
+        return Operand.of(other, transposed=True)
 
-    def view(self, leaf: jax.Array) -> jax.Array:
-        """Returns the leaf as ``[*batch, m, n]``."""
+    def operand(self, leaf: Array) -> Operand:
+        """Returns the leaf as ``[*batch, m, n]``, in its stored order."""
         order = self._order
         matrix = leaf if order == tuple(range(leaf.ndim)) else leaf.transpose(order)
         sizes = (self.n, self.m) if self.transposed else (self.m, self.n)
-        return self.flip(matrix.reshape((*self.batch_shape, *sizes)))
+        return Operand(matrix.reshape((*self.batch_shape, *sizes)), self.transposed)
 
-    def flip(self, matrix: jax.Array) -> jax.Array:
-        """Swaps the last two axes if the view does: stored order and back."""
-        return jnp.swapaxes(matrix, -1, -2) if self.transposed else matrix
-
-    def undo(self, matrix: jax.Array) -> jax.Array:
-        """Inverse of ``view``: ``[*batch, m, n]`` back to the stored shape."""
-        matrix = self.flip(matrix)
+    def leaf(self, operand: Operand) -> Array:
+        """Inverse of ``operand``: ``[*batch, m, n]`` back to the stored shape."""
         order = self._order
-        leaf = matrix.reshape(tuple(self.shape[axis] for axis in order))
+        if operand.transposed != self.transposed:
+            operand = Operand.of(operand.array, self.transposed)
+        leaf = operand.stored.reshape(tuple(self.shape[axis] for axis in order))
         if order == tuple(range(leaf.ndim)):
             return leaf
         return leaf.transpose(tuple(np.argsort(order)))
+
+    def view(self, leaf: Array) -> Array:
+        """Returns the leaf as an array ``[*batch, m, n]``."""
+        return self.operand(leaf).array
+
+    def undo(self, matrix: Array) -> Array:
+        """Inverse of ``view``: ``[*batch, m, n]`` back to the stored shape."""
+        return self.leaf(Operand.of(matrix, self.transposed))
 
 
 def path_string(path: tuple[Any, ...]) -> str:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax.linalg.layout import HIGHEST, as_stored, correlate, project, turn
-from lowrank_optax.linalg.orthogonalize import cholesky_qr, newton_schulz
+from lowrank_optax.linalg.bases import cholesky_qr, newton_schulz
+from lowrank_optax.linalg.products import HIGHEST, Operand, inner
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -27,25 +27,21 @@ class Seen(NamedTuple):
     """A gradient seen from a subspace, in units of its largest entry.
 
     Attributes:
-      stored: the gradient as ``layout.as_stored`` returns it, of any scale.
+      gradient: G ``[m, n]``, of any scale.
       peak: its largest absolute entry.
       low: ``A = S^T G / peak``.
-      transposed: whether the gradient's view is the transpose of ``stored``.
     """
 
-    stored: Array
+    gradient: Operand
     peak: Float[Array, ""]
     low: Float[Array, "r n"]
-    transposed: bool
 
 
-def see(
-    gradient: Float[Array, "m n"], basis: Float[Array, "m r"], transposed: bool
-) -> Seen:
+def see(gradient: Array | Operand, basis: Float[Array, "m r"]) -> Seen:
     """Projects a finite gradient that is not zero."""
-    stored = as_stored(gradient, transposed)
-    peak = jnp.max(jnp.abs(stored))
-    return Seen(stored, peak, project(stored, basis, transposed) / peak, transposed)
+    gradient = Operand.of(gradient)
+    peak = gradient.peak
+    return Seen(gradient, peak, gradient.down(basis) / peak)
 
 
 class Geodesic(NamedTuple):
@@ -78,7 +74,7 @@ def descent(
       basis: the subspace.
       seen: the gradient and its projection on this subspace.
     """
-    product = correlate(seen.stored, seen.low, seen.transposed) / seen.peak
+    product = seen.gradient.across(seen.low) / seen.peak
     tangent = horizontal(basis, product)
     v = leading_direction(tangent)
     moved = horizontal(basis, jnp.matmul(tangent, v[:, None], precision=HIGHEST))
@@ -112,7 +108,7 @@ def best_angle(geodesic: Geodesic, seen: Seen) -> Float[Array, ""]:
     ``c = <V^T A, U^T G>``, so its maximum is at ``a = atan2(2 c, p - q) / 2``.
     """
     inside = jnp.matmul(geodesic.v.T, seen.low, precision=HIGHEST)
-    outside = project(seen.stored, geodesic.u, seen.transposed) / seen.peak
+    outside = seen.gradient.down(geodesic.u) / seen.peak
     p, q, c = jnp.sum(inside**2), jnp.sum(outside**2), jnp.sum(inside * outside)
     return 0.5 * jnp.arctan2(2.0 * c, p - q)
 
@@ -134,7 +130,7 @@ def horizontal(
     basis: Float[Array, "m r"], x: Float[Array, "m k"]
 ) -> Float[Array, "m k"]:
     """Returns ``(I - S S^T) X``."""
-    inside = jnp.matmul(turn(basis), x, precision=HIGHEST)
+    inside = inner(basis, x)
     return x - jnp.matmul(basis, inside, precision=HIGHEST)
 
 
@@ -143,7 +139,7 @@ def leading_direction(x: Float[Array, "m r"]) -> Float[Array, "r"]:
 
     Power iteration on the ``r x r`` Gram matrix, by squaring it.
     """
-    gram = jnp.matmul(turn(x), x, precision=HIGHEST)
+    gram = inner(x, x)
 
     def square(_, gram):
         gram = gram / jnp.maximum(jnp.trace(gram), _TINY)

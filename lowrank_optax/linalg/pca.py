@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax.linalg.layout import HIGHEST, as_stored, correlate, gram, turn
+from lowrank_optax.linalg.products import HIGHEST, Operand, gram, outer
 
 
 class Size(NamedTuple):
@@ -15,8 +15,9 @@ class Size(NamedTuple):
     ratio: Array | float = 1.0
 
 
-def frobenius(matrix: Array) -> Size:
+def frobenius(matrix: Array | Operand) -> Size:
     """Returns ``|G|``; both factors are 1 for a zero matrix."""
+    matrix = Operand.of(matrix).stored  # a norm does not mind the order
     peak = jnp.max(jnp.abs(matrix))
     peak = jnp.where(peak > 0, peak, 1.0)
     ratio = jnp.sqrt(jnp.sum(jnp.square(matrix / peak)))
@@ -24,11 +25,10 @@ def frobenius(matrix: Array) -> Size:
 
 
 def pca_gradient(
-    gradient: Float[Array, "m n"],
+    gradient: Array | Operand,
     basis: Float[Array, "m r"],
     low: Float[Array, "r n"],
     size: Size,
-    transposed: bool = False,
 ) -> Float[Array, "m r"]:
     """Returns the derivative by P of ``|P P^T G - G|^2 / size^2``.
 
@@ -36,22 +36,21 @@ def pca_gradient(
     size)``: one product with G, and nothing of size m x n.
 
     Args:
-      gradient: G.
+      gradient: G ``[m, n]``.
       basis: P, any columns.
       low: ``P^T G``, which whoever asks has at hand.
       size: what G is divided by.
-      transposed: whether ``gradient`` is the transpose of a stored array.
     """
-    stored = as_stored(gradient, transposed)
+    gradient = Operand.of(gradient)
     # By halves, so that neither 1e-38 nor 1e38 leaves range, and by factors: XLA makes
     # one divisor of two in a row, and the product may overflow.
     half, share = 1.0 / jnp.sqrt(size.peak), 1.0 / size.ratio
     low = low * half * half * share
-    outer = correlate(stored, low * half, transposed) * half * share
-    inside = jnp.matmul(low, turn(low), precision=HIGHEST)
+    mixed = gradient.across(low * half) * half * share
+    inside = outer(low, low)
     excess = gram(basis) - 2.0 * jnp.eye(basis.shape[1], dtype=basis.dtype)
     pulled = jnp.matmul(basis, inside, precision=HIGHEST)
-    return 2.0 * (pulled + jnp.matmul(outer, excess, precision=HIGHEST))
+    return 2.0 * (pulled + jnp.matmul(mixed, excess, precision=HIGHEST))
 
 
 def penalty_gradient(basis: Float[Array, "m r"]) -> Float[Array, "m r"]:

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax.linalg.layout import HIGHEST
-from lowrank_optax.linalg.orthogonalize import newton_schulz
-from lowrank_optax.linalg.scaling import unit_norm, unit_peak
+from lowrank_optax.linalg.bases import newton_schulz
+from lowrank_optax.linalg.products import HIGHEST, unit_norm, unit_peak
 
 
 def polar_svd(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:

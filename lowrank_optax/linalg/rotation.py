@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.linalg.layout import HIGHEST, by_blocks
+from lowrank_optax.linalg.products import HIGHEST, by_blocks
 
 
 class Rotation(NamedTuple):

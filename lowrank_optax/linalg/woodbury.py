@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lowrank_optax.linalg.layout import HIGHEST
+from lowrank_optax.linalg.products import HIGHEST
 
 
 def solve_member(

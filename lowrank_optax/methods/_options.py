@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
 from lowrank_optax.bracket.chain import project
-from lowrank_optax.bracket.handed import hands_arrays_over
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -39,7 +38,6 @@ def takes(source: Callable[..., Any], *but: str) -> Callable[[Method], Method]:
         names = {p.name for p in named} | set(but)
         more = [p for p in _keywords(source) if p.name not in names]
         signature = own.replace(parameters=[*named, *more])
-        method = hands_arrays_over(method)
         method.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
         return method
 

@@ -5,12 +5,10 @@ from typing import Any
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.bracket.handed import hands_arrays_over
 from lowrank_optax.methods import _recipe
 from lowrank_optax.transforms import quantize_state
 
 
-@hands_arrays_over
 def adamw_8bit(
     learning_rate: optax.ScalarOrSchedule,
     b1: float | Array = 0.9,

@@ -1,15 +1,16 @@
-"""The interface of a projector: how one matrix gets its basis, and how it is used."""
+"""``Projector``: how one matrix gets its basis, and how the basis is used."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import Matrix, Parts
+from lowrank_optax.leaves.matrix import Axes, Matrix, Parts
 from lowrank_optax.leaves.part import Part
-from lowrank_optax.linalg.layout import HIGHEST, turn, turned, wide
+from lowrank_optax.linalg.products import HIGHEST, Operand, up, wide
 from lowrank_optax.linalg.rotation import Rotation
 
 
@@ -38,12 +39,13 @@ class At(NamedTuple):
 class Projector(Part):
     """How one matrix ``[m, n]`` is seen through ``r`` numbers per column.
 
-    A subclass says what it stores (``start``, any tree of arrays), how that is renewed
-    before use (``refresh``, stored by ``pack``) or moved after it (``advance``), and
-    how it becomes the basis ``P [m, r]`` that is used (``basis``). All methods are
-    pure; those see one matrix at a time, ``down`` and ``up`` leading batch axes. The
-    bracket asks when (``is_due``), guards against zero and non-finite gradients, and
-    runs stacks.
+    A subclass says what it stores (``start``, any tree of arrays, and ``axes``, what
+    their axes mean), how that is renewed before use (``refresh``, stored by ``pack``)
+    or moved after it (``advance``), and how it becomes the basis ``P [m, r]`` that is
+    used (``basis``). All methods are pure and see one matrix. The bracket asks when
+    (``is_due``), guards against zero and non-finite gradients, and runs stacks. A
+    gradient comes as an ``Operand``, which multiplies in its stored order; its
+    ``array`` is ``[m, n]``.
 
     Attributes:
       rank: an int, a fraction of min(m, n), or a callable of the leaf's path.
@@ -97,16 +99,35 @@ class Projector(Part):
         """Returns a two-sided projector that is more than one for each side."""
         return None
 
+    def for_leaf(self, path: str) -> "Projector":
+        """Returns the projector of the leaf at this path.
+
+        Leaves share a trace if their projectors and shapes are equal, so that nothing
+        else may look at the path.
+        """
+        del path
+        return self
+
     def start(self, matrix: Matrix) -> Any:
         """Returns what is stored for ONE matrix before its first refresh."""
         raise NotImplementedError
 
+    def axes(self, matrix: Matrix) -> Any:
+        """Returns a tree like ``start``'s, of ``Axes``: what the arrays' axes mean.
+
+        An axis that is not that of the parameter's rows or columns has no name, and no
+        sharding.
+        """
+        return jax.tree.map(
+            lambda x: Axes(((),) * x.ndim), jax.eval_shape(lambda: self.start(matrix))
+        )
+
     def is_due(self, stored: Any, steps: Array) -> Array:
-        """Whether matrices want a refresh; all arrays have a leading axis of them."""
+        """Whether the matrix wants a refresh."""
         del stored
         return steps % self.update_proj_gap == 0
 
-    def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
+    def refresh(self, matrix: Matrix, gradient: Operand, stored: Any, at: At) -> Any:
         """Returns the new basis; ``gradient`` is finite and not zero."""
         raise NotImplementedError
 
@@ -115,7 +136,7 @@ class Projector(Part):
         return new
 
     def advance(
-        self, matrix: Matrix, stored: Any, gradient: Array, projected: Array, at: At
+        self, matrix: Matrix, stored: Any, gradient: Operand, projected: Array, at: At
     ) -> Any:
         """Returns what is stored after ``projected = P^T G`` was used."""
         del matrix, gradient, projected, at
@@ -138,22 +159,16 @@ class Projector(Part):
             "cannot be carried along. Use transport=lro.keep_moments()."
         )
 
-    def down(self, matrix: Matrix, basis: Any, x: Array) -> Array:
-        """Returns ``P^T X``, ``[..., r, n]``."""
+    def down(self, matrix: Matrix, basis: Any, x: Operand) -> Array:
+        """Returns ``P^T X``, ``[r, n]``."""
+        x = Operand.of(x, matrix.transposed)
         dtype = jnp.promote_types(basis.dtype, x.dtype)
-        basis, x = basis.astype(dtype), x.astype(dtype)
-        if matrix.transposed:
-            return turned(jnp.einsum("...nm,...mr->...nr", matrix.flip(x), basis))
-        return jnp.einsum("...rm,...mn->...rn", turn(basis), x)
+        return x.astype(dtype).down(basis.astype(dtype), precision=None)
 
-    def up(self, matrix: Matrix, basis: Any, low: Array) -> Array:
-        """Returns ``P N``, ``[..., m, n]``."""
+    def up(self, matrix: Matrix, basis: Any, low: Array) -> Operand:
+        """Returns ``P N``, ``[m, n]``."""
         dtype = jnp.promote_types(basis.dtype, low.dtype)
-        basis, low = basis.astype(dtype), low.astype(dtype)
-        if matrix.transposed:
-            lifted = jnp.einsum("...nr,...rm->...nm", turn(low), turn(basis))
-            return matrix.flip(lifted)
-        return jnp.einsum("...mr,...rn->...mn", basis, low)
+        return up(basis.astype(dtype), low.astype(dtype), matrix.transposed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,14 +186,27 @@ class BasisProjector(Projector):
         """Starts from the first r unit vectors: valid, and never used for long."""
         return jnp.eye(matrix.m, matrix.rank, dtype=self.basis_dtype)
 
-    def refresh(self, matrix: Matrix, gradient: Array, stored: Array, at: At) -> Array:
+    def axes(self, matrix: Matrix) -> Axes:
+        """Says that the basis has the matrix' rows, and its own vectors."""
+        return matrix.basis_axes
+
+    def refresh(
+        self, matrix: Matrix, gradient: Operand, stored: Array, at: At
+    ) -> Array:
         """Computes the basis in float32 and rounds it to the storage dtype."""
         old = wide(stored)
-        new = self.compute(matrix, gradient.astype(old.dtype), old, at)
-        return new.astype(self.basis_dtype)
+        gradient = Operand.of(gradient, matrix.transposed).astype(old.dtype)
+        return self.renew(matrix, gradient, old, at).astype(self.basis_dtype)
+
+    def renew(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
+        """Returns the new basis ``[m, r]`` in the dtype of ``old``.
+
+        In place of ``compute`` where the gradient enters through products alone.
+        """
+        return self.compute(matrix, gradient.array, old, at)
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
-        """Returns the new basis ``[m, r]`` in the dtype of ``old``."""
+        """Returns the new basis ``[m, r]`` from the gradient as a plain array."""
         raise NotImplementedError
 
     def align(self, old: Array, new: Array) -> Array:

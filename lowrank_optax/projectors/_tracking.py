@@ -7,8 +7,12 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.randomized import block_power, random_start
-from lowrank_optax.linalg.svd import leading_singular_vectors
+from lowrank_optax.linalg.bases import (
+    block_power,
+    leading_singular_vectors,
+    random_start,
+)
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors._protocol import At, BasisProjector
 
 COLD_SWEEPS = 12
@@ -32,22 +36,21 @@ class TrackingProjector(BasisProjector):
         super().__post_init__()
         _checks.choice("cold_start", self.cold_start, self.starts)
 
-    def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
-        """Starts or follows; a branch's operands are taken in stored order."""
-        stored = matrix.flip(gradient)
+    def renew(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
+        """Starts or follows."""
         return jax.lax.cond(
             at.cold,
-            lambda: self.find(matrix, matrix.flip(stored), at),
-            lambda: self.follow(matrix, matrix.flip(stored), old, at),
+            lambda: self.find(matrix, gradient, at),
+            lambda: self.follow(matrix, gradient, old, at),
         )
 
-    def find(self, matrix: Matrix, gradient: Array, at: At) -> Array:
+    def find(self, matrix: Matrix, gradient: Operand, at: At) -> Array:
         """Returns the first basis ``[m, r]``."""
         if self.cold_start == "svd":
-            return leading_singular_vectors(gradient, matrix.rank)
+            return leading_singular_vectors(gradient.array, matrix.rank)
         start = random_start(at.key, matrix.m, matrix.rank, gradient.dtype)
-        return block_power(gradient, start, COLD_SWEEPS, matrix.transposed)
+        return block_power(gradient, start, COLD_SWEEPS)
 
-    def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+    def follow(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Returns the next basis."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.layout import by_blocks, turn
+from lowrank_optax.linalg.products import Operand, back_by_blocks, by_blocks
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 
@@ -55,8 +55,19 @@ class TwoSided(Projector):
             )
         return TwoSidedBasis(left, right)
 
-    def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
+    def axes(self, matrix: Matrix) -> TwoSidedBasis:
+        """Says the same of both sides."""
+        right = self.right.axes(matrix.seen_from("right"))
+        return TwoSidedBasis(self.left.axes(matrix), right)
+
+    def for_leaf(self, path: str) -> "TwoSided":
+        """Returns the two sides' projectors of the leaf."""
+        left, right = self.left.for_leaf(path), self.right.for_leaf(path)
+        return dataclasses.replace(self, left=left, right=right)
+
+    def refresh(self, matrix: Matrix, gradient: Operand, stored: Any, at: At) -> Any:
         """Refreshes each side from its own view of the gradient."""
+        gradient = Operand.of(gradient)
         return TwoSidedBasis(
             self.left.refresh(matrix, gradient, stored.left, at),
             self.right.refresh(
@@ -86,14 +97,14 @@ class TwoSided(Projector):
         right = self.right.rotation(old.right, new.right)
         return Rotation(left.left, right.left)
 
-    def down(self, matrix: Matrix, basis: Any, x: Array) -> Array:
+    def down(self, matrix: Matrix, basis: Any, x: Operand) -> Array:
         """Returns ``P^T X Q``, for every block of X."""
         rows = self.left.down(matrix, basis.left, x)
         return by_blocks(rows, basis.right.astype(rows.dtype))
 
-    def up(self, matrix: Matrix, basis: Any, low: Array) -> Array:
+    def up(self, matrix: Matrix, basis: Any, low: Array) -> Operand:
         """Returns ``P N Q^T``, for every block of N."""
-        rows = by_blocks(low, turn(basis.right).astype(low.dtype))
+        rows = back_by_blocks(low, basis.right.astype(low.dtype))
         return self.left.up(matrix, basis.left, rows)
 
 

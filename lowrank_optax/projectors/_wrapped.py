@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix, Parts
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors._protocol import BasisProjector, Projector
 from lowrank_optax.projectors._two_sided import two_sided
 
@@ -32,6 +33,10 @@ class Wrapped(Projector):
         """As inside."""
         return self.projector.orthonormal
 
+    def for_leaf(self, path: str) -> Projector:
+        """Returns the same around the projector of the leaf."""
+        return dataclasses.replace(self, projector=self.projector.for_leaf(path))
+
     def side_of(self, matrix: Matrix, parts: Parts | None) -> str | None:
         """As inside."""
         return self.projector.side_of(matrix, parts)
@@ -52,11 +57,11 @@ class Wrapped(Projector):
         """Returns the same around the two-sided form of the projector inside."""
         return dataclasses.replace(self, projector=two_sided(self.projector))
 
-    def down(self, matrix: Matrix, basis: Any, x: Array) -> Array:
+    def down(self, matrix: Matrix, basis: Any, x: Operand) -> Array:
         """As inside."""
         return self.projector.down(matrix, basis, x)
 
-    def up(self, matrix: Matrix, basis: Any, low: Array) -> Array:
+    def up(self, matrix: Matrix, basis: Any, low: Array) -> Operand:
         """As inside."""
         return self.projector.up(matrix, basis, low)
 

@@ -10,11 +10,20 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.layout import HIGHEST, by_blocks, turn, wide
-from lowrank_optax.linalg.orthogonalize import cholesky_qr
-from lowrank_optax.linalg.randomized import block_power
-from lowrank_optax.linalg.scaling import unit_peak
-from lowrank_optax.linalg.svd import leading_singular_vectors
+from lowrank_optax.linalg.bases import (
+    block_power,
+    cholesky_qr,
+    leading_singular_vectors,
+)
+from lowrank_optax.linalg.products import (
+    HIGHEST,
+    Operand,
+    back_by_blocks,
+    by_blocks,
+    inner,
+    unit_peak,
+    wide,
+)
 from lowrank_optax.projectors._protocol import At, Projector
 from lowrank_optax.projectors._tracking import TrackingProjector
 from lowrank_optax.projectors._two_sided import TwoSided, TwoSidedBasis
@@ -95,31 +104,30 @@ class correlation(TrackingProjector):
             self.rank, self.update_proj_gap, left=self, right=self
         )
 
-    def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
-        """Decomposes anew, or takes a step; operands are taken in stored order."""
-        stored = matrix.flip(gradient)
+    def renew(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
+        """Decomposes anew, or takes a step."""
         return jax.lax.cond(
             self.due_anew(at),
-            lambda: self.decompose(matrix, matrix.flip(stored), old, at),
-            lambda: self.step(matrix, matrix.flip(stored), (old,), at)[0],
+            lambda: self.decompose(matrix, gradient, old, at),
+            lambda: self.step(matrix, gradient.array, (old,), at)[0],
         )
 
     def due_anew(self, at: At) -> Array:
         """Whether this refresh is a decomposition."""
         return at.cold | (at.epoch % self.reproject_factor == 0)
 
-    def decompose(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+    def decompose(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Returns the leading basis: the first one, or by one sweep from the old."""
-        return super().compute(matrix, gradient, old, at)
+        return super().renew(matrix, gradient, old, at)
 
-    def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+    def follow(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Returns the leading basis by one sweep from the old one."""
         del at
         if self.cold_start == "power":
-            return block_power(gradient, old, 1, matrix.transposed)
-        gradient, _ = unit_peak(gradient)
-        sketch, _ = unit_peak(jnp.matmul(gradient.T, old, precision=HIGHEST))
-        seen = jnp.matmul(gradient, cholesky_qr(sketch), precision=HIGHEST)
+            return block_power(gradient, old, 1)
+        scaled, _ = unit_peak(gradient.array)
+        sketch, _ = unit_peak(jnp.matmul(scaled.T, old, precision=HIGHEST))
+        seen = jnp.matmul(scaled, cholesky_qr(sketch), precision=HIGHEST)
         return leading_singular_vectors(seen, matrix.rank)
 
     def step(
@@ -147,12 +155,12 @@ class TwoSidedCorrelation(TwoSided):
     reads_moments = True
 
     def refresh(
-        self, matrix: Matrix, gradient: Array, stored: TwoSidedBasis, at: At
+        self, matrix: Matrix, gradient: Operand, stored: TwoSidedBasis, at: At
     ) -> TwoSidedBasis:
         """Decomposes each side, or moves both by one objective."""
         part = self.left
         left, right = (wide(basis) for basis in stored)
-        gradient = gradient.astype(left.dtype)
+        gradient = Operand.of(gradient).astype(left.dtype)
 
         def decompose() -> tuple[Array, ...]:
             other, turned = matrix.seen_from("right"), matrix.other_side(gradient)
@@ -162,7 +170,7 @@ class TwoSidedCorrelation(TwoSided):
             )
 
         def step() -> tuple[Array, ...]:
-            return part.step(matrix, gradient, (left, right), at)
+            return part.step(matrix, gradient.array, (left, right), at)
 
         bases = jax.lax.cond(part.due_anew(at), decompose, step)
         return TwoSidedBasis(*(basis.astype(part.basis_dtype) for basis in bases))
@@ -186,12 +194,12 @@ def _objective(
 
     def lift(bases: tuple[Array, ...], low: Array) -> Array:
         left, *right = bases
-        rows = by_blocks(low, turn(right[0]), HIGHEST) if right else low
+        rows = back_by_blocks(low, right[0], HIGHEST) if right else low
         return jnp.matmul(left, rows, precision=HIGHEST)
 
     def down(bases: tuple[Array, ...]) -> Array:
         left, *right = bases
-        low = jnp.matmul(turn(left), gradient, precision=HIGHEST)
+        low = inner(left, gradient)
         return by_blocks(low, right[0], HIGHEST) if right else low
 
     def units(x: Array) -> tuple[Array, int]:

@@ -9,9 +9,8 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.dct import KINDS, dct_columns, dct_matrix
-from lowrank_optax.linalg.layout import HIGHEST, as_stored, wide
+from lowrank_optax.linalg.products import Operand, unit_peak, wide
 from lowrank_optax.linalg.rotation import Rotation
-from lowrank_optax.linalg.scaling import unit_peak
 from lowrank_optax.projectors._protocol import At, Projector
 
 
@@ -88,23 +87,20 @@ class dct(Projector):
         """Starts from the first r columns: valid, and never used for long."""
         return jnp.arange(matrix.rank, dtype=jnp.int32)
 
-    def refresh(self, matrix: Matrix, gradient: Array, stored: Array, at: At) -> Array:
+    def refresh(
+        self, matrix: Matrix, gradient: Operand, stored: Array, at: At
+    ) -> Array:
         """Chooses the r columns that see most of the gradient."""
         del stored, at
         best = jax.lax.top_k(self.scores(matrix, gradient), matrix.rank)[1]
         return jnp.sort(best).astype(jnp.int32)
 
-    def scores(self, matrix: Matrix, gradient: Array) -> Array:
+    def scores(self, matrix: Matrix, gradient: Operand) -> Array:
         """Returns how much each of the m columns sees, up to a common factor."""
-        gradient = as_stored(unit_peak(wide(gradient))[0], matrix.transposed)
-        inverse = KINDS[1 - KINDS.index(self.kind)]
-        if matrix.transposed:
-            basis = dct_matrix(matrix.m, self.kind, gradient.dtype)
-            seen, axis = jnp.matmul(gradient, basis, precision=HIGHEST), 0
-        else:
-            basis = dct_matrix(matrix.m, inverse, gradient.dtype)
-            seen, axis = jnp.matmul(basis, gradient, precision=HIGHEST), 1
-        return jnp.sum(jnp.abs(seen) if self.norm == 1 else jnp.square(seen), axis)
+        gradient = Operand.of(gradient, matrix.transposed)
+        gradient = gradient.map(lambda x: unit_peak(wide(x))[0])
+        seen = gradient.down(dct_matrix(matrix.m, self.kind, gradient.dtype))
+        return jnp.sum(jnp.abs(seen) if self.norm == 1 else jnp.square(seen), axis=1)
 
     def basis(self, matrix: Matrix, stored: Array, at: At) -> Array:
         """Computes the chosen columns ``[m, r]``."""

@@ -11,6 +11,9 @@ from jaxtyping import Array
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.projectors._protocol import At, BasisProjector
 
+# The key of the bases of the one leaf that a projector belongs to.
+_OWN = ""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class given(BasisProjector):
@@ -51,14 +54,18 @@ class given(BasisProjector):
             dataclasses.replace(self, bases=right),
         )
 
-    def start(self, matrix: Matrix) -> Array:
-        """Checks that this leaf's bases are there and fit."""
-        if matrix.path not in self.bases:
+    def for_leaf(self, path: str) -> "given":
+        """Returns a projector with the bases of this leaf alone."""
+        if path not in self.bases:
             raise ValueError(
-                f"lro.given has no bases for leaf {matrix.path!r}, only for "
+                f"lro.given has no bases for leaf {path!r}, only for "
                 f"{sorted(self.bases)}. Add them, or do not select the leaf."
             )
-        shape = jnp.shape(self.bases[matrix.path])
+        return dataclasses.replace(self, bases={_OWN: self.bases[path]})
+
+    def start(self, matrix: Matrix) -> Array:
+        """Checks that this leaf's bases fit."""
+        shape = jnp.shape(self.bases[_OWN])
         layers = (math.prod(matrix.batch_shape),) if matrix.batch else ()
         expected = (*layers, matrix.m, matrix.rank)
         if shape[1:] != expected or not shape:
@@ -72,7 +79,7 @@ class given(BasisProjector):
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
         """Looks the basis of this epoch up."""
         del gradient, old
-        bases = jnp.asarray(self.bases[matrix.path], jnp.float32)
+        bases = jnp.asarray(self.bases[_OWN], jnp.float32)
         basis = bases[jnp.minimum(at.epoch, len(bases) - 1)]
         return basis[at.layer] if basis.ndim == 3 else basis
 

@@ -10,7 +10,8 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg import grassmann as geometry
-from lowrank_optax.linalg.orthogonalize import cholesky_qr, newton_schulz
+from lowrank_optax.linalg.bases import cholesky_qr, newton_schulz
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 from lowrank_optax.projectors._tracking import TrackingProjector
 
@@ -87,13 +88,13 @@ class grassmann(TrackingProjector, OrthonormalProjector):
         if isinstance(self.step, str):
             _checks.choice("step", self.step, ("line_search",))
 
-    def find(self, matrix: Matrix, gradient: Array, at: At) -> Array:
+    def find(self, matrix: Matrix, gradient: Operand, at: At) -> Array:
         """Starts at the gradient's leading subspace, or jumps."""
         if self.move == "jump":
             return _draw(matrix, at, gradient.dtype)
         return super().find(matrix, gradient, at)
 
-    def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+    def follow(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Turns the old basis."""
         if self.move == "jump":
             return _draw(matrix, at, old.dtype)
@@ -103,7 +104,7 @@ class grassmann(TrackingProjector, OrthonormalProjector):
         if not self.orthonormal:
             # What rounding left of its own span would pass for a tangent.
             basis = newton_schulz(newton_schulz(old))
-        seen = geometry.see(gradient, basis, matrix.transposed)
+        seen = geometry.see(gradient, basis)
         if self.move == "track":
             geodesic = geometry.descent(basis, seen)
         else:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.layout import HIGHEST, wide
-from lowrank_optax.linalg.randomized import block_power
+from lowrank_optax.leaves.matrix import Axes, Matrix
+from lowrank_optax.linalg.bases import block_power
+from lowrank_optax.linalg.products import HIGHEST, Operand, wide
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 from lowrank_optax.projectors._wrapped import Wrapped, check_basis
@@ -30,8 +30,8 @@ class LazyBasis(NamedTuple):
     """
 
     vectors: Any
-    similarities: Array
-    gap: Array
+    similarities: Any
+    gap: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,22 +51,25 @@ class Lazy(Wrapped):
             jnp.asarray(self.update_proj_gap, jnp.int32),
         )
 
+    def axes(self, matrix: Matrix) -> LazyBasis:
+        """Says what the projector inside does; the rest is the matrix' own."""
+        return LazyBasis(self.projector.axes(matrix), Axes(((),)), Axes())
+
     def is_due(self, stored: LazyBasis, steps: Array) -> Array:
         """Whether a multiple of the matrix' own gap is reached."""
         return steps % stored.gap == 0
 
     def refresh(
-        self, matrix: Matrix, gradient: Array, stored: LazyBasis, at: At
+        self, matrix: Matrix, gradient: Operand, stored: LazyBasis, at: At
     ) -> LazyBasis:
         """Refreshes the basis, and widens the gap if the old one was good for long."""
+        gradient = Operand.of(gradient, matrix.transposed)
         new = self.projector.refresh(matrix, gradient, stored.vectors, at)
         old, start = (
             _first(self.projector.basis(matrix, vectors, at))
             for vectors in (stored.vectors, new)
         )
-        leading = block_power(
-            gradient.astype(start.dtype), start, _SWEEPS, matrix.transposed
-        )
+        leading = block_power(gradient.astype(start.dtype), start, _SWEEPS)
         newest = jnp.append(stored.similarities[1:], _cosine(old, leading))
         similarities = jnp.where(at.cold, stored.similarities, newest)
         return LazyBasis(new, similarities, self._gap(similarities, stored.gap))

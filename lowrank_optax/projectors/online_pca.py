@@ -3,16 +3,17 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
+from lowrank_optax.leaves.layout import axes_of_state
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.layout import wide
-from lowrank_optax.linalg.orthogonalize import cholesky_qr
+from lowrank_optax.linalg.bases import cholesky_qr, random_start
 from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient
-from lowrank_optax.linalg.randomized import random_start
+from lowrank_optax.linalg.products import Operand, wide
 from lowrank_optax.projectors._protocol import At
 from lowrank_optax.projectors._tracking import TrackingProjector
 
@@ -23,7 +24,7 @@ LEARNING_RATE = 0.005
 class OnlineBasis(NamedTuple):
     """A basis ``[m, r]`` and the state of the optimizer that moves it."""
 
-    vectors: Array
+    vectors: Any
     optimizer: Any
 
 
@@ -102,19 +103,29 @@ class online_pca(TrackingProjector):
         basis = super().start(matrix)
         return OnlineBasis(basis, self._optimizer().init(wide(basis)))
 
-    def refresh(self, matrix: Matrix, gradient: Array, stored: OnlineBasis, at: At):
+    def axes(self, matrix: Matrix) -> OnlineBasis:
+        """Says that of the basis, and of what its optimizer keeps beside it."""
+        vectors = super().axes(matrix)
+
+        def init(vectors: Any) -> Any:
+            return self._optimizer().init(vectors)
+
+        like = jax.ShapeDtypeStruct((matrix.m, matrix.rank), jnp.float32)
+        return OnlineBasis(vectors, axes_of_state(init, like, vectors))
+
+    def refresh(self, matrix: Matrix, gradient: Operand, stored: OnlineBasis, at: At):
         """Finds the first basis, or makes the basis orthonormal again."""
         basis = super().refresh(matrix, gradient, stored.vectors, at)
         return stored._replace(vectors=basis)
 
-    def find(self, matrix: Matrix, gradient: Array, at: At) -> Array:
+    def find(self, matrix: Matrix, gradient: Operand, at: At) -> Array:
         """Returns the first basis."""
         if self.cold_start == "random":
             start = random_start(at.key, matrix.m, matrix.rank, gradient.dtype)
             return cholesky_qr(start)
         return super().find(matrix, gradient, at)
 
-    def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+    def follow(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Returns the orthonormal factor of the basis."""
         del matrix, gradient, at
         return cholesky_qr(old)
@@ -123,15 +134,16 @@ class online_pca(TrackingProjector):
         self,
         matrix: Matrix,
         stored: OnlineBasis,
-        gradient: Array,
+        gradient: Operand,
         projected: Array,
         at: At,
     ) -> OnlineBasis:
         """Takes one step of the basis optimizer."""
         basis = wide(stored.vectors)
-        gradient, low = gradient.astype(basis.dtype), projected.astype(basis.dtype)
-        size = frobenius(matrix.flip(gradient)) if self.normalize else Size()
-        slope = pca_gradient(gradient, basis, low, size, matrix.transposed)
+        gradient = Operand.of(gradient, matrix.transposed).astype(basis.dtype)
+        size = frobenius(gradient) if self.normalize else Size()
+        low = projected.astype(basis.dtype)
+        slope = pca_gradient(gradient, basis, low, size)
         slope = slope + self.ortho_penalty * penalty_gradient(basis)
         step, state = self._optimizer().update(slope, stored.optimizer, basis)
         basis = basis + self._rate(at.count) * jnp.asarray(step)

@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.randomized import block_power, random_start
+from lowrank_optax.linalg.bases import block_power, random_start
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 
 
@@ -63,7 +64,14 @@ class power(OrthonormalProjector):
         if not callable(self.blocks):
             _checks.positive_int("blocks", self.blocks)
 
-    def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+    def for_leaf(self, path: str) -> "power":
+        """Asks how many blocks the leaf has."""
+        if not callable(self.blocks):
+            return self
+        blocks = _checks.positive_int("blocks", self.blocks(path))
+        return dataclasses.replace(self, blocks=blocks)
+
+    def renew(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """One loop serves both starts, so only one factorization is compiled."""
         gradient = self._part(matrix, gradient)
         start = jax.lax.cond(
@@ -72,17 +80,16 @@ class power(OrthonormalProjector):
             lambda: old,
         )
         sweeps = jnp.where(at.cold, self.cold_sweeps, 1)
-        return block_power(gradient, start, sweeps, matrix.transposed)
+        return block_power(gradient, start, sweeps)
 
-    def _part(self, matrix: Matrix, gradient: Array) -> Array:
+    def _part(self, matrix: Matrix, gradient: Operand) -> Operand:
         """Returns the part of the gradient that the basis is formed from."""
         blocks = self.blocks
-        if callable(blocks):
-            blocks = _checks.positive_int("blocks", blocks(matrix.path))
+        assert not callable(blocks)  # `for_leaf` has asked
         if blocks == 1 or matrix.n % blocks:
             return gradient
-        parts = gradient.reshape((matrix.m, blocks, -1))
-        mean = jnp.mean(parts, 1)
-        if self.block == "mean":
-            return mean
-        return jnp.where(jnp.any(parts[:, 0] != 0), parts[:, 0], mean)
+        parts = gradient.array.reshape((matrix.m, blocks, -1))
+        part = mean = jnp.mean(parts, 1)
+        if self.block == "first":
+            part = jnp.where(jnp.any(parts[:, 0] != 0), parts[:, 0], mean)
+        return Operand.of(part, matrix.transposed)

@@ -8,15 +8,8 @@ from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.moments import weight_seen
-from lowrank_optax.linalg.layout import (
-    HIGHEST,
-    as_stored,
-    correlate,
-    project,
-    turn,
-    wide,
-)
-from lowrank_optax.linalg.orthogonalize import cholesky_qr, independence
+from lowrank_optax.linalg.bases import cholesky_qr, independence
+from lowrank_optax.linalg.products import HIGHEST, Operand, outer, wide
 from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 from lowrank_optax.projectors._tracking import TrackingProjector
 
@@ -76,20 +69,20 @@ class power_iteration(TrackingProjector, OrthonormalProjector):
 
     reads_moments = True
 
-    def follow(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
+    def follow(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Sweeps once; every thin product is scaled into range."""
-        stored, turned = as_stored(gradient, matrix.transposed), matrix.transposed
-        peak = jnp.max(jnp.abs(stored))
+        del matrix
+        peak = gradient.peak
         root = jnp.sqrt(peak)  # halfway, so that neither 1e-38 nor 1e38 leaves range
         momentum = self._momentum(at, peak)
-        low = project(stored, old / root, turned) / root  # U^T B / peak, in the end
+        low = gradient.down(old / root) / root  # U^T B / peak, in the end
         if momentum is not None:
             low = momentum + (1.0 - self.rho) * low
         size = jnp.maximum(jnp.max(jnp.abs(low)), _TINY)
         low = low / size
-        y = correlate(stored, low / root, turned) / root
+        y = gradient.across(low / root) / root
         if momentum is not None:
-            inside = jnp.matmul(momentum / size, turn(low), precision=HIGHEST)
+            inside = outer(momentum / size, low)
             y = (1.0 - self.rho) / size * y
             y = y + jnp.matmul(old, inside, precision=HIGHEST)
         y = y / jnp.maximum(jnp.max(jnp.abs(y)), _TINY)

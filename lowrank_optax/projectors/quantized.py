@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 from lowrank_optax.projectors._wrapped import Wrapped, check_basis
@@ -38,7 +38,11 @@ class QuantizedBasis(Wrapped):
         """Encodes what the projector inside starts from."""
         return self.pack(self.projector.start(matrix))
 
-    def refresh(self, matrix: Matrix, gradient: Array, stored: Any, at: At) -> Any:
+    def axes(self, matrix: Matrix) -> Any:
+        """Says what the projector inside does, of the array behind each encoded one."""
+        return self.projector.axes(matrix)
+
+    def refresh(self, matrix: Matrix, gradient: Operand, stored: Any, at: At) -> Any:
         """Refreshes the decoded basis; what comes out is not encoded yet."""
         return self.projector.refresh(matrix, gradient, _decoded(stored), at)
 

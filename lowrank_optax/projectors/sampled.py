@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.svd import left_singular_vectors
+from lowrank_optax.linalg.bases import left_singular_vectors
 from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 
 

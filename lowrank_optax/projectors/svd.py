@@ -5,7 +5,7 @@ import dataclasses
 from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.svd import leading_singular_vectors
+from lowrank_optax.linalg.bases import leading_singular_vectors
 from lowrank_optax.projectors._protocol import At, OrthonormalProjector
 
 

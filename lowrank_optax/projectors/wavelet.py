@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix, Parts
-from lowrank_optax.linalg.layout import wide
+from lowrank_optax.linalg.products import Operand, wide
 from lowrank_optax.linalg.wavelet import WAVELETS, WaveletBasis, band_sizes, dwt, lift
 from lowrank_optax.projectors._protocol import At, Projector
 
@@ -126,15 +126,15 @@ class wavelet(Projector):
         del matrix, stored, at
         return WaveletBasis(self.level, self.wavelet)
 
-    def down(self, matrix: Matrix, basis: WaveletBasis, x: Array) -> Array:
-        """Returns the approximation band, ``[..., r, n]``."""
-        axis = -1 if matrix.transposed else -2
-        bands = dwt(wide(matrix.flip(x)), basis.level, basis.wavelet, axis)
-        return matrix.flip(bands.approximation)
+    def down(self, matrix: Matrix, basis: WaveletBasis, x: Operand) -> Array:
+        """Returns the approximation band, ``[r, n]``."""
+        x = Operand.of(x, matrix.transposed)
+        bands = dwt(wide(x.stored), basis.level, basis.wavelet, x.axis)
+        return x.along(bands.approximation)
 
-    def up(self, matrix: Matrix, basis: WaveletBasis, low: Array) -> Array:
-        """Returns the inverse transform with zero details, ``[..., m, n]``."""
-        axis = -1 if matrix.transposed else -2
-        low = wide(matrix.flip(low))
-        lifted = lift(low, matrix.m, basis.level, basis.wavelet, axis)
-        return matrix.flip(lifted)
+    def up(self, matrix: Matrix, basis: WaveletBasis, low: Array) -> Operand:
+        """Returns the inverse transform with zero details, ``[m, n]``."""
+        band = Operand.of(low, matrix.transposed)
+        return band.map(
+            lambda x: lift(wide(x), matrix.m, basis.level, basis.wavelet, band.axis)
+        )

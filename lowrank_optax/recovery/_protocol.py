@@ -1,4 +1,4 @@
-"""The interface of a recovery: what the update gets from outside the subspace."""
+"""``Recovery``: how an update gets a share from outside the subspace."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,26 +8,29 @@ from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.part import Part
+from lowrank_optax.linalg.products import Operand
 
 
 class LeafView(NamedTuple):
-    """What a recovery may read of one leaf, all with leading batch axes.
+    """What a recovery may read of one matrix.
 
     Attributes:
-      gradient: ``[*batch, m, n]``, with what ``Recovery.enter`` added to it.
-      projected: ``R = P^T G``, ``[*batch, r, n]``.
-      direction: what the inner optimizer made of it, ``[*batch, r, n]``.
-      basis: what the projector uses, usually ``P [*batch, m, r]``.
-      previous_basis: what the projector stored before this step's refresh.
-      moments: the leaf's moments after the inner update, a tuple of dictionaries.
+      gradient: ``[m, n]``, with what ``Recovery.enter`` added to it.
+      projected: ``R = P^T G``, ``[r, n]``.
+      direction: what the inner optimizer made of it, ``[r, n]``.
+      basis: what the projector uses, usually ``P [m, r]``.
+      previous_basis: the basis of the step before.
+      moments: the matrix' moments after the inner update, a tuple of dictionaries.
       carried_moments: before it, in the coordinates of ``basis``.
       previous_moments: before transport, in the coordinates of ``previous_basis``.
       orthonormal: whether ``basis`` is orthonormal up to float32's rounding (static).
       up: the projector's ``(basis, low) -> P low``.
+      anywhere: whether a condition holds for this matrix, or for one that is worked on
+        together with it: for a choice between two ways to compute the same.
       count: steps taken before this one.
     """
 
-    gradient: Array
+    gradient: Operand
     projected: Array
     direction: Array
     basis: Any
@@ -36,40 +39,63 @@ class LeafView(NamedTuple):
     carried_moments: Any
     previous_moments: Any
     orthonormal: bool
-    up: Callable[[Any, Array], Array]
+    up: Callable[[Any, Array], Operand]
+    anywhere: Callable[[Array], Array]
     count: Array
 
 
 class Recovered(NamedTuple):
-    """The update ``P low + G * phi + addend``; a term that is None costs nothing."""
+    """The update ``P low + G * phi + addend``; a term that is None costs nothing.
+
+    ``outside`` goes to ``Recovery.update_whole``, whose result is one more term.
+    """
 
     low: Array | None = None
     phi: Array | None = None
-    addend: Array | None = None
+    addend: Operand | None = None
+    outside: Operand | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recovery(Part):
     """Turns a direction in the subspace into a full update.
 
-    Its state per leaf is an array (or a tree of them) with the leaf's batch axes in
-    front, or of the leaf's own shape. It advances when the inner optimizer steps: in
-    the middle of an accumulation inside the bracket it is held, and the update at the
-    end recovers from the last micro-batch's gradient.
+    Written for one matrix. Its state advances when the inner optimizer steps: in the
+    middle of an accumulation inside the bracket it is held, and the update at the end
+    recovers from the last micro-batch's gradient.
 
     Attributes:
       accumulates: whether such an accumulation is allowed.
+      like_leaf: whether its state is one array of the leaf's own shape, which comes
+        and goes as an ``Operand``; else it is a tree of small arrays per matrix.
     """
 
     accumulates = True
+    like_leaf = False
 
-    def start(self, matrix: Matrix) -> Any:
-        """Returns the state of one leaf (per-matrix scalars have the batch shape)."""
+    @property
+    def whole(self) -> bool:
+        """Whether it runs a transformation on whole leaves, whatever their layout.
+
+        The transformation's state then stands in the place of the matrices' own.
+        """
+        return False
+
+    def start_whole(self, leaf: Any) -> Any:
+        """Returns the transformation's state for a leaf, given zeros like it."""
         raise NotImplementedError
 
-    def enter(self, matrix: Matrix, state: Any, gradient: Array) -> Array:
+    def update_whole(self, outside: Any, state: Any) -> tuple[Any, Any]:
+        """Returns a term of the update, from what lies outside, and the new state."""
+        raise NotImplementedError
+
+    def start(self, matrix: Matrix) -> Any:
+        """Returns the state of one matrix."""
+        raise NotImplementedError
+
+    def enter(self, state: Any, gradient: Operand) -> Operand:
         """Returns what takes the gradient's place in this step."""
-        del matrix, state
+        del state
         return gradient
 
     def update(

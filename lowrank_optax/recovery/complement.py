@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.layout import wide
+from lowrank_optax.linalg.products import Operand, wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 # Where G lies in the subspace, G - P R is rounding, and its sign would be a step.
@@ -69,30 +69,45 @@ class complement(Recovery):
                 "transformation", self.transformation, "scale_by_sign()"
             )
 
-    def start(self, matrix: Matrix) -> Any:
-        """Returns the transformation's state for the whole leaf."""
-        if self.transformation is None:
-            return ()
-        return self.transformation.init(jnp.zeros(matrix.shape, jnp.float32))
+    @property
+    def whole(self) -> bool:
+        """Whether there is a T."""
+        return self.transformation is not None
+
+    def start_whole(self, leaf: Any) -> Any:
+        """Returns T's state for a leaf."""
+        return self.transformation.init(leaf)
+
+    def update_whole(self, outside: Any, state: Any) -> tuple[Any, Any]:
+        """Returns ``scale * T(G - P R)``, and T's state in the dtypes that it had."""
+        direction, new = self.transformation.update(outside, state)
+        new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
+        return jax.tree.map(lambda x: self.scale * x, direction), new
+
+    def start(self, matrix: Matrix) -> tuple[()]:
+        """Keeps nothing itself."""
+        del matrix
+        return ()
 
     def update(
         self, matrix: Matrix, state: Any, view: LeafView, scale: Any
     ) -> tuple[Recovered, Any]:
-        """Returns the terms of the update and the transformation's new state."""
+        """Returns the terms of the update."""
+        del matrix
         inside = scale * wide(view.direction)
         if self.transformation is None:
             low = inside - self.scale * wide(view.projected)
             return Recovered(low, jnp.full((1, 1), self.scale, low.dtype)), state
-        residual = matrix.undo(_residual(view))
-        direction, new = self.transformation.update(residual, state)
-        new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
-        outside = self.scale * matrix.view(jnp.asarray(direction))
-        return Recovered(inside, addend=outside), new
+        return Recovered(inside, outside=_residual(view)), state
 
 
-def _residual(view: LeafView) -> Array:
+def _residual(view: LeafView) -> Operand:
     """Returns ``G - P R``, 0 where it is no more than the rounding of G's column."""
-    gradient = wide(view.gradient)
-    residual = gradient - view.up(view.basis, wide(view.projected))
-    peak = jnp.max(jnp.abs(gradient), -2, keepdims=True)
-    return jnp.where(jnp.abs(residual) > _ROUNDING * peak, residual, 0.0)
+    gradient = view.gradient.map(wide)
+    lifted = view.up(view.basis, wide(view.projected))
+    least = gradient.along(_ROUNDING * gradient.column_peaks())
+
+    def rest(g: Array, inside: Array) -> Array:
+        return jnp.where(jnp.abs(g - inside) > least, g - inside, 0.0)
+
+    return gradient.map(rest, lifted)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.layout import wide
+from lowrank_optax.linalg.products import Operand, wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 
@@ -66,29 +66,34 @@ class error_feedback(Recovery):
     momentum: bool = True
 
     accumulates = False
+    like_leaf = True
 
     def start(self, matrix: Matrix) -> Array:
         """Starts with nothing left out."""
         return jnp.zeros(matrix.shape, self.dtype)
 
-    def enter(self, matrix: Matrix, state: Array, gradient: Array) -> Array:
+    def enter(self, state: Operand, gradient: Operand) -> Operand:
         """Returns ``A = G + E``."""
-        return wide(gradient) + wide(matrix.view(state))
+        return gradient.map(lambda g, e: wide(g) + wide(e), state)
 
     def update(
-        self, matrix: Matrix, state: Array, view: LeafView, scale: Any
-    ) -> tuple[Recovered, Array]:
+        self, matrix: Matrix, state: Operand, view: LeafView, scale: Any
+    ) -> tuple[Recovered, Operand]:
         """Returns the direction as it is, and the new E."""
         taken, returned = view.projected, None
         if self.momentum:
             before, carried = self._lost(matrix, view)
             taken = taken + carried
             returned = view.up(view.previous_basis, before)
-        error = view.gradient - view.up(view.basis, taken)
-        error = error if returned is None else error + returned
-        error = matrix.undo(error).astype(self.dtype)
-        error = jnp.where(jnp.isfinite(error), error, state)
-        return Recovered(scale * view.direction), error
+        error = view.gradient.map(jnp.subtract, view.up(view.basis, taken))
+        if returned is not None:
+            error = error.map(jnp.add, returned)
+
+        def kept(new: Array, old: Array) -> Array:
+            new = new.astype(self.dtype)
+            return jnp.where(jnp.isfinite(new), new, old)
+
+        return Recovered(scale * view.direction), error.map(kept, state)
 
     def _lost(self, matrix: Matrix, view: LeafView) -> tuple[Array, Array]:
         """Returns the old momentum, before and after transport, as gradients."""

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.layerwise.dependence import only_rounds
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.layout import HIGHEST, by_blocks, gram, wide
+from lowrank_optax.linalg.products import HIGHEST, by_blocks, gram, wide
 from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
@@ -94,7 +93,7 @@ class recover_scale(Recovery):
         _checks.choice("residual", self.residual, ("paper", "authors"))
 
     def start(self, matrix: Matrix) -> Any:
-        """Returns the norms of the last Lambda, 0 for none."""
+        """Returns the norm of the last Lambda, 0 for none."""
         if matrix.side == "both" and self.granularity == "column":
             raise ValueError(
                 f'recover_scale(granularity="column") cannot serve leaf '
@@ -103,7 +102,7 @@ class recover_scale(Recovery):
             )
         if self.growth_limit is None:
             return ()
-        return jnp.zeros(matrix.batch_shape, jnp.float32)
+        return jnp.zeros([], jnp.float32)
 
     def update(
         self, matrix: Matrix, state: Any, view: LeafView, scale: Any
@@ -113,16 +112,16 @@ class recover_scale(Recovery):
         taken = scale if self.residual == "authors" else 1.0
         phi = self._norm(direction) / (self._norm(projected) + 1e-8)
         if self.growth_limit is not None:
-            squares = _squares(matrix, view.gradient)
+            squares = view.gradient.map(lambda g: jnp.square(wide(g))).column_sums()
             norm, least = self._size(view, squares, projected, direction, phi, taken)
             factor, state = limit_growth(norm, least, state, self.growth_limit)
-            phi = phi * factor[..., None, None]
+            phi = phi * factor
         if self.of == "gradient":
             return Recovered(None, scale * phi), state
         return Recovered(scale * direction - taken * phi * projected, phi), state
 
     def _norm(self, x: Array) -> Array:
-        """Returns norms of columns ``[..., 1, n]``, or of matrices ``[..., 1, 1]``."""
+        """Returns the norms of columns ``[1, n]``, or that of the matrix ``[1, 1]``."""
         axes = -2 if self.granularity == "column" else (-2, -1)
         return jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
 
@@ -135,7 +134,7 @@ class recover_scale(Recovery):
         phi: Array,
         taken: Any,
     ) -> tuple[Array, Array]:
-        """Returns ``|Lambda|`` and what it has to exceed, per matrix.
+        """Returns ``|Lambda|``, and the least that counts.
 
         Differences are taken column by column: sums over all columns have lost the
         digits that a small one needs.
@@ -162,18 +161,11 @@ class recover_scale(Recovery):
 
         squared = residual(jnp.sum(jnp.square(projected), -2, keepdims=True))
         if view.orthonormal:
-            small = only_rounds(jnp.any(squared < _SMALL * whole))
+            small = view.anywhere(squared < _SMALL * whole)
             squared = jax.lax.cond(small, exact, lambda: squared)
         else:
             squared = exact()
         return jnp.sqrt(jnp.maximum(squared, 0.0)), _ZERO * jnp.sqrt(floor)
-
-
-def _squares(matrix: Matrix, gradient: Array) -> Array:
-    """Returns ``|G_j|^2 [..., 1, n]``, summed in stored order (``linalg.layout``)."""
-    axis = -1 if matrix.transposed else -2
-    stored = wide(matrix.flip(gradient))
-    return matrix.flip(jnp.sum(jnp.square(stored), axis, keepdims=True))
 
 
 def _regram(basis: Any, low: Array) -> Array:

@@ -9,8 +9,7 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.moments import weight_seen
-from lowrank_optax.linalg.layout import wide
-from lowrank_optax.linalg.scaling import unit_norm
+from lowrank_optax.linalg.products import Operand, unit_norm, wide
 from lowrank_optax.linalg.wavelet import Bands, WaveletBasis, dwt, idwt, repeat
 from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
@@ -102,10 +101,10 @@ class wavelet_details(Recovery):
         _checks.choice("normalize", self.normalize, _NORMALIZE)
 
     def start(self, matrix: Matrix) -> Any:
-        """Returns the norms of the last direction, 0 for none."""
+        """Returns the norm of the last direction, 0 for none."""
         if self.growth_limit is None:
             return ()
-        return jnp.zeros(matrix.batch_shape, jnp.float32)
+        return jnp.zeros([], jnp.float32)
 
     def update(
         self, matrix: Matrix, state: Any, view: LeafView, scale: Any
@@ -120,17 +119,18 @@ class wavelet_details(Recovery):
         if self.growth_limit is not None:
             norm = self._norm(direction)[..., 0, 0]
             limited, state = limit_growth(norm, 0.0, state, self.growth_limit)
-            factor = scale * limited[..., None, None]
+            factor = scale * limited
         if view.basis.level == 0:
             return Recovered(factor * direction), state
         weight = self._weight(matrix, view)
         if self.clip is None and (weight.shape[-2] == 1 or view.basis.is_haar):
             low = factor * (direction - weight * wide(view.projected))
             return Recovered(low, _spread(matrix, view.basis, factor * weight)), state
-        return Recovered(addend=factor * self._formed(matrix, view, weight)), state
+        formed = self._formed(matrix, view, weight)
+        return Recovered(addend=formed.map(lambda x: factor * x)), state
 
     def _weight(self, matrix: Matrix, view: LeafView) -> Array:
-        """Returns w, ``[..., r, n]`` or with one row or column in place of all."""
+        """Returns w, ``[r, n]`` or with one row or column in place of all."""
         if self.normalize is False:
             return jnp.ones((1, 1), wide(view.direction).dtype)
         if self.normalize == "matrix":
@@ -168,12 +168,12 @@ class wavelet_details(Recovery):
             second = second / weight_seen(self.b2, count + 1.0)
         return _inverse(jnp.sqrt(second) + self.eps)
 
-    def _formed(self, matrix: Matrix, view: LeafView, weight: Array) -> Array:
+    def _formed(self, matrix: Matrix, view: LeafView, weight: Array) -> Operand:
         """Returns ``idwt(N, E_l, ..., E_1)``, its details formed one by one."""
-        axis = -1 if matrix.transposed else -2
-        level, wavelet = view.basis.level, view.basis.wavelet
-        bands = dwt(wide(matrix.flip(view.gradient)), level, wavelet, axis)
-        weight, details = matrix.flip(weight), []
+        gradient = view.gradient.map(wide)
+        axis, level, wavelet = gradient.axis, view.basis.level, view.basis.wavelet
+        bands = dwt(gradient.stored, level, wavelet, axis)
+        weight, details = gradient.along(weight), []
         for j, detail in enumerate(bands.details):
             if weight.shape[axis] == 1:
                 scaled = detail * weight
@@ -182,17 +182,17 @@ class wavelet_details(Recovery):
             if self.clip is not None:
                 scaled = jnp.clip(scaled, -self.clip, self.clip)
             details.append(scaled)
-        direction = matrix.flip(wide(view.direction))
+        direction = gradient.along(wide(view.direction))
         bands = Bands(direction, tuple(details))
-        return matrix.flip(idwt(bands, matrix.m, wavelet, axis))
+        return gradient.map(lambda _: idwt(bands, matrix.m, wavelet, axis))
 
 
 def _spread(matrix: Matrix, basis: WaveletBasis, weight: Array) -> Array:
     """Returns a weight for every row of the gradient."""
     if weight.shape[-2] == 1:
         return weight
-    axis = -1 if matrix.transposed else -2
-    return matrix.flip(repeat(matrix.flip(weight), matrix.m, basis.level, axis))
+    rows = Operand.of(weight, matrix.transposed)
+    return rows.map(lambda w: repeat(w, matrix.m, basis.level, rows.axis)).array
 
 
 def _inverse(x: Array) -> Array:

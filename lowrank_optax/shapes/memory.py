@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax.bracket.plan import abstract_init
 from lowrank_optax.leaves.matrix import is_box, path_string
 
 _ROLES = {
@@ -100,7 +99,8 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       >>> lro.state_bytes(lro.galore(1e-3, rank=128), shapes).by_role["basis"]
       262144
     """
-    state = abstract_init(tx, params)
+    # A function of its own: eval_shape remembers those that it has traced.
+    state = jax.eval_shape(lambda params: tx.init(params), params)
     entries: dict[tuple[str, str], int] = collections.defaultdict(int)
     for path, owner, leaf in owned_leaves(state, params):
         role = next((_ROLES[key] for key in path if key in _ROLES), "other")

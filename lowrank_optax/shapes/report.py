@@ -1,12 +1,39 @@
 """The selection report: what is projected, what stays full, and why."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import optax
 
-from lowrank_optax.bracket.plan import LeafPlan, abstract_init, recording
+from lowrank_optax.bracket.plan import Described, LeafPlan, described
+
+
+class SideCost(NamedTuple):
+    """What the choice of a side costs.
+
+    Attributes:
+      state_bytes: the bracket's state for the leaf, on all devices together.
+      reduced_bytes: what every step sums over devices: the projections ``[r, n]`` in
+        float32 if the projected axis is sharded, else nothing.
+    """
+
+    state_bytes: int
+    reduced_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportRow(LeafPlan):
+    """One leaf of a bracket: its plan, and the costs of either side.
+
+    Attributes:
+      costs: what a basis on the rows ("left") and on the columns ("right") would cost,
+        where the leaf's sharding is known.
+    """
+
+    costs: dict[str, SideCost] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +44,7 @@ class SelectionReport:
       rows: the leaves' plans, in the parameters' order.
     """
 
-    rows: tuple[LeafPlan, ...]
+    rows: tuple[ReportRow, ...]
 
     @property
     def projected(self) -> tuple[str, ...]:
@@ -74,15 +101,42 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
       >>> report.projected, report.full
       (('kernel',), ('bias',))
     """
-    with recording() as records:
-        abstract_init(tx, params)
-    if not records:
+    brackets = described_brackets(described(tx, params))
+    if not brackets:
         raise ValueError(
             "selection_report found no low-rank bracket in this transformation; "
             "expected one built by lro.chain, lro.subspace or a method of lro."
         )
-    leaves = [leaf for record in records for leaf in record.plan.leaves]
-    return SelectionReport(tuple(leaves))
+    rows = [
+        ReportRow(**vars(leaf), costs=_side_costs(bracket, leaf))
+        for bracket in brackets
+        for leaf in bracket.plan.leaves
+    ]
+    return SelectionReport(tuple(rows))
+
+
+def described_brackets(state: Any) -> list[Described]:
+    """Returns the brackets in a described state, in its order."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Described))
+    return [node for node in nodes if isinstance(node, Described)]
+
+
+def _side_costs(bracket: Described, leaf: LeafPlan) -> dict[str, SideCost]:
+    """Returns both sides' costs; nothing if they are not known, or not ours to choose.
+
+    A projector with a side of its own knows when its map crosses no border.
+    """
+    matrix, parts, planner = leaf.matrix, leaf.parts, bracket.planner
+    if matrix is None or parts is None:
+        return {}
+    if planner.bracket.projector.side_of(matrix, parts) is not None:
+        return {}
+    costs = {}
+    for side, count in zip(("left", "right"), parts, strict=True):
+        seen = dataclasses.replace(matrix.seen_from(side), block=0)
+        projected = math.prod(seen.batch_shape) * seen.rank * seen.n
+        costs[side] = SideCost(planner.state_bytes(seen), 4 * projected * (count != 1))
+    return costs
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -91,11 +145,11 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
 
 
-def _bytes(row: LeafPlan) -> int:
+def _bytes(row: ReportRow) -> int:
     return row.low_bytes if row.matrix and row.low_bytes else row.full_bytes
 
 
-def _cost_cells(row: LeafPlan) -> tuple[str, str]:
+def _cost_cells(row: ReportRow) -> tuple[str, str]:
     """Both sides' costs, the rows' before the columns'."""
     costs = row.costs.values()
     return (
@@ -104,7 +158,7 @@ def _cost_cells(row: LeafPlan) -> tuple[str, str]:
     )
 
 
-def _cells(row: LeafPlan) -> tuple[str, ...]:
+def _cells(row: ReportRow) -> tuple[str, ...]:
     decision = f"{row.matrix.side}, rank {row.matrix.rank}" if row.matrix else "full"
     shape = "x".join(map(str, row.shape)) or "scalar"
     return (

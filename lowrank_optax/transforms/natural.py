@@ -9,8 +9,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
-from lowrank_optax.linalg.layout import wide
-from lowrank_optax.linalg.scaling import unit_norm
+from lowrank_optax.linalg.products import unit_norm, wide
 from lowrank_optax.linalg.woodbury import solve_member
 
 

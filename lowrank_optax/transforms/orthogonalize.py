@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import path_string
-from lowrank_optax.linalg.layout import wide
 from lowrank_optax.linalg.polar import polar_newton_schulz, polar_svd
+from lowrank_optax.linalg.products import wide
 
 METHODS = ("svd", "newton_schulz")
 SHAPE_FACTORS = ("none", "sqrt_long")

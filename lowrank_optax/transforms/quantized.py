@@ -18,7 +18,6 @@ from lowrank_optax.leaves.matrix import (
     unbox,
     unbox_tree,
 )
-from lowrank_optax.leaves.slices import whole_shape
 from lowrank_optax.quantization import (
     Codec,
     QuantizedArray,
@@ -179,7 +178,7 @@ def _encoded(tree: Any, codec: Codec | None, min_size: int) -> Any:
 
     def encode(leaf: Any) -> Any:
         x = unbox(leaf)
-        small = math.prod(whole_shape(x.shape)[-2:]) < min_size
+        small = math.prod(x.shape[-2:]) < min_size
         if codec is None or small or not jnp.issubdtype(x.dtype, jnp.floating):
             return leaf
         found = quantize(x, codec)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from lowrank_optax.linalg.svd import leading_singular_vectors
+from lowrank_optax.linalg.bases import leading_singular_vectors
 from tests.golden.cases import Case
 from tests.golden.replay import Measure, Replay, within_share, within_travel
 

@@ -10,7 +10,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.linalg import grassmann as geometry
-from lowrank_optax.linalg.layout import as_stored
+from lowrank_optax.linalg.products import as_stored
 from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
 
 M, N, R = 24, 40, 6

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.linalg.orthogonalize import cholesky_qr
+from lowrank_optax.linalg.bases import cholesky_qr
 
 SHAPES = [(32, 48, 4), (64, 256, 16), (96, 64, 32), (24, 24, 24)]
 SCALES = [1.0, 1e-20, 1e15]

@@ -1,16 +1,25 @@
-"""Orthonormal bases from matrix products alone, for any spectrum."""
+"""``cholesky_qr`` and ``block_power``: orthonormal bases from matrix products alone.
+
+Beside them stand the exact singular vectors, the one basis here that needs an SVD.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from lowrank_optax.linalg.layout import HIGHEST, gram, turn
+from lowrank_optax.linalg.products import HIGHEST, Operand, gram, outer, unit_peak
 
 # Multiples of eps * trace(Y^T Y) added to the Gram matrix in each sweep. The first
 # shift exceeds the Gram matrix' own rounding error, so that its Cholesky factor
 # exists for any Y; the second catches what a condition number near 1/eps leaves.
 _SHIFTS = (8.0, 2.0, 0.0)
+
+# How much of the old basis is mixed into the new one before it is orthonormalized:
+# it gives directions to a gradient of rank below r, at a negligible loss of energy.
+_MIX = 1e-3
 
 
 def cholesky_qr(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
@@ -43,7 +52,7 @@ def cholesky_qr(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
         # Inverting the r x r factor turns the tall solve into a product. What the
         # inverse loses in orthogonality the next sweep restores; the span is exact.
         inverse = solve_triangular(jnp.linalg.cholesky(products), eye, lower=True)
-        return jnp.matmul(y, turn(inverse), precision=HIGHEST)
+        return outer(y, inverse)
 
     # A loop, so that one factorization is compiled and not three.
     return jax.lax.fori_loop(0, len(_SHIFTS), sweep, y)
@@ -67,3 +76,64 @@ def newton_schulz(y: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     and no column changes its sign. Needs singular values below ``sqrt(3)``.
     """
     return 1.5 * y - 0.5 * jnp.matmul(y, gram(y), precision=HIGHEST)
+
+
+def block_power(
+    gradient: Array | Operand,
+    start: Float[Array, "m r"],
+    sweeps: int | Int[Array, ""],
+) -> Float[Array, "m r"]:
+    """Improves a basis of the leading left singular subspace.
+
+    One sweep is ``Y = G (G^T P)``, its columns scaled to unit norm, ``Y + 1e-3 P``
+    orthonormalized. Columns of ``Y`` that vanish (``G`` of rank below r) are not
+    scaled up, so there the old basis fills in.
+
+    Args:
+      gradient: G ``[m, n]`` of any scale; must be finite and not zero.
+      start: columns to start from, orthonormal or random of about unit norm.
+      sweeps: number of sweeps, may be traced.
+
+    Returns:
+      Orthonormal columns in the dtype of ``start``; NaN if ``start`` sees nothing of
+      the gradient.
+    """
+    gradient = Operand.of(gradient)
+
+    def sweep(_, basis):
+        # Scaling both thin products keeps gradients of 1e-20 and 1e15 in range.
+        low, _ = unit_peak(gradient.down(basis))
+        y, _ = unit_peak(gradient.across(low))
+        norms = jnp.linalg.norm(y, axis=0)
+        y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms))
+        return cholesky_qr(y + _MIX * basis)
+
+    return jax.lax.fori_loop(0, sweeps, sweep, start)
+
+
+def random_start(key: Array, m: int, rank: int, dtype: Any) -> Float[Array, "m r"]:
+    """Returns a Gaussian ``[m, r]`` with columns of about unit norm."""
+    return jax.random.normal(key, (m, rank), dtype) / m**0.5
+
+
+def leading_singular_vectors(
+    gradient: Float[Array, "m n"], rank: int
+) -> Float[Array, "m r"]:
+    """Returns the first left singular vectors."""
+    return left_singular_vectors(gradient)[0][:, :rank]
+
+
+def left_singular_vectors(
+    gradient: Float[Array, "m n"],
+) -> tuple[Float[Array, "m s"], Float[Array, " s"]]:
+    """Returns the s = min(m, n) left singular vectors, leading ones first.
+
+    Args:
+      gradient: any scale; must be finite and not zero.
+
+    Returns:
+      The vectors and the singular values, these up to a common power of two.
+    """
+    scaled, _ = unit_peak(gradient)
+    left, values, _ = jnp.linalg.svd(scaled, full_matrices=False)
+    return left, values

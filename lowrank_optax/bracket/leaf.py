@@ -1,0 +1,511 @@
+"""``LowLeaf`` and ``FullLeaf``: a leaf's way to the inner optimizer, and back.
+
+Both ``open`` before the inner optimizer and ``close`` after it. The parts of a bracket
+are written for one matrix; ``LowLeaf.lift`` alone knows of stacks. Leaves of equal
+shapes share one trace of either door, since the path enters as a number.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.part import Part
+from lowrank_optax.linalg.products import Operand
+from lowrank_optax.projectors import At, Projector
+from lowrank_optax.recovery import LeafView, Recovered, Recovery
+from lowrank_optax.transport import Transport
+
+PRNG = "threefry2x32"
+
+
+class Clock(NamedTuple):
+    """The bracket's time.
+
+    Attributes:
+      count: steps of the inner optimizer taken so far.
+      open: False in the middle of a gradient accumulation, when the sum under way
+        fixes the basis.
+      key_data: the bracket's key.
+      layer: which layer the first one of every stack is; 0 where stacks are whole.
+    """
+
+    count: Array
+    open: Array
+    key_data: Array
+    layer: Array | int
+
+    @classmethod
+    def of(cls, state: Any, layer: Any = None) -> "Clock":
+        """Returns the time of a ``SubspaceState``.
+
+        ``layer``: the extra argument of a layer-wise step.
+        """
+        done = summed(state.inner_state)
+        is_open = jnp.bool_(True) if done is None else done
+        first = 0 if layer is None else layer.index
+        return cls(state.count, is_open, state.key, first)
+
+
+def summed(inner_state: Any) -> Any:
+    """Returns whether no accumulation is under way, None where there is none."""
+    steps = optax.tree_utils.tree_get(inner_state, "mini_step")
+    return None if steps is None else steps == 0
+
+
+class Kept(NamedTuple):
+    """What the bracket keeps of one leaf; ``()`` where there is nothing.
+
+    Attributes:
+      stored: what the projector stores, with leading batch axes.
+      pending: per matrix, whether a refresh is owed.
+      recovery: the recovery's state.
+    """
+
+    stored: Any = ()
+    pending: Any = ()
+    recovery: Any = ()
+
+
+class Renewable(NamedTuple):
+    """What a refresh may change of a matrix: of ``Kept``, and its moments."""
+
+    stored: Any
+    pending: Any
+    moments: Any
+
+
+class Opened(NamedTuple):
+    """A leaf on its way.
+
+    Attributes:
+      low: what the inner optimizer is given: ``R = P^T G``, or a full gradient.
+      low_weights: the parameter likewise, or None.
+      gradient: the gradient, matrices as ``Operand``, with what the recovery added.
+      basis: the basis of this step, None on full leaves.
+      previous: that of the step before, ``()`` where none is stored.
+      renewed: what is kept from here on, and the moments in the new coordinates.
+    """
+
+    low: Array
+    low_weights: Any
+    gradient: Any = None
+    basis: Any = None
+    previous: Any = None
+    renewed: Any = None
+
+    @property
+    def array(self) -> Array:
+        """The gradient as an array, matrices as ``[*batch, m, n]``."""
+        operand = isinstance(self.gradient, Operand)
+        return self.gradient.array if operand else self.gradient
+
+
+class Moments(NamedTuple):
+    """One leaf's moments for a recovery, each a tuple of dictionaries by field.
+
+    Attributes:
+      after: after the inner update.
+      carried: before it, in the coordinates of this step's basis.
+      before: before transport, in those of the previous one.
+    """
+
+    after: Any = ()
+    carried: Any = ()
+    before: Any = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FullLeaf(Part):
+    """A leaf that is not projected: it goes through at full size.
+
+    Attributes:
+      dtype: the inner optimizer's.
+    """
+
+    dtype: Any
+
+    def open(
+        self, clock: Clock, gradient: Array, weights: Any, kept: Kept, moments: Any
+    ) -> Opened:
+        """Casts the gradient and the parameter to the inner's dtype."""
+        del clock, kept, moments
+        low_weights = None if weights is None else cast(weights, self.dtype)
+        return Opened(cast(gradient, self.dtype), low_weights, gradient)
+
+    def close(
+        self,
+        clock: Clock,
+        opened: Opened,
+        direction: Any,
+        kept: Kept,
+        moments: Moments,
+        gain: Any,
+        done: Any,
+    ) -> tuple[Array, None, Kept]:
+        """Returns the update in the gradient's dtype."""
+        del clock, moments, done
+        if isinstance(direction, optax.MaskedNode):  # no elements, and no direction
+            return opened.gradient, None, kept
+        return cast(stepped(direction, gain), opened.gradient.dtype), None, kept
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowLeaf(Part):
+    """A projected leaf.
+
+    Attributes:
+      matrix: how it is seen.
+      projector: of this leaf.
+      transport: carries signs and moments over to a new basis.
+      recovery: gives the update its share from outside the subspace, or None.
+      scale: factor on the lifted direction.
+      dtype: the inner optimizer's.
+      update_dtype: the gradient's, and so the update's.
+      in_turn: whether the layers are projected and lifted one after another, so that a
+        basis that lies in parts on a mesh is whole for one layer at a time.
+      path: the leaf's path as a number, for its random keys.
+      shift: by how many steps each matrix refreshes early, ``int32 [*batch]``.
+    """
+
+    matrix: Matrix
+    projector: Projector
+    transport: Transport
+    recovery: Recovery | None
+    scale: Any
+    dtype: Any
+    update_dtype: Any
+    in_turn: bool
+    path: Any
+    shift: Any
+
+    @property
+    def reads_moments(self) -> bool:
+        """Whether moments take part in the refresh."""
+        return self.transport.moves or self.projector.reads_moments
+
+    def lift(self, function: Callable, *trees: Any, in_turn: bool = False) -> Any:
+        """Returns ``function`` of one matrix for all matrices of the leaf.
+
+        All at once, or in turn, layer by layer.
+        """
+        if not self.matrix.batch:
+            return function(*trees)
+        if in_turn:
+            return jax.lax.map(lambda args: function(*args), trees)
+        # Axis by axis: batch axes that are sharded are not merged.
+        for name in reversed(self._names):
+            function = jax.vmap(function, axis_name=name)
+        return function(*trees)
+
+    def one_by_one(self, function: Callable, *trees: Any) -> Any:
+        """Returns the same by a loop over the matrices, each with its own branches."""
+        if not self.matrix.batch:
+            return function(*trees)
+        batch = self.matrix.batch_shape
+        flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[len(batch) :])), trees)
+        out = jax.lax.map(lambda args: function(*args), flat)
+        return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(f"lowrank/batch{axis}" for axis in self.matrix.batch)
+
+    def _anywhere(self, flag: Array) -> Array:
+        """Whether the flag holds for any matrix that is worked on at once."""
+        if not self.matrix.batch or self.in_turn:
+            return flag
+        # A maximum over the mapped axes is one scalar for all, so that a branch on it
+        # stays a branch where `vmap` would run both.
+        return jax.lax.pmax(flag.astype(jnp.int32), self._names) > 0
+
+    def start(self) -> Kept:
+        """Returns what is kept before the first step; the recovery's is not here."""
+        batch = self.matrix.batch_shape
+        one = self.projector.start(self.matrix)
+        stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
+        pending = jnp.ones(batch, jnp.bool_) if self.projector.stores_basis else ()
+        return Kept(stored, pending)
+
+    def start_recovery(self) -> Any:
+        """Returns the state of a recovery that keeps numbers for each matrix."""
+        if self.recovery is None:
+            return ()
+        if self.recovery.like_leaf:
+            return self.recovery.start(self.matrix)
+        batch, one = self.matrix.batch_shape, self.recovery.start(self.matrix)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
+
+    # Before the inner optimizer.
+
+    @jax.jit
+    def open(
+        self, clock: Clock, gradient: Array, weights: Any, kept: Kept, moments: Any
+    ) -> Opened:
+        """Views the leaf as matrices, renews their bases and projects."""
+        at = self.at(clock)
+        seen = self.matrix.operand(gradient)
+        if self.recovery is not None and not self.recovery.whole:
+            entering = self._as_matrices(kept.recovery)
+            seen = self.lift(self.recovery.enter, entering, seen)
+        with jax.named_scope("lowrank/refresh"):
+            before = Renewable(kept.stored, kept.pending, moments)
+            renewed = self.refresh(clock, at, seen, before)
+        with jax.named_scope("lowrank/project"):
+            basis = self.basis(at, renewed.stored)
+            previous = ()
+            if self.projector.stores_basis:
+                previous = self.basis(at, kept.stored)
+            low = self.down(at, renewed.stored, basis, seen)
+            low_weights = None
+            if weights is not None:
+                whole = self.matrix.operand(weights)
+                low_weights = self.down(at, renewed.stored, basis, whole)
+        return Opened(low, low_weights, seen, basis, previous, renewed)
+
+    def at(self, clock: Clock) -> At:
+        """Returns place and time of every matrix."""
+        batch = self.matrix.batch_shape
+        first = jnp.arange(self.shift.size, dtype=jnp.int32).reshape(batch)
+        layer = first + clock.layer * self.shift.size
+        key = jax.random.wrap_key_data(clock.key_data, impl=PRNG)
+        key = jax.random.fold_in(key, self.path)
+
+        def one(layer: Array, shift: Array) -> At:
+            epoch = (clock.count + shift) // self.projector.update_proj_gap
+            own = jax.random.fold_in(jax.random.fold_in(key, layer), epoch)
+            return At(own, epoch, layer, jnp.bool_(False), (), clock.count)
+
+        return self.lift(one, layer, self.shift)
+
+    def due(self, clock: Clock, stored: Any, pending: Any) -> Array:
+        """Returns for every matrix whether its basis is renewed in this step."""
+
+        def one(stored: Any, shift: Array) -> Array:
+            return self.projector.is_due(stored, clock.count + shift)
+
+        return clock.open & (self.lift(one, stored, self.shift) | pending)
+
+    def refresh(
+        self, clock: Clock, at: At, gradient: Operand, before: Renewable
+    ) -> Renewable:
+        """Renews the matrices that are due and healthy; the rest stay as they are."""
+        if not self.projector.stores_basis:
+            return before
+
+        def one(due: Array, at: At, gradient: Operand, before: Renewable) -> Renewable:
+            return jax.lax.cond(
+                due, lambda: self._attempt(clock, at, gradient, before), lambda: before
+            )
+
+        due = self.due(clock, before.stored, before.pending)
+        if not self.matrix.batch:
+            return one(due, at, gradient, before)
+        # One scalar for the leaf, so that a step without a refresh pays nothing, and
+        # one for each matrix inside.
+        return jax.lax.cond(
+            jnp.any(due),
+            lambda: self.one_by_one(one, due, at, gradient, before),
+            lambda: before,
+        )
+
+    def _attempt(
+        self, clock: Clock, at: At, gradient: Operand, before: Renewable
+    ) -> Renewable:
+        """Renews one matrix, unless its gradient cannot tell a subspace."""
+        owed = before._replace(pending=jnp.ones_like(before.pending))
+        at = at._replace(cold=before.pending, moments=before.moments)
+        return jax.lax.cond(
+            _healthy(gradient),
+            lambda: self._renew(clock, at, gradient, before, owed),
+            lambda: owed,
+        )
+
+    def _renew(self, clock, at, gradient, before: Renewable, owed: Renewable):
+        new = self.projector.refresh(self.matrix, gradient, before.stored, at)
+        if self.transport.aligns:
+            new = self.projector.align(before.stored, new)
+        moments = before.moments
+        if self.transport.moves:
+            rotation = self.projector.rotation(before.stored, new)
+            moments = self.transport.move(moments, rotation, clock.count)
+        stored = self.projector.pack(new)
+        renewed = Renewable(stored, jnp.zeros_like(before.pending), moments)
+        # Of the new basis before it is packed: a codec turns NaN into a number.
+        return _where(_finite(new), renewed, owed)
+
+    def basis(self, at: At, stored: Any) -> Any:
+        """Returns what the projector uses this step, with leading batch axes."""
+        return self.lift(self._basis, stored, at)
+
+    def _basis(self, stored: Any, at: At) -> Any:
+        return self.projector.basis(self.matrix, stored, at)
+
+    def down(self, at: At, stored: Any, basis: Any, x: Operand) -> Array:
+        """Returns ``P^T X`` in the inner's dtype."""
+
+        def one(basis: Any, x: Operand) -> Array:
+            return cast(self.projector.down(self.matrix, basis, x), self.dtype)
+
+        def formed(at: At, stored: Any, x: Operand) -> Array:
+            return one(self._basis(stored, at), x)
+
+        if self.in_turn:
+            return self.lift(formed, at, stored, x, in_turn=True)
+        return self.lift(one, basis, x)
+
+    # After it.
+
+    @jax.jit
+    def close(
+        self,
+        clock: Clock,
+        opened: Opened,
+        direction: Array,
+        kept: Kept,
+        moments: Moments,
+        gain: Any,
+        done: Any,
+    ) -> tuple[Array, Any, Kept]:
+        """Recovers, lifts, and moves the bases that move after use.
+
+        Args:
+          clock: the bracket's time.
+          opened: the leaf as it was opened.
+          direction: ``[*batch, r, n]``, from the inner optimizer.
+          kept: what was kept before this step.
+          moments: the moments that the recovery may read.
+          gain: the negative learning rate, None if it is applied elsewhere.
+          done: whether an accumulation is complete, None where there is none.
+
+        Returns:
+          The update in the leaf's own shape, what goes to the recovery's transformation
+          of whole leaves (or None), and what is kept from here on.
+        """
+        at, renewed = self.at(clock), opened.renewed
+        own = self.recovery is not None and not self.recovery.whole
+        state = self._as_matrices(kept.recovery) if own else ()
+        update = functools.partial(self._finish, clock, gain)
+        trees = (direction, opened, state, moments)
+        if self.in_turn:
+            # Without the whole basis: each layer's is formed in its turn.
+            trees = (direction, opened._replace(basis=None), state, moments)
+        with jax.named_scope("lowrank/backproject"):
+            lifted, outside, state = self.lift(update, at, *trees, in_turn=self.in_turn)
+        recovery = kept.recovery
+        if own:
+            recovery = when(done, self._as_leaf(state), kept.recovery)
+        stored = renewed.stored
+        if self.projector.advances:
+            with jax.named_scope("lowrank/advance"):
+                stored = when(done, self._advance(clock, at, opened, kept), stored)
+        if outside is not None:
+            outside = self.matrix.leaf(outside)
+        update = self.matrix.leaf(lifted)
+        return update, outside, Kept(stored, renewed.pending, recovery)
+
+    def _finish(
+        self,
+        clock: Clock,
+        gain: Any,
+        at: At,
+        direction: Array,
+        opened: Opened,
+        state: Any,
+        moments: Moments,
+    ) -> tuple[Operand, Any, Any]:
+        """Returns ``P low + G * phi + addend`` of one matrix, in its stored order."""
+        basis = opened.basis
+        if self.in_turn:
+            basis = self._basis(opened.renewed.stored, at)
+        gradient = opened.gradient
+        recovered = Recovered(self.scale * direction)
+        if self.recovery is not None:
+            view = LeafView(
+                gradient=gradient,
+                projected=opened.low,
+                direction=direction,
+                basis=basis,
+                previous_basis=opened.previous,
+                moments=moments.after,
+                carried_moments=moments.carried,
+                previous_moments=moments.before,
+                orthonormal=self.projector.orthonormal,
+                up=functools.partial(self.projector.up, self.matrix),
+                anywhere=self._anywhere,
+                count=clock.count,
+            )
+            recovered, state = self.recovery.update(
+                self.matrix, state, view, self.scale
+            )
+        terms = []
+        if recovered.low is not None:
+            low = stepped(recovered.low, gain)
+            terms.append(self.projector.up(self.matrix, basis, low))
+        if recovered.phi is not None:
+            phi = stepped(recovered.phi, gain)
+            terms.append(gradient.astype(phi.dtype).times(phi))
+        if recovered.addend is not None:
+            terms.append(recovered.addend.map(lambda x: stepped(x, gain)))
+        total = functools.reduce(lambda a, b: a.map(jnp.add, b), terms)
+        if recovered.outside is None:  # else one more term is to come
+            total = total.map(lambda x: cast(x, self.update_dtype))
+        return total, recovered.outside, state
+
+    def _advance(self, clock: Clock, at: At, opened: Opened, kept: Kept) -> Any:
+        """Moves the bases after use, but for those that were found in this step.
+
+        (Or early in the accumulation that ends with the bracket's first step.)
+        """
+
+        def one(at, gradient: Operand, projected, cold, stored):
+            good = _healthy(gradient) & ~cold & (clock.count > 0)
+            new = self.projector.advance(self.matrix, stored, gradient, projected, at)
+            return _where(good & _finite(new), new, stored)
+
+        trees = (opened.gradient, opened.low, kept.pending, opened.renewed.stored)
+        return self.one_by_one(one, at, *trees)
+
+    def _as_matrices(self, state: Any) -> Any:
+        assert self.recovery is not None
+        return self.matrix.operand(state) if self.recovery.like_leaf else state
+
+    def _as_leaf(self, state: Any) -> Any:
+        assert self.recovery is not None
+        return self.matrix.leaf(state) if self.recovery.like_leaf else state
+
+
+def cast(leaf: Any, dtype: Any) -> Any:
+    """Casts real floating-point leaves; counters, complex and keys stay."""
+    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def stepped(x: Array, gain: Any) -> Array:
+    """Multiplies by the negative learning rate, if it is the bracket's."""
+    return x if gain is None else x * gain.astype(x.dtype)
+
+
+def when(done: Any, after: Any, before: Any) -> Any:
+    """Returns ``before`` in the middle of an accumulation."""
+    return after if done is None else _where(done, after, before)
+
+
+def _where(flag: Array, after: Any, before: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), after, before)
+
+
+def _healthy(gradient: Operand) -> Array:
+    return jnp.isfinite(gradient.peak) & (gradient.peak > 0)
+
+
+def _finite(stored: Any) -> Array:
+    """Returns whether every number of one matrix' stored tree is finite."""
+    return jnp.all(
+        jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(stored)])
+    )
