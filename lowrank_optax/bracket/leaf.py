@@ -41,23 +41,6 @@ class Clock(NamedTuple):
     key_data: Array
     layer: Array | int
 
-    @classmethod
-    def of(cls, state: Any, layer: Any = None) -> "Clock":
-        """Returns the time of a ``SubspaceState``.
-
-        ``layer``: the extra argument of a layer-wise step.
-        """
-        done = summed(state.inner_state)
-        is_open = jnp.bool_(True) if done is None else done
-        first = 0 if layer is None else layer.index
-        return cls(state.count, is_open, state.key, first)
-
-
-def summed(inner_state: Any) -> Any:
-    """Returns whether no accumulation is under way, None where there is none."""
-    steps = optax.tree_utils.tree_get(inner_state, "mini_step")
-    return None if steps is None else steps == 0
-
 
 class Kept(NamedTuple):
     """What the bracket keeps of one leaf; ``()`` where there is nothing.
@@ -87,7 +70,8 @@ class Opened(NamedTuple):
     Attributes:
       low: what the inner optimizer is given: ``R = P^T G``, or a full gradient.
       low_weights: the parameter likewise, or None.
-      gradient: the gradient, matrices as ``Operand``, with what the recovery added.
+      gradient: the gradient ``[*batch, m, n]``, with what the recovery added to it.
+      weights: the parameter likewise, or None.
       basis: the basis of this step, None on full leaves.
       previous: that of the step before, ``()`` where none is stored.
       renewed: what is kept from here on, and the moments in the new coordinates.
@@ -95,16 +79,11 @@ class Opened(NamedTuple):
 
     low: Array
     low_weights: Any
-    gradient: Any = None
+    gradient: Operand
+    weights: Operand | None
     basis: Any = None
     previous: Any = None
     renewed: Any = None
-
-    @property
-    def array(self) -> Array:
-        """The gradient as an array, matrices as ``[*batch, m, n]``."""
-        operand = isinstance(self.gradient, Operand)
-        return self.gradient.array if operand else self.gradient
 
 
 class Moments(NamedTuple):
@@ -136,8 +115,10 @@ class FullLeaf(Part):
     ) -> Opened:
         """Casts the gradient and the parameter to the inner's dtype."""
         del clock, kept, moments
-        low_weights = None if weights is None else cast(weights, self.dtype)
-        return Opened(cast(gradient, self.dtype), low_weights, gradient)
+        low, seen = cast(gradient, self.dtype), Operand(gradient)
+        if weights is None:
+            return Opened(low, None, seen, None)
+        return Opened(low, cast(weights, self.dtype), seen, Operand(weights))
 
     def close(
         self,
@@ -151,9 +132,10 @@ class FullLeaf(Part):
     ) -> tuple[Array, None, Kept]:
         """Returns the update in the gradient's dtype."""
         del clock, moments, done
+        gradient = opened.gradient.stored
         if isinstance(direction, optax.MaskedNode):  # no elements, and no direction
-            return opened.gradient, None, kept
-        return cast(stepped(direction, gain), opened.gradient.dtype), None, kept
+            return gradient, None, kept
+        return cast(stepped(direction, gain), gradient.dtype), None, kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,11 +166,6 @@ class LowLeaf(Part):
     in_turn: bool
     path: Any
     shift: Any
-
-    @property
-    def reads_moments(self) -> bool:
-        """Whether moments take part in the refresh."""
-        return self.transport.moves or self.projector.reads_moments
 
     def lift(self, function: Callable, *trees: Any, in_turn: bool = False) -> Any:
         """Returns ``function`` of one matrix for all matrices of the leaf.
@@ -263,11 +240,11 @@ class LowLeaf(Part):
             if self.projector.stores_basis:
                 previous = self.basis(at, kept.stored)
             low = self.down(at, renewed.stored, basis, seen)
-            low_weights = None
+            whole = low_weights = None
             if weights is not None:
                 whole = self.matrix.operand(weights)
                 low_weights = self.down(at, renewed.stored, basis, whole)
-        return Opened(low, low_weights, seen, basis, previous, renewed)
+        return Opened(low, low_weights, seen, whole, basis, previous, renewed)
 
     def at(self, clock: Clock) -> At:
         """Returns place and time of every matrix."""
@@ -395,7 +372,12 @@ class LowLeaf(Part):
         trees = (direction, opened, state, moments)
         if self.in_turn:
             # Without the whole basis: each layer's is formed in its turn.
-            trees = (direction, opened._replace(basis=None), state, moments)
+            trees = (
+                direction,
+                opened._replace(weights=None, basis=None),
+                state,
+                moments,
+            )
         with jax.named_scope("lowrank/backproject"):
             lifted, outside, state = self.lift(update, at, *trees, in_turn=self.in_turn)
         recovery = kept.recovery

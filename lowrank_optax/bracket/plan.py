@@ -30,7 +30,9 @@ from lowrank_optax.leaves.matrix import (
     path_string,
     rebox,
     refill,
+    refill_tree,
     unbox,
+    unbox_tree,
 )
 from lowrank_optax.leaves.moments import FIELDS, find
 from lowrank_optax.leaves.part import transformation
@@ -99,11 +101,13 @@ class Plan:
       treedef: the structure, boxes counting as leaves.
       leaves: the leaves' plans.
       shifts: by how many steps the matrices of each leaf refresh early.
+      has_boxes: whether leaves stand in metadata boxes.
     """
 
     treedef: Any
     leaves: tuple[LeafPlan, ...]
     shifts: tuple[tuple[int, ...], ...]
+    has_boxes: bool
 
     def matrices(self) -> list[tuple[int, Matrix]]:
         """Returns (position, matrix) of every projected leaf."""
@@ -111,9 +115,47 @@ class Plan:
 
     def flat(self, tree: Any) -> list[Any]:
         """Returns the tree's leaves by position; None for each if there is no tree."""
-        if tree is None:
+        if tree is None or (isinstance(tree, tuple) and not tree):
             return [None] * len(self.leaves)
         return self.treedef.flatten_up_to(tree)
+
+    def arrays(self, tree: Any) -> list[Any]:
+        """Returns the same out of their boxes."""
+        return [None if leaf is None else unbox_tree(leaf) for leaf in self.flat(tree)]
+
+    def boxed(self, like: Any, leaves: list[Any]) -> Any:
+        """Returns the leaves as one tree, each in boxes like those of ``like``."""
+        if isinstance(like, tuple) and not like:
+            return ()
+        if self.has_boxes:
+            leaves = list(map(refill_tree, self.flat(like), leaves))
+        return self.treedef.unflatten(leaves)
+
+    def inner_trees(self, bracket: Bracket, like: Any, low: list[Any]) -> Any:
+        """Returns the trees of the inner transformation and of ``full``, in boxes.
+
+        Leaves without elements are hidden from both.
+        """
+        if self.has_boxes:
+            low = [
+                rebox(box, x, leaf.matrix.batch_axes + leaf.matrix.low_axes)
+                if leaf.matrix
+                else refill(box, x)
+                for leaf, box, x in zip(self.leaves, self.flat(like), low, strict=True)
+            ]
+
+        def tree(shown: Callable[[LeafPlan], bool]) -> Any:
+            return self.treedef.unflatten(
+                x if shown(leaf) and not leaf.empty else optax.MaskedNode()
+                for leaf, x in zip(self.leaves, low, strict=True)
+            )
+
+        if bracket.full is None:
+            return tree(lambda leaf: True), ()
+        return (
+            tree(lambda leaf: leaf.matrix is not None),
+            tree(lambda leaf: leaf.matrix is None),
+        )
 
     def check(self, updates: Any) -> None:
         """Raises if the gradients are no tree like the parameters."""
@@ -131,47 +173,19 @@ class Plan:
                     "the same."
                 )
 
-    def boxed_like(self, boxes: list[Any], low: list[Any]) -> list[Any]:
-        """Puts what the inner optimizer sees into boxes like the leaves' own."""
-        return [
-            rebox(box, x, leaf.matrix.batch_axes + leaf.matrix.low_axes)
-            if leaf.matrix
-            else refill(box, x)
-            for leaf, box, x in zip(self.leaves, boxes, low, strict=True)
-        ]
-
     def leaves_of(
         self, bracket: Bracket, gradients: list[Any]
     ) -> list[LowLeaf | FullLeaf]:
         """Returns what opens and closes every leaf."""
         full = FullLeaf(bracket.dtype)
         return [
-            low_leaf(bracket, leaf.matrix, unbox(gradient).dtype, leaf.in_turn, shift)
+            low_leaf(bracket, leaf.matrix, gradient.dtype, leaf.in_turn, shift)
             if leaf.matrix
             else full
             for leaf, gradient, shift in zip(
                 self.leaves, gradients, self.shifts, strict=True
             )
         ]
-
-    def split(self, bracket: Bracket, low: list[Any]) -> tuple[Any, Any]:
-        """Returns the trees of the inner and of the ``full`` transformation.
-
-        Leaves without elements are hidden from both.
-        """
-
-        def tree(shown: Callable[[LeafPlan], bool]) -> Any:
-            return self.treedef.unflatten(
-                x if shown(leaf) and not leaf.empty else optax.MaskedNode()
-                for leaf, x in zip(self.leaves, low, strict=True)
-            )
-
-        if bracket.full is None:
-            return tree(lambda leaf: True), ()
-        return (
-            tree(lambda leaf: leaf.matrix is not None),
-            tree(lambda leaf: leaf.matrix is None),
-        )
 
 
 def low_leaf(
@@ -209,6 +223,7 @@ class Planner:
       selection: which leaves are projected.
       stagger: whether the refreshes of different matrices are spread over the gap.
       seed: seed of the bracket's random numbers.
+      structures: of the states that have been started.
     """
 
     def __init__(
@@ -217,6 +232,7 @@ class Planner:
         self.bracket, self.selection = bracket, selection
         self.stagger, self.seed = stagger, seed
         self._plans: dict[Any, Plan] = {}
+        self.structures: set[Any] = set()
 
     def plan(self, tree: Any, layers: int | None = None) -> Plan:
         """Decides from shapes alone what happens to every leaf of ``tree``.
@@ -233,7 +249,9 @@ class Planner:
         key = treedef, infos, layers
         if key not in self._plans:
             paths = [path_string(path) for path, _ in flat]
-            self._plans[key] = self._decide(tree, treedef, paths, infos, layers)
+            boxes = any(is_box(leaf) for _, leaf in flat)
+            plan = self._decide(tree, treedef, paths, infos, layers)
+            self._plans[key] = dataclasses.replace(plan, has_boxes=boxes)
         return self._plans[key]
 
     def _decide(self, tree, treedef, paths, infos, layers) -> Plan:
@@ -249,7 +267,7 @@ class Planner:
                 )
             leaves = tuple(map(_of_one_layer, leaves))
             shifts = tuple(shift[: len(shift) // layers] for shift in shifts)
-        return Plan(treedef, leaves, shifts)
+        return Plan(treedef, leaves, shifts, False)
 
     def _leaf(self, path: str, info: LeafInfo, numbers: Any, sharding: Any) -> LeafPlan:
         shape, selection = info.shape, self.selection
@@ -400,9 +418,9 @@ def _shifts(
 def start(planner: Planner, params: Any) -> Any:
     """Returns the state of a fresh bracket."""
     plan, bracket = planner.plan(params), planner.bracket
-    boxes = plan.flat(params)
-    leaves = plan.leaves_of(bracket, boxes)
-    low: list[Any] = [cast(unbox(box), bracket.dtype) for box in boxes]
+    boxes, arrays = plan.flat(params), plan.arrays(params)
+    leaves = plan.leaves_of(bracket, arrays)
+    low: list[Any] = [cast(x, bracket.dtype) for x in arrays]
     basis: list[Any] = [optax.MaskedNode()] * len(boxes)
     pending, recovery = list(basis), list(basis)
     for i, leaf in enumerate(leaves):
@@ -412,7 +430,7 @@ def start(planner: Planner, params: Any) -> Any:
             basis[i] = box_basis(boxes[i], first.stored, leaf)
             pending[i] = first.pending
             recovery[i] = start_recovery(leaf, boxes[i])
-    inner, full = plan.split(bracket, plan.boxed_like(boxes, low))
+    inner, full = plan.inner_trees(bracket, params, low)
     inner_state = transformation(bracket.inner).init(inner)
     if plan.matrices():
         _check_moments(bracket, inner_state)
@@ -425,7 +443,10 @@ def start(planner: Planner, params: Any) -> Any:
         () if bracket.full is None else transformation(bracket.full).init(full),
         () if bracket.recovery is None else plan.treedef.unflatten(recovery),
     )
-    return Described(state, plan, planner) if _DESCRIBING.get() else state
+    if _DESCRIBING.get():
+        return Described(state, plan, planner)
+    planner.structures.add(jax.tree.structure(state))
+    return state
 
 
 def _check_moments(bracket: Bracket, inner_state: Any) -> None:

@@ -29,13 +29,6 @@ class Bracket(Part):
     learning_rate: Any
     dtype: Any
 
-    def gain(self, count: Array) -> Any:
-        """Returns the negative learning rate of a step, None if it is not ours."""
-        rate = self.learning_rate
-        if rate is None:
-            return None
-        return -jnp.asarray(rate(count) if callable(rate) else rate)
-
 
 class SubspaceState(NamedTuple):
     """State of a bracket; trees have the parameters' structure.

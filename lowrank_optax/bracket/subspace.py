@@ -10,33 +10,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._meshes import explicit_like
 from lowrank_optax.bracket.leaf import (
     Clock,
-    FullLeaf,
     Kept,
-    LowLeaf,
     Moments,
     Opened,
     cast,
     stepped,
-    summed,
     when,
 )
 from lowrank_optax.bracket.plan import Plan, Planner, start
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.state import Bracket, SubspaceState, SubspaceView
-from lowrank_optax.leaves import moments as leaf_moments
-from lowrank_optax.leaves.matrix import (
-    is_altered,
-    refill,
-    refill_tree,
-    restore,
-    unbox,
-    unbox_tree,
-)
+from lowrank_optax.leaves.matrix import refill, restore, unbox
+from lowrank_optax.leaves.moments import find, of_leaf, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
@@ -139,7 +130,8 @@ def subspace(
         like = updates if params is None else params
         plan = planner.plan(like, layers)
         plan.check(updates)
-        if _is_altered(plan, state):
+        if layer is None and jax.tree.structure(state) not in planner.structures:
+            # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start(planner, like))
         # The bracket goes along as an argument, and its arrays with it: on an Explicit
         # mesh, those that the step had closed over would keep their explicit type.
@@ -164,105 +156,99 @@ def step(
     moments carried over, itself projected. The inner optimizer runs on the results.
     Every leaf is closed: completed from outside the subspace, lifted, turned back.
     """
-    clock, gain = Clock.of(state, layer), bracket.gain(state.count)
-    gradients, weights = plan.flat(updates), plan.flat(params)
+    clock = _clock(state, layer)
+    gradients, weights = plan.arrays(updates), plan.arrays(params)
     leaves = plan.leaves_of(bracket, gradients)
-    kept, moments = _kept(plan, bracket, state), _moments(plan, state, leaves)
+    kept, moments = _kept(plan, bracket, state), _moments(plan, bracket, state)
 
     opened = [
-        leaf.open(clock, unbox(g), unbox(w), k, m)
+        leaf.open(clock, g, w, k, m)
         for leaf, g, w, k, m in zip(
             leaves, gradients, weights, kept, moments, strict=True
         )
     ]
 
-    view = _view(plan, bracket, state, leaves, opened, weights)
+    view = _view(plan, bracket, state, opened)
     directions, inner_state, full_state = _inner(
-        plan, bracket, state, view, opened, gradients, params, extra_args
+        plan, bracket, state, view, opened, updates, extra_args
     )
 
-    done = summed(inner_state)
+    gain, done = _gain(bracket, state.count), _is_summed(inner_state)
     seen = _seen(plan, bracket, inner_state, view)
     closed = [
         leaf.close(clock, o, d, k, m, gain, done)
         for leaf, o, d, k, m in zip(leaves, opened, directions, kept, seen, strict=True)
     ]
-    new_updates, kept = _completed(plan, bracket, gradients, closed, kept, gain, done)
+    new_updates, kept = _completed(plan, bracket, updates, closed, kept, gain, done)
 
     count = jnp.asarray(optax.safe_increment(state.count))
     new_state = SubspaceState(
         count if done is None else jnp.where(done, count, state.count),
         state.key,
-        _boxed(plan, state.basis, [k.stored for k in kept]),
-        _boxed(plan, state.pending, [k.pending for k in kept]),
+        plan.boxed(state.basis, [k.stored for k in kept]),
+        plan.boxed(state.pending, [k.pending for k in kept]),
         inner_state,
         full_state,
-        _boxed(plan, state.recovery_state, [k.recovery for k in kept]),
+        plan.boxed(state.recovery_state, [k.recovery for k in kept]),
     )
     return new_updates, new_state
 
 
+def _clock(state: SubspaceState, layer: Any) -> Clock:
+    """Returns the bracket's time."""
+    done = _is_summed(state.inner_state)
+    is_open = jnp.bool_(True) if done is None else done
+    return Clock(state.count, is_open, state.key, 0 if layer is None else layer.index)
+
+
+def _is_summed(inner_state: Any) -> Any:
+    """Returns whether no accumulation is under way, None where there never is one."""
+    steps = optax.tree_utils.tree_get(inner_state, "mini_step")
+    return None if steps is None else steps == 0
+
+
+def _gain(bracket: Bracket, count: Array) -> Any:
+    """Returns the negative learning rate of this step, None if it is not ours."""
+    rate = bracket.learning_rate
+    if rate is None:
+        return None
+    return -jnp.asarray(rate(count) if callable(rate) else rate)
+
+
 def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
     """Returns what the state has of every leaf, out of its boxes."""
-    recovery = plan.flat(state.recovery_state or None)
-    if bracket.recovery is not None and not bracket.recovery.whole:
-        recovery = map(unbox_tree, recovery)
-    stored = map(unbox_tree, plan.flat(state.basis))
-    return list(map(Kept, stored, plan.flat(state.pending), recovery))
+    whole = bracket.recovery is not None and bracket.recovery.whole
+    recovery = (plan.flat if whole else plan.arrays)(state.recovery_state)
+    return list(map(Kept, plan.arrays(state.basis), plan.flat(state.pending), recovery))
 
 
-def _boxed(plan: Plan, before: Any, leaves: list[Any]) -> Any:
-    """Returns the leaves' states as one tree, each in the boxes of the one before."""
-    if isinstance(before, tuple) and not before:
-        return ()
-    boxes = plan.flat(before)
-    return plan.treedef.unflatten(map(refill_tree, boxes, leaves))
-
-
-def _moments(
-    plan: Plan, state: SubspaceState, leaves: list[LowLeaf | FullLeaf]
-) -> list[Any]:
+def _moments(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Any]:
     """Returns the moments that a refresh reads or moves, per leaf."""
-    reads = [isinstance(leaf, LowLeaf) and leaf.reads_moments for leaf in leaves]
-    if not any(reads):
-        return [()] * len(leaves)
-    groups = leaf_moments.find(state.inner_state).groups
-    return [
-        leaf_moments.of_leaf(groups, plan.treedef, i) if read else ()
-        for i, read in enumerate(reads)
-    ]
+    reads = bracket.transport.moves or bracket.projector.reads_moments
+    return (
+        moments_by_leaf(state.inner_state, plan) if reads else [()] * len(plan.leaves)
+    )
 
 
 def _view(
-    plan: Plan,
-    bracket: Bracket,
-    state: SubspaceState,
-    leaves: list[LowLeaf | FullLeaf],
-    opened: list[Opened],
-    weights: list[Any],
+    plan: Plan, bracket: Bracket, state: SubspaceState, opened: list[Opened]
 ) -> SubspaceView:
     """Gathers what inner transformations may read, the moments carried over."""
     carried = state.inner_state
-    if bracket.transport.moves and plan.matrices():
-        moments = leaf_moments.find(carried)
+    if bracket.transport.moves:
         moved = {i: opened[i].renewed.moments for i, _ in plan.matrices()}
-        groups = leaf_moments.with_leaves(moments.groups, plan.treedef, moved)
-        carried = moments.rebuild(groups)
+        carried = with_moments(carried, plan.treedef, moved)
+    weights = [o.weights and o.weights.array for o in opened]
     tree = plan.treedef.unflatten
-    matrices = [leaf.matrix for leaf in plan.leaves]
-    params = [
-        unbox(w) if matrix is None or w is None else matrix.view(unbox(w))
-        for matrix, w in zip(matrices, weights, strict=True)
-    ]
     return SubspaceView(
-        gradient=tree(o.array for o in opened),
-        params=None if None in weights else tree(params),
-        projected=tree(o.low for o in opened),
-        basis=tree(o.basis for o in opened),
-        previous_basis=tree(o.previous for o in opened),
+        gradient=tree([o.gradient.array for o in opened]),
+        params=None if None in weights else tree(weights),
+        projected=tree([o.low for o in opened]),
+        basis=tree([o.basis for o in opened]),
+        previous_basis=tree([o.previous for o in opened]),
         state_before=state.inner_state,
         state_transported=carried,
-        matrices=tree(matrices),
+        matrices=tree([leaf.matrix for leaf in plan.leaves]),
     )
 
 
@@ -272,21 +258,20 @@ def _inner(
     state: SubspaceState,
     view: SubspaceView,
     opened: list[Opened],
-    gradients: list[Any],
-    params: Any,
+    updates: Any,
     extra_args: dict[str, Any],
 ) -> tuple[list[Any], Any, Any]:
     """Runs the inner transformation, and ``full`` on the leaves left to it."""
-    low, rest = plan.split(bracket, plan.boxed_like(gradients, [o.low for o in opened]))
+    low, rest = plan.inner_trees(bracket, updates, [o.low for o in opened])
     low_params = rest_params = None
-    if params is not None:
-        weights = plan.boxed_like(gradients, [o.low_weights for o in opened])
-        low_params, rest_params = plan.split(bracket, weights)
+    if view.params is not None:
+        weights = [o.low_weights for o in opened]
+        low_params, rest_params = plan.inner_trees(bracket, updates, weights)
     with jax.named_scope("lowrank/inner"):
         directions, inner_state = transformation(bracket.inner).update(
             low, view.state_transported, low_params, **{**extra_args, "subspace": view}
         )
-        directions, full_state = plan.flat(directions), ()
+        directions, full_state = plan.arrays(directions), ()
         if bracket.full is not None:
             others, full_state = transformation(bracket.full).update(
                 rest, state.full_state, rest_params, **extra_args
@@ -294,10 +279,10 @@ def _inner(
             directions = [
                 d if leaf.matrix else other
                 for leaf, d, other in zip(
-                    plan.leaves, directions, plan.flat(others), strict=True
+                    plan.leaves, directions, plan.arrays(others), strict=True
                 )
             ]
-    return [unbox(d) for d in directions], inner_state, full_state
+    return directions, inner_state, full_state
 
 
 def _seen(
@@ -306,14 +291,16 @@ def _seen(
     """Returns the moments that a recovery may read, per leaf."""
     if bracket.recovery is None:
         return [Moments()] * len(plan.leaves)
-    groups = [
-        leaf_moments.find(state, factors=True).groups
-        for state in (inner_state, view.state_transported, view.state_before)
-    ]
+    states = inner_state, view.state_transported, view.state_before
+    found = (moments_by_leaf(state, plan, factors=True) for state in states)
+    return [Moments(*leaf) for leaf in zip(*found, strict=True)]
+
+
+def moments_by_leaf(state: Any, plan: Plan, factors: bool = False) -> list[Any]:
+    """Returns the decoded moments of every matrix, ``()`` for a full leaf."""
+    groups = find(state, factors).groups
     return [
-        Moments(*(leaf_moments.of_leaf(group, plan.treedef, i) for group in groups))
-        if leaf.matrix
-        else Moments()
+        of_leaf(groups, plan.treedef, i) if leaf.matrix else ()
         for i, leaf in enumerate(plan.leaves)
     ]
 
@@ -321,32 +308,28 @@ def _seen(
 def _completed(
     plan: Plan,
     bracket: Bracket,
-    gradients: list[Any],
+    updates: Any,
     closed: list[tuple[Any, Any, Kept]],
     before: list[Kept],
     gain: Any,
     done: Any,
 ) -> tuple[Any, list[Kept]]:
-    """Returns the updates, with what a recovery makes of whole leaves, in boxes."""
-    updates, kept = [], []
-    for g, (update, outside, new), old in zip(gradients, closed, before, strict=True):
-        if outside is not None:
-            assert bracket.recovery is not None
+    """Returns the updates in boxes, with what a recovery makes of whole leaves."""
+    leaves, kept = [], []
+    for box, (update, outside, new), old in zip(
+        plan.flat(updates), closed, before, strict=True
+    ):
+        if outside is not None and bracket.recovery is not None:
+            # Not lifted: whatever the layout, the transformation sees the leaf itself.
             term, state = bracket.recovery.update_whole(
-                refill(g, outside), old.recovery
+                refill(box, outside), old.recovery
             )
-            update = cast(update + stepped(unbox(term), gain), unbox(g).dtype)
+            update = update + stepped(unbox(term), gain)
+            update = cast(update, unbox(box).dtype)
             new = new._replace(recovery=when(done, state, old.recovery))
-        updates.append(refill(g, update))
+        leaves.append(update)
         kept.append(new)
-    return plan.treedef.unflatten(updates), kept
-
-
-def _is_altered(plan: Plan, state: SubspaceState) -> bool:
-    """Whether ``nnx.Optimizer`` has put mappings in the place of tuples."""
-    return is_altered(
-        plan.treedef, state.basis, state.recovery_state
-    ) or leaf_moments.are_altered(plan.treedef, state.inner_state)
+    return plan.boxed(updates, leaves), kept
 
 
 def _checked(name: str, tx: Any) -> Any:

@@ -1,6 +1,7 @@
 """``Matrix``: a leaf seen as a stack of matrices, and the box around a leaf."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -79,56 +80,56 @@ class Matrix:
     reduction_is_rows: bool = True
     block: int = 0
 
-    @property
+    @functools.cached_property
     def transposed(self) -> bool:
         """Whether the view swaps stored rows and columns (basis on the columns)."""
         return self.side == "right"
 
-    @property
+    @functools.cached_property
     def batch_shape(self) -> tuple[int, ...]:
         """Sizes of the batch axes."""
         return tuple(self.shape[axis] for axis in self.batch)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
         """How many matrices lie side by side in the view."""
         return self._size(self.shared)
 
-    @property
+    @functools.cached_property
     def m(self) -> int:
         """Size of the projected axis in the view."""
         return self._size(self._projected)
 
-    @property
+    @functools.cached_property
     def n(self) -> int:
         """Size of the other axis in the view."""
         return self._size(self._kept)
 
-    @property
+    @functools.cached_property
     def batch_axes(self) -> "Axes":
         """For each batch axis the stored axis behind it."""
         return Axes((axis,) for axis in self.batch)
 
-    @property
+    @functools.cached_property
     def basis_axes(self) -> "Axes":
         """For each axis of one basis ``[m, r]`` the stored axes behind it."""
         return Axes((self._projected, ()))
 
-    @property
+    @functools.cached_property
     def low_axes(self) -> "Axes":
         """For each axis of one projection ``[r, n]`` the stored axes behind it."""
         kept = self.shared if self.side == "both" else self._kept
         return Axes((self._projected if self.block else (), kept))
 
-    @property
+    @functools.cached_property
     def _projected(self) -> tuple[int, ...]:
         return self.columns if self.transposed else self.rows
 
-    @property
+    @functools.cached_property
     def _kept(self) -> tuple[int, ...]:
         return (*self.shared, *(self.rows if self.transposed else self.columns))
 
-    @property
+    @functools.cached_property
     def _order(self) -> tuple[int, ...]:
         """The stored axes in the order of the view, before it is flipped."""
         if self.transposed:

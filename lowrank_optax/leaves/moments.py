@@ -154,21 +154,21 @@ def of_leaf(
     )
 
 
-def with_leaves(
-    groups: tuple[Group, ...], treedef: Any, leaves: dict[int, tuple[Group, ...]]
-) -> tuple[Group, ...]:
-    """Returns the groups with the moments of some leaves replaced."""
-    renewed = []
-    for g, group in enumerate(groups):
+def with_moments(state: Any, treedef: Any, leaves: dict[int, tuple[Group, ...]]) -> Any:
+    """Returns the state with the moments of some leaves replaced."""
+    if not leaves:
+        return state
+    moments, renewed = find(state), []
+    for g, group in enumerate(moments.groups):
         trees = {}
         for field, tree in group.items():
             flat = treedef.flatten_up_to(tree)
-            for position, moments in leaves.items():
-                if field in moments[g]:
-                    flat[position] = _refilled(flat[position], moments[g][field])
+            for position, moved in leaves.items():
+                if field in moved[g]:
+                    flat[position] = _refilled(flat[position], moved[g][field])
             trees[field] = treedef.unflatten(flat)
         renewed.append(trees)
-    return tuple(renewed)
+    return moments.rebuild(tuple(renewed))
 
 
 def _refilled(leaf: Any, moment: Array) -> Any:
