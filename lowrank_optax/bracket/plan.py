@@ -391,10 +391,10 @@ def _info(leaf: Any, layers: int | None) -> LeafInfo:
 
 def _of_one_layer(leaf: LeafPlan) -> LeafPlan:
     """Returns the plan of a stack's layer, which comes as a stack of one."""
-    if leaf.matrix is None or not leaf.shape:
+    if not leaf.shape:
         return leaf
-    shape = (1, *leaf.shape[1:])
-    matrix = dataclasses.replace(leaf.matrix, shape=shape)
+    shape, matrix = (1, *leaf.shape[1:]), leaf.matrix
+    matrix = matrix and dataclasses.replace(matrix, shape=shape)
     return dataclasses.replace(leaf, shape=shape, matrix=matrix, in_turn=False)
 
 

@@ -154,7 +154,6 @@ def apart(function: Callable[[], Any]) -> Any:
     def call() -> Any:
         with (
             jax.sharding.use_abstract_mesh(AbstractMesh((), ())),
-            jax.default_device(_spare()),
             jax.debug_nans(False),
             jax.debug_infs(False),
         ):
@@ -164,17 +163,10 @@ def apart(function: Callable[[], Any]) -> Any:
         return threads.submit(call).result()
 
 
-def _spare() -> Any:
-    """Returns the host if JAX has it: an accelerator's memory may be full."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
-
-
 def _kinds(stacks: Stacks) -> dict[str, tuple[Any, ...]]:
     return {
-        path: (x.dtype, x.ndim, path in stacks.cut) for path, x in stacks.whole.items()
+        path: (jnp.issubdtype(x.dtype, jnp.floating), x.ndim, path in stacks.cut)
+        for path, x in stacks.whole.items()
     }
 
 
@@ -182,7 +174,9 @@ def _capped(path: Any, x: Any, cap: int) -> Any:
     shape = tuple(min(size, cap) for size in x.shape)
     if part_of(path) == "layers":
         shape = (x.shape[0], *shape[1:])
-    return jax.ShapeDtypeStruct(shape, x.dtype)
+    # Products of 16-bit numbers are slow on a host.
+    half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return jax.ShapeDtypeStruct(shape, jnp.float32 if half else x.dtype)
 
 
 def _draw(rng: Any, x: Any) -> Any:

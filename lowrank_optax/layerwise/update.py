@@ -83,7 +83,7 @@ class LayerUpdate:
             lambda layer, grads, state: self.tx.update(
                 grads, state, grads, layer=layer
             ),
-            Layer(index, self.layers),  # pyright: ignore[reportArgumentType]
+            Layer(index, self.layers),
             grads,
             self.stacks.one,
         )

@@ -1,6 +1,7 @@
 """``Layer``: which layer of the stacks a transformation is given."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -18,5 +19,5 @@ class Layer:
       layers: how many layers the stacks have.
     """
 
-    index: jax.Array
+    index: Any
     layers: int = dataclasses.field(metadata={"static": True})
