@@ -28,7 +28,7 @@ class column_recovery(lro.Recovery):
     """Scales the residual's columns as the inner optimizer scaled the projection's."""
 
     def start(self, matrix):
-        return jnp.zeros(matrix.batch_shape)
+        return jnp.zeros([])
 
     def update(self, matrix, state, view, scale):
         norm = lambda x: jnp.linalg.norm(x, axis=-2, keepdims=True)  # noqa: E731

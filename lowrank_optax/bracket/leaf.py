@@ -216,7 +216,7 @@ class LowLeaf(Part):
             return ()
         if self.recovery.like_leaf:
             return self.recovery.start(self.matrix)
-        batch, one = self.matrix.batch_shape, self.recovery.start(self.matrix)
+        batch, one = self.matrix.batch_shape, self.recovery.start(self.matrix.single)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
 
     # Before the inner optimizer.
@@ -254,7 +254,7 @@ class LowLeaf(Part):
         key = jax.random.wrap_key_data(clock.key_data, impl=PRNG)
         key = jax.random.fold_in(key, self.path)
 
-        def one(layer: Array, shift: Array) -> At:
+        def one(layer: Any, shift: Any) -> At:
             epoch = (clock.count + shift) // self.projector.update_proj_gap
             own = jax.random.fold_in(jax.random.fold_in(key, layer), epoch)
             return At(own, epoch, layer, jnp.bool_(False), (), clock.count)
@@ -264,7 +264,7 @@ class LowLeaf(Part):
     def due(self, clock: Clock, stored: Any, pending: Any) -> Array:
         """Returns for every matrix whether its basis is renewed in this step."""
 
-        def one(stored: Any, shift: Array) -> Array:
+        def one(stored: Any, shift: Any) -> Array:
             return self.projector.is_due(stored, clock.count + shift)
 
         return clock.open & (self.lift(one, stored, self.shift) | pending)
@@ -434,7 +434,8 @@ class LowLeaf(Part):
             phi = stepped(recovered.phi, gain)
             terms.append(gradient.astype(phi.dtype).times(phi))
         if recovered.addend is not None:
-            terms.append(recovered.addend.map(lambda x: stepped(x, gain)))
+            addend = Operand.of(recovered.addend, self.matrix.transposed)
+            terms.append(addend.map(lambda x: stepped(x, gain)))
         total = functools.reduce(lambda a, b: a.map(jnp.add, b), terms)
         if recovered.outside is None:  # else one more term is to come
             total = total.map(lambda x: cast(x, self.update_dtype))

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -258,7 +258,7 @@ class Planner:
         numbers = self.selection.numbers(tree, treedef)
         shardings = self.selection.shardings(treedef)
         leaves = tuple(map(self._leaf, paths, infos, numbers, shardings))
-        shifts = _shifts(leaves, self.bracket.projector.update_proj_gap, self.stagger)
+        early = shifts(leaves, self.bracket.projector.update_proj_gap, self.stagger)
         if layers is not None:
             if self.stagger:
                 raise ValueError(
@@ -266,8 +266,8 @@ class Planner:
                     "layer-wise step sees one layer of it at a time. Use stagger=False."
                 )
             leaves = tuple(map(_of_one_layer, leaves))
-            shifts = tuple(shift[: len(shift) // layers] for shift in shifts)
-        return Plan(treedef, leaves, shifts, False)
+            early = tuple(shift[: len(shift) // layers] for shift in early)
+        return Plan(treedef, leaves, early, False)
 
     def _leaf(self, path: str, info: LeafInfo, numbers: Any, sharding: Any) -> LeafPlan:
         shape, selection = info.shape, self.selection
@@ -398,8 +398,8 @@ def _of_one_layer(leaf: LeafPlan) -> LeafPlan:
     return dataclasses.replace(leaf, shape=shape, matrix=matrix, in_turn=False)
 
 
-def _shifts(
-    leaves: tuple[LeafPlan, ...], gap: int, stagger: bool
+def shifts(
+    leaves: Sequence[LeafPlan], gap: int, stagger: bool
 ) -> tuple[tuple[int, ...], ...]:
     """Spreads the refreshes of all matrices evenly over the gap, or not at all."""
     counts = [
@@ -415,8 +415,24 @@ def _shifts(
     )
 
 
+# How a bracket starts: in a report it describes itself, since reports look into any
+# nesting of transformations. Nothing that a step computes depends on it.
+_START: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
+    "start", default=None
+)
+
+
 def start(planner: Planner, params: Any) -> Any:
-    """Returns the state of a fresh bracket."""
+    """Returns the state of a fresh bracket, or in a report what that asks for."""
+    how = _START.get()
+    if how is not None:
+        return how(planner, params)
+    state = _start(planner, params)
+    planner.structures.add(jax.tree.structure(state))
+    return state
+
+
+def _start(planner: Planner, params: Any) -> SubspaceState:
     plan, bracket = planner.plan(params), planner.bracket
     boxes, arrays = plan.flat(params), plan.arrays(params)
     leaves = plan.leaves_of(bracket, arrays)
@@ -434,7 +450,7 @@ def start(planner: Planner, params: Any) -> Any:
     inner_state = transformation(bracket.inner).init(inner)
     if plan.matrices():
         _check_moments(bracket, inner_state)
-    state = SubspaceState(
+    return SubspaceState(
         jnp.zeros([], jnp.int32),
         planner.key_data(),
         plan.treedef.unflatten(basis),
@@ -443,10 +459,6 @@ def start(planner: Planner, params: Any) -> Any:
         () if bracket.full is None else transformation(bracket.full).init(full),
         () if bracket.recovery is None else plan.treedef.unflatten(recovery),
     )
-    if _DESCRIBING.get():
-        return Described(state, plan, planner)
-    planner.structures.add(jax.tree.structure(state))
-    return state
 
 
 def _check_moments(bracket: Bracket, inner_state: Any) -> None:
@@ -468,11 +480,6 @@ def _check_moments(bracket: Bracket, inner_state: Any) -> None:
         )
 
 
-# Whether `init` describes its brackets: for reports, which look into any nesting of
-# transformations. What a step computes does not depend on it.
-_DESCRIBING = contextvars.ContextVar("describing", default=False)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Described:
@@ -491,9 +498,25 @@ class Described:
 
 def described(tx: Any, params: Any) -> Any:
     """Returns the shapes of ``tx.init(params)``, a ``Described`` for every bracket."""
-    token = _DESCRIBING.set(True)
-    try:
-        # A function of its own: eval_shape remembers those that it has traced.
-        return jax.eval_shape(lambda params: tx.init(params), params)
-    finally:
-        _DESCRIBING.reset(token)
+    return jax.eval_shape(_started_as(_described, tx), params)
+
+
+def outside_brackets(tx: Any) -> Callable[[Any], Any]:
+    """Returns ``tx.init`` with ``()`` in the place of every bracket's state."""
+    return _started_as(lambda *_: (), tx)
+
+
+def _described(planner: Planner, params: Any) -> Described:
+    return Described(_start(planner, params), planner.plan(params), planner)
+
+
+def _started_as(how: Callable[[Planner, Any], Any], tx: Any) -> Callable[[Any], Any]:
+    # A new function each time: eval_shape remembers those that it has traced.
+    def init(params: Any) -> Any:
+        token = _START.set(how)
+        try:
+            return tx.init(params)
+        finally:
+            _START.reset(token)
+
+    return init

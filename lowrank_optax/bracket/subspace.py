@@ -122,7 +122,7 @@ def subspace(
     )
     planner = Planner(bracket, selection or Selection(), stagger, seed)
 
-    def init(params: Any) -> SubspaceState:
+    def init(params: Any) -> Any:
         return start(planner, params)
 
     def update(updates, state, params=None, *, layer=None, **extra_args):
@@ -156,7 +156,7 @@ def step(
     moments carried over, itself projected. The inner optimizer runs on the results.
     Every leaf is closed: completed from outside the subspace, lifted, turned back.
     """
-    clock = _clock(state, layer)
+    clock = clock_of(state, layer)
     gradients, weights = plan.arrays(updates), plan.arrays(params)
     leaves = plan.leaves_of(bracket, gradients)
     kept, moments = _kept(plan, bracket, state), _moments(plan, bracket, state)
@@ -194,7 +194,7 @@ def step(
     return new_updates, new_state
 
 
-def _clock(state: SubspaceState, layer: Any) -> Clock:
+def clock_of(state: SubspaceState, layer: Any = None) -> Clock:
     """Returns the bracket's time."""
     done = _is_summed(state.inner_state)
     is_open = jnp.bool_(True) if done is None else done

@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax.bracket.chain import backproject, chain, project
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors import At, OrthonormalProjector, Projector
 from lowrank_optax.testing._assertions import (
     assert_bit_equal,
@@ -111,10 +112,10 @@ def _assert_adjoint(projector: Projector, m: int, n: int, stored: Any) -> None:
     at = At(jax.random.key(0), zero, zero, jnp.bool_(False))
     basis = projector.basis(matrix, stored, at)
     x = jnp.asarray(hard_matrix("gaussian", matrix.m, matrix.n, seed=2))
-    low = projector.down(matrix, basis, x)
+    low = projector.down(matrix, basis, Operand.of(x, matrix.transposed))
     y = jnp.asarray(hard_matrix("gaussian", *low.shape, seed=3))
     there = float(jnp.vdot(low, y))
-    back = float(jnp.vdot(x, projector.up(matrix, basis, y)))
+    back = float(jnp.vdot(x, projector.up(matrix, basis, y).array))
     # Two sums of m n r products in float32, in different orders.
     bound = 1e-5 * float(jnp.linalg.norm(x) * jnp.linalg.norm(y)) * max(rank, 1)
     if not abs(there - back) <= bound:
