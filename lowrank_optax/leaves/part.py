@@ -18,7 +18,7 @@ class Part:
     """A piece of a bracket, not a transformation; subclasses are frozen dataclasses.
 
     A field is a child in the pytree if it holds arrays: an array, a mapping, or another
-    part. Everything else is static; so a Python number is a constant of the program, and
+    part. Everything else is static: a Python number is a constant of the program, and
     an array (as ``optax.inject_hyperparams`` passes) an argument of it.
     """
 
