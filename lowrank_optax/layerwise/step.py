@@ -1,4 +1,4 @@
-"""Backward pass and update of one layer at a time: one layer's gradient is alive.
+"""``train_step``: backward pass and update, one layer at a time.
 
 Parameters and state keep the stacked layout of the plain step and are updated in
 place: what a ``lax.fori_loop`` carries aliases, the ``xs`` and ``ys`` of a ``lax.scan``
@@ -23,7 +23,6 @@ from lowrank_optax.layerwise.update import (
     like_params,
     squares,
 )
-from lowrank_optax.leaves.slices import at_layer
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, Array]]]
 
@@ -178,10 +177,9 @@ def train_step(
             p, s, grad = jax.lax.optimization_barrier(
                 (_slice(stack, i), _slice(own, i), grad)
             )
-            with at_layer(i, layers):
-                p, s, shared = apply(
-                    ("layers",), {"layers": grad}, {"layers": p}, {**old, **s}
-                )
+            p, s, shared = apply(
+                ("layers",), {"layers": grad}, {"layers": p}, {**old, **s}, index=i
+            )
             single = {path: shared[path] for path in update.single}
             stack, own = _put(stack, p["layers"], i), _put(own, s, i)
             return stack, own, single, cotangent, total

@@ -106,7 +106,7 @@ def quantize_state(
     _checks.positive_int("min_size", min_size, least=0)
     _checks.choice("leafwise", leafwise, (False, True))
 
-    def store(state: Any) -> Any:
+    def start(state: Any) -> Any:
         moments = _moments.find(state)
         groups = tuple(
             {
@@ -117,12 +117,21 @@ def quantize_state(
         )
         return moments.rebuild(groups)
 
+    def store(state: Any, before: Any) -> Any:
+        # As it was, not by its size: a stack's layer is smaller than the stack.
+        moments, old = _moments.find(state), _moments.find(before)
+        groups = tuple(
+            {name: _encoded_like(tree, last[name]) for name, tree in group.items()}
+            for group, last in zip(moments.groups, old.groups, strict=True)
+        )
+        return moments.rebuild(groups)
+
     def load(state: Any) -> Any:
         return jax.tree.map(_decoded, state, is_leaf=is_quantized)
 
     def init(params: Any) -> Any:
         # Else the compiler would encode the zeros itself, at its leisure.
-        return store(jax.lax.optimization_barrier(inner.init(params)))
+        return start(jax.lax.optimization_barrier(inner.init(params)))
 
     def update(updates, state, params=None, **extra_args):
         treedef = jax.tree.structure(updates, is_leaf=is_box)
@@ -130,8 +139,8 @@ def quantize_state(
             state = restore(state, lambda: init(updates))
 
         def step(updates, state, params):
-            out, state = inner.update(updates, load(state), params, **extra_args)
-            return out, store(state)
+            out, new = inner.update(updates, load(state), params, **extra_args)
+            return out, store(new, state)
 
         if leafwise and treedef.num_leaves > 1:
             return _one_by_one(step, treedef, updates, state, params)
@@ -181,14 +190,27 @@ def _encoded(tree: Any, codec: Codec | None, min_size: int) -> Any:
         small = math.prod(x.shape[-2:]) < min_size
         if codec is None or small or not jnp.issubdtype(x.dtype, jnp.floating):
             return leaf
-        found = quantize(x, codec)
-        fields = {
-            name: _boxed(leaf, getattr(found, name)) for name in ("codes", "scales")
-        }
-        zeros = _boxed(leaf, found.zeros) if codec.has_zeros else ()
-        return dataclasses.replace(found, **fields, zeros=zeros)
+        return _quantized(leaf, codec)
 
     return jax.tree.map(encode, tree, is_leaf=is_box)
+
+
+def _encoded_like(tree: Any, before: Any) -> Any:
+    """Encodes what was encoded before."""
+
+    def encode(old: Any, leaf: Any) -> Any:
+        return _quantized(leaf, old.codec) if is_quantized(old) else leaf
+
+    return jax.tree.map(
+        encode, before, tree, is_leaf=lambda x: is_quantized(x) or is_box(x)
+    )
+
+
+def _quantized(leaf: Any, codec: Codec) -> Any:
+    found = quantize(unbox(leaf), codec)
+    fields = {name: _boxed(leaf, getattr(found, name)) for name in ("codes", "scales")}
+    zeros = _boxed(leaf, found.zeros) if codec.has_zeros else ()
+    return dataclasses.replace(found, **fields, zeros=zeros)
 
 
 def _boxed(leaf: Any, array: Any) -> Any:

@@ -1,0 +1,235 @@
+"""``Trial``: an optimizer run on small numbers, to see what an update hangs on.
+
+A step may be traced long before its arrays exist, and they may be large: what is run
+here is a tree of the same names whose axes are as short as they can be.
+"""
+
+import concurrent.futures
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from lowrank_optax.layerwise.stacks import Stacks, by_path, part_of, with_layers
+from lowrank_optax.leaves.layer import Layer
+
+# So many steps may be still, as in an accumulation or at a schedule's start.
+_PATIENCE = 64
+# Two ways to compute the same differ by less (a branch taken for one layer may be taken
+# for all); what is coupled differs by more.
+_CLOSE = 1e-4
+# Between two compiled programs, in which the sign of a small number may turn.
+_ALIKE = 1e-2
+# The shortest that long axes are cut to, at first.
+_SHORT = 64
+
+# How results are called.
+UPDATE, STATE = "The update of params", "The new state at "
+
+Select = Callable[[Any, Any], Any]
+
+
+class Trial:
+    """An optimizer on a small tree with the parts of a model.
+
+    Attributes:
+      stacks: of the small tree.
+    """
+
+    def __init__(self, tx: Any, tree: Any, layers: int):
+        self.stacks = Stacks(tx.init, tree, layers)
+        tree, rng = with_layers(tree, layers), np.random.default_rng(0)
+        self.params, self.others, self.grads, other = (
+            jax.tree.map(lambda x: _draw(rng, x), tree) for _ in range(4)
+        )
+        # Gradients of what must not matter: besides other ones, such as any bound on a
+        # norm cuts, and such as have no norm, for what guards against them.
+        self.kinds = [
+            other,
+            jax.tree.map(lambda x: x * _huge(x.dtype), other),
+            jax.tree.map(lambda x: x * np.asarray(np.nan, x.dtype), other),
+        ]
+        self.start = jax.jit(lambda params: tx.init(params))
+        self.step = jax.jit(lambda *args: tx.update(*args))
+        self.alone = jax.jit(lambda layer, *args: tx.update(*args, layer=layer))
+
+    def affected(self, source: Select, rest: Select) -> str | None:
+        """Returns the first result to change with what it must not hang on.
+
+        Args:
+          source: ``source(path, leaf)``, an index to the entries of a parameter and its
+            gradient that are made others, or None.
+          rest: ``rest(name, leaf)``, the same for the results that must stay, updates
+            and new state.
+        """
+        params = self.params, _mixed(self.params, self.others, source)
+        states = [self.start(p) for p in params]
+        for others in self.kinds:
+            grads = self.grads, _mixed(self.grads, others, source)
+            for _ in range(_PATIENCE):
+                found = []
+                for i in range(2):
+                    updates, states[i] = self.step(grads[i], states[i], params[i])
+                    found.append(_results(updates, states[i], rest))
+                for name, x in found[0].items():
+                    if not _equal(x, found[1][name], _CLOSE):
+                        return name
+                if _moved(found[0]):
+                    break
+            else:
+                return None  # nothing moves it
+        return None
+
+    def unlike_alone(self) -> str | None:
+        """Returns the first update to be another one when layers come one by one."""
+        state = apart = self.start(self.params)
+        for _ in range(_PATIENCE):
+            updates, state = self.step(self.grads, state, self.params)
+            one_by_one, apart = self._one_by_one(apart)
+            found, others = _results(updates), _results(one_by_one)
+            for name, x in found.items():
+                if not _equal(x, others[name], _ALIKE):
+                    return name
+            if _moved(found):
+                break
+        return None
+
+    def _one_by_one(self, state: Any) -> tuple[Any, Any]:
+        """Returns updates and state of a step that sees one layer at a time."""
+        layers, cut = self.stacks.layers, self.stacks.cut
+        before, updates = by_path(state), []
+        after = dict(before)
+        for i in range(layers):
+            grads, params = (
+                jax.tree.map(lambda x, i=i: x[i : i + 1], tree)
+                for tree in (self.grads, self.params)
+            )
+            own = self.stacks.state_of(
+                {k: x[i : i + 1] if k in cut else x for k, x in before.items()}
+            )
+            at = Layer(jnp.int32(i), layers)
+            one, new = self.alone(at, grads, own, params)
+            updates.append(one)
+            for path, x in by_path(new).items():
+                after[path] = after[path].at[i].set(x[0]) if path in cut else x
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *updates)
+        return joined, jax.tree.unflatten(jax.tree.structure(state), after.values())
+
+
+def trials(tx: Any, tree: Any, layers: int) -> Iterator[Trial]:
+    """Yields trees to try, the smallest first.
+
+    They have two layers, and axes no longer than needed for the optimizer to keep the
+    same state of them, array by array: a rank may ask for more than the shortest ones,
+    and a rule that leaves small matrices alone. The last one has the tree's own shapes.
+    """
+    kinds = _kinds(Stacks(tx.init, tree, layers))
+    longest = max((max(x.shape, default=1) for x in jax.tree.leaves(tree)), default=1)
+    caps = itertools.takewhile(lambda n: n < longest, (_SHORT << k for k in range(40)))
+    sizes = [*((2, cap) for cap in caps), (2, longest), (layers, longest)]
+    for count, cap in sizes:
+        small = jax.tree_util.tree_map_with_path(
+            lambda path, x, cap=cap: _capped(path, x, cap), tree
+        )
+        try:
+            trial = Trial(tx, small, count)
+        except (TypeError, ValueError):
+            continue
+        if _kinds(trial.stacks) == kinds:
+            yield trial
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """Calls a function that computes, in the middle of a trace.
+
+    In a thread of its own: it has no trace under way and no mesh. (What
+    ``jax.ensure_compile_time_eval`` has computed at once includes the constants of
+    functions that are traced inside, which not all of JAX's operations bear.)
+    """
+
+    def call() -> Any:
+        with (
+            jax.sharding.use_abstract_mesh(AbstractMesh((), ())),
+            jax.default_device(_spare()),
+            jax.debug_nans(False),
+            jax.debug_infs(False),
+        ):
+            return function()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        return threads.submit(call).result()
+
+
+def _spare() -> Any:
+    """Returns the host if JAX has it: an accelerator's memory may be full."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _kinds(stacks: Stacks) -> dict[str, tuple[Any, ...]]:
+    return {
+        path: (x.dtype, x.ndim, path in stacks.cut) for path, x in stacks.whole.items()
+    }
+
+
+def _capped(path: Any, x: Any, cap: int) -> Any:
+    shape = tuple(min(size, cap) for size in x.shape)
+    if part_of(path) == "layers":
+        shape = (x.shape[0], *shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+
+def _draw(rng: Any, x: Any) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return np.zeros(x.shape, x.dtype)
+    return rng.standard_normal(x.shape).astype(x.dtype)
+
+
+def _huge(dtype: Any) -> Any:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return np.ones((), dtype)
+    return np.asarray(float(jnp.finfo(dtype).max) ** 0.8, dtype)
+
+
+def _mixed(tree: Any, others: Any, source: Select) -> Any:
+    """Returns the tree with some entries taken from another one."""
+
+    def mix(path: Any, x: Any, other: Any) -> Any:
+        index = source(path, x)
+        if index is None:
+            return x
+        x = np.array(x)
+        x[index] = other[index]
+        return x
+
+    return jax.tree_util.tree_map_with_path(mix, tree, others)
+
+
+def _results(updates: Any, state: Any = (), rest: Select | None = None) -> Any:
+    """Returns by name what is real and floating, or some entries of it."""
+    named = {f"{UPDATE}{path}": x for path, x in by_path(updates).items()}
+    named |= {f"{STATE}{path}": x for path, x in by_path(state).items()}
+    found = {}
+    for name, x in named.items():
+        index = ... if rest is None else rest(name, x)
+        if index is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            found[name] = np.asarray(x, np.float64)[index]
+    return found
+
+
+def _equal(a: Any, b: Any, least: float) -> bool:
+    good = np.isfinite(a)
+    if (good != np.isfinite(b)).any():
+        return False
+    a, b = a[good], b[good]
+    return bool(np.linalg.norm(a - b) <= least * np.linalg.norm(a))
+
+
+def _moved(found: dict[str, Any]) -> bool:
+    return any(np.any(x) for name, x in found.items() if name.startswith(UPDATE))
