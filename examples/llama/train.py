@@ -71,7 +71,12 @@ class TrainingStopped(Exception):
 
 
 class Trainer:
-    """`Trainer(config).run(should_stop)`, on all devices or those given."""
+    """`Trainer(config).run(should_stop)`, on all devices or those given.
+
+    It is made in the order of the methods below: flags and devices, optimizer, text,
+    steps, and a state that is fresh or restored. `run` is the loop over steps, with
+    validation and checkpoints between them; `close` writes the reports.
+    """
 
     def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None):
         # The flags. All that can refuse them comes before text is read and tokenized.
