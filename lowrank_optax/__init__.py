@@ -10,8 +10,15 @@ from lowrank_optax.methods._hyperparams import static_args as static_args
 from lowrank_optax.leaves.matrix import Matrix as Matrix
 from lowrank_optax.leaves.matrix import MatrixDimensionNumbers as MatrixDimensionNumbers
 from lowrank_optax.leaves.moments import register_moments as register_moments
+from lowrank_optax.shapes.collectives import Collective as Collective
+from lowrank_optax.shapes.collectives import collectives as collectives
+from lowrank_optax.shapes.memory import bytes_per_device as bytes_per_device
 from lowrank_optax.shapes.report import SelectionReport as SelectionReport
 from lowrank_optax.shapes.report import selection_report as selection_report
+from lowrank_optax.shapes.topology import Topology as Topology
+from lowrank_optax.shapes.topology import abstract_mesh as abstract_mesh
+from lowrank_optax.shapes.topology import parse_topology as parse_topology
+from lowrank_optax.shapes.topology import topology_devices as topology_devices
 from lowrank_optax.bracket.state import SubspaceState as SubspaceState
 from lowrank_optax.bracket.state import SubspaceView as SubspaceView
 from lowrank_optax.bracket.selection import Selection as Selection
@@ -22,11 +29,15 @@ from lowrank_optax.linalg.rotation import Rotation as Rotation
 from lowrank_optax.shapes.sharding import state_shardings as state_shardings
 from lowrank_optax.shapes.memory import StateBytes as StateBytes
 from lowrank_optax.shapes.memory import state_bytes as state_bytes
+from lowrank_optax.weights import WeightStorage as WeightStorage
 from lowrank_optax.weights import dequantize_weights as dequantize_weights
 from lowrank_optax.weights import quantize_weights as quantize_weights
 from lowrank_optax.weights import (
     stochastic_round_apply_updates as stochastic_round_apply_updates,
 )
+from lowrank_optax.weights import rounding_key as rounding_key
+from lowrank_optax.weights import weight_shardings as weight_shardings
+from lowrank_optax.weights import weight_storage as weight_storage
 
 # Activation memory.
 from lowrank_optax import activations as activations

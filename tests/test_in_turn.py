@@ -9,7 +9,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from examples.llama.collectives import collectives
 
 L, M, N, R = 3, 16, 24, 4
 SHAPES = {"square": (L, M, M), "wide": (L, M, N), "tall": (L, N, M)}
@@ -92,7 +91,7 @@ def test_a_basis_is_whole_for_one_layer_at_a_time():
     tx = lro.galore(1e-2, R, side="auto", layer_axis=0, param_shardings=shardings)
     gathers = [
         item
-        for item in collectives(compiled(tx, shardings).as_text() or "")
+        for item in lro.collectives(compiled(tx, shardings).as_text() or "")
         if item.op == "all-gather" and not item.conditional
     ]
     assert gathers

@@ -1,92 +1,19 @@
-"""What a training step takes per device, from shapes alone: nothing is allocated."""
+"""`estimate` counts the bytes of a training step per device, from shapes alone."""
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, AxisType
 
 import lowrank_optax as lro
-from examples.llama.activations import PRODUCTS
-from examples.llama.config import Resolved, UsageError
-from examples.llama.mesh import param_shardings
-from examples.llama.model import ModelConfig, abstract_model, count_params
-from examples.llama.optimizers import tree_bytes
-from examples.llama.plan_layers import find_layers, of_one_device, plan_from_shapes
+from examples.llama.budget import find_layers, of_one_device, plan_from_shapes
+from examples.llama.config import Resolved
+from examples.llama.model import PRODUCTS, ModelConfig, abstract_model, count_params
+from examples.llama.placement import param_shardings
 from lowrank_optax import activations
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Devices of one kind.
-
-    Attributes:
-      name: as it was given, such as "v5e:16x16" or "h100:8".
-      profile: the planner's name of the chip.
-      devices: how many JAX sees.
-      memory_bytes: of one device.
-    """
-
-    name: str
-    profile: str
-    devices: int
-    memory_bytes: int
-
-
-# Extents of slices; of v4 and v5p any with three sizes.
-_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
-TPUS = {"v4": None, "v5e": _FLAT, "v5p": None, "v6e": _FLAT}
-_GPUS = ("a100", "h100", "h200")
-
-
-def parse_topology(text: str) -> Topology:
-    """Reads "v5e:16x16": a TPU's name and its extent, or a GPU's and a number.
-
-    JAX sees one device per chip, of a v4 too, whose two cores are one.
-    """
-    chip, _, extent = text.lower().partition(":")
-    sizes = extent.split("x")
-    good = all(size.isdecimal() and int(size) > 0 for size in sizes)
-    if chip in _GPUS:
-        good &= len(sizes) == 1
-    elif chip in TPUS:
-        known = TPUS[chip]
-        good &= extent in known if known else len(sizes) == 3
-    else:
-        good = False
-    if not good:
-        raise UsageError(
-            f"unknown topology {text!r}: expected v5e or v6e with an extent "
-            f"({', '.join(_FLAT)}), such as v5e:16x16; v4 or v5p with three sizes, "
-            f"such as v4:4x4x8; or a GPU ({', '.join(_GPUS)}) with a number, such as "
-            "h100:8"
-        )
-    memory = activations.hardware_profile(chip).memory_bytes
-    return Topology(text, chip, math.prod(map(int, sizes)), memory)
-
-
-def larger(text: str) -> Iterator[str]:
-    """Larger slices of the same chip, the nearest first."""
-    chip, _, extent = text.lower().partition(":")
-    if known := TPUS.get(chip):
-        yield from (f"{chip}:{more}" for more in known[known.index(extent) + 1 :])
-        return
-    sizes = [*map(int, extent.split("x"))]
-    for _ in range(5):
-        sizes[sizes.index(min(sizes))] *= 2
-        yield f"{chip}:{'x'.join(map(str, sorted(sizes)))}"
-
-
-def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh without devices: enough for shardings."""
-    return AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +55,15 @@ class Parts:
         return self.parameters + self.state + self.temporaries
 
 
-def shard_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes on one device of arrays, or shapes, that are laid out like this."""
-    sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
-        tree,
-        shardings,
-    )
-    return sum(jax.tree.leaves(sizes))
+def memory_bytes(topology: lro.Topology) -> int:
+    """Of one device."""
+    return activations.hardware_profile(topology.chip).memory_bytes
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any, shardings: Any) -> int:
     """Bytes of the optimizer's state on one device, exactly."""
     layout = lro.state_shardings(tx, params, shardings)
-    return shard_bytes(jax.eval_shape(tx.init, params), layout)
+    return lro.bytes_per_device(jax.eval_shape(tx.init, params), layout)
 
 
 def estimate(
@@ -152,17 +74,17 @@ def estimate(
     profile: str,
 ) -> Parts:
     """What a step of this configuration takes on a mesh of these sizes."""
-    mesh = abstract_mesh(sizes)
+    mesh = lro.abstract_mesh(sizes)
     _, params = abstract_model(model)
     shardings = param_shardings(mesh, params)
-    own = shard_bytes(params, shardings)
+    own = lro.bytes_per_device(params, shardings)
     one = of_one_device(config, sizes)
     whole, cut, working = _activations(one, model, profile)
-    count = count_params(params)
+    count, whole_bytes = count_params(params), lro.bytes_per_device(params)
     return Parts(
         parameters=own,
         state=state_bytes(tx, params, shardings),
-        sums=4 * own * count // tree_bytes(params) if config.micro_batches > 1 else 0,
+        sums=4 * own * count // whole_bytes if config.micro_batches > 1 else 0,
         kept=whole + cut // sizes["tensor"],
         loss=_loss(one, model, sizes),
         gradients=own,
@@ -203,9 +125,10 @@ def _activations(
         return jax.lax.scan(lambda x, own: (layers.block(own, x), None), x, stack)[0]
 
     pulled = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], stack, x)
-    kept = max(tree_bytes(pulled) - tree_bytes(stack), 0)
+    kept = max(lro.bytes_per_device(pulled) - lro.bytes_per_device(stack), 0)
     wide = [leaf for leaf in jax.tree.leaves(pulled) if leaf.shape[1:] == x.shape]
-    return tree_bytes(wide), kept - tree_bytes(wide), found.working_bytes
+    whole = lro.bytes_per_device(wide)
+    return whole, kept - whole, found.working_bytes
 
 
 def _loss(config: Resolved, model: ModelConfig, sizes: dict[str, int]) -> int:

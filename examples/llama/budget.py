@@ -1,8 +1,11 @@
-"""`--activation-budget`: plans for the model's layers, made on the run's own data."""
+"""`planned_train` is the step under `--activation-budget`: its plans, made on the run's
+own data, and their record in the run's folder.
+"""
 
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.llama.activations import Wrap
 from examples.llama.config import Resolved, UsageError
-from examples.llama.mesh import AXES, ROWS
-from examples.llama.model import ModelConfig, abstract_model
+from examples.llama.model import ModelConfig, Wrap, abstract_model
+from examples.llama.placement import AXES, ROWS
+from examples.llama.processes import write_whole
 from lowrank_optax import activations
 
 # What a device calls itself -> its profile; the first that fits.
@@ -181,6 +184,11 @@ def planned_train(
     steps into parameters, `record` is what a run that goes on left. Bytes are counted
     for one device of `config.mesh`, which has all sizes or none.
     """
+    if jax.process_count() > 1:
+        raise UsageError(
+            "--activation-budget plans by what one process measures, and there are "
+            f"{jax.process_count()}; give an --activation-policy instead"
+        )
     hardware = profile_name(jax.devices()[0].device_kind)
     sizes = dict.fromkeys(AXES, 1)
     sizes |= {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", config.mesh)}
@@ -214,3 +222,42 @@ def wrap_with(plan: activations.ActivationPlan) -> Wrap:
     """The layer under the plan, which has one policy for all layers."""
     (segment,) = plan.segments
     return lambda layer: activations.compressed_checkpoint(layer, segment.policy)
+
+
+def saved_plan(meta: dict[str, Any], config: Resolved) -> Any:
+    """The saved run's knowledge of its plan, if this run asks for the same."""
+    names = ("activation_budget", "activation_error", "replan_every")
+    same = all(
+        meta["settings"].get(n) == getattr(config, n)
+        for n in (*names, "batch_size", "micro_batches", "seq_len")
+    )
+    return meta.get("activation_plan") if same else None
+
+
+def write_plan(plan: activations.ActivationPlan, folder: pathlib.Path) -> None:
+    """The plan as a table, as JSON and as a picture."""
+    write_whole(folder / "activation_plan.txt", plan.table() + "\n")
+    write_whole(folder / "activation_plan.json", plan.to_json() + "\n")
+    draw(plan, folder / "activation_plan.png")
+
+
+def draw(plan: activations.ActivationPlan, path: pathlib.Path) -> None:
+    """Bytes of a layer's tagged values: as they are, and what is kept of them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    choices = plan.segments[0].choices
+    figure = Figure(figsize=(7, 0.4 * len(choices) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = range(len(choices))
+    whole = [choice.saved_bytes / 2**20 for choice in choices]
+    kept = [choice.nbytes / 2**20 for choice in choices]
+    axes.barh(places, whole, color="#d0d0d0", label="as it is")
+    axes.barh(places, kept, height=0.5, color="#4477aa", label="kept")
+    axes.set_yticks(places, [f"{c.tag}: {c.action}" for c in choices])
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB per layer")
+    axes.set_xlim(left=0)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -7,17 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from examples.llama import plan_layers, train
-from examples.llama.activations import PRODUCTS
+from examples.llama import budget, train
 from examples.llama.batches import as_batch
-from examples.llama.config import TrainConfig, UsageError, resolve
-from examples.llama.model import init_params
-from examples.llama.plan_layers import (
+from examples.llama.budget import (
     find_layers,
     parse_budget,
     plan_from_shapes,
     profile_name,
 )
+from examples.llama.config import TrainConfig, UsageError, resolve
+from examples.llama.model import PRODUCTS, init_params
 from examples.llama.step import mean_gradient, split_rows
 from lowrank_optax import activations
 from lowrank_optax.activations import ActivationPlan
@@ -85,7 +84,7 @@ def test_the_trainer_plans_for_the_rows_of_one_device(monkeypatch):
     for mesh in ("", "data=2,fsdp=2,tensor=2"):
         flags = {"activation_budget": "30%", "mesh": mesh}
         config, model = resolve(TrainConfig(preset="micro", **flags))
-        plan_layers.planned_train(config, model, id, lambda stored: stored, print)
+        budget.planned_train(config, model, id, lambda stored: stored, print)
         _, sample, *_ = given[-1]
         _, x = jax.eval_shape(sample, jax.eval_shape(lambda m=model: init_params(m, 0)))
         assert x.shape == (4 if not mesh else 1, 16, 32)
@@ -154,7 +153,7 @@ def test_a_run_follows_its_plan(shards, tmp_path):
 def test_a_resumed_run_has_the_plan_of_the_one_that_stopped(
     shards, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(plan_layers, "DELAY", 3)
+    monkeypatch.setattr("examples.llama.budget.DELAY", 3)
     budget = ["--activation-budget", "30%", "--replan-every", "2"]
     # A bound that is broken at once: every plan is made anew.
     budget += ["--activation-error", "0.002", "--checkpoint-every", "0"]

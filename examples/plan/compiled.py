@@ -1,36 +1,26 @@
-"""A training step compiled by the TPU's own compiler; no TPU is needed, none runs."""
+"""`compile_step` has the TPU's own compiler make a training step; nothing runs."""
 
 import importlib.util
-import os
 import time
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import lowrank_optax as lro
-from examples.llama.activations import ACTIVATIONS, Wrap
-from examples.llama.collectives import Collective, collectives
+from examples.llama.budget import of_one_device, plan_from_shapes, wrap_with
 from examples.llama.config import Resolved, UsageError
-from examples.llama.estimate import TPUS, Parts, Topology
-from examples.llama.mesh import batch_sharding, make_mesh, param_shardings
-from examples.llama.model import ModelConfig, abstract_model
-from examples.llama.placement import Placement
-from examples.llama.plan_layers import of_one_device, plan_from_shapes, wrap_with
+from examples.llama.model import ACTIVATIONS, ModelConfig, Wrap, abstract_model
+from examples.llama.placement import (
+    Placement,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+)
 from examples.llama.step import MODEL, OPTIMIZER, abstract_batch, make_steps
-from examples.llama.weights import WEIGHTS
+from examples.plan.estimate import Parts
 from lowrank_optax import activations
-
-# The compiler must look neither for a TPU nor for another process that has one.
-_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 MIB = 2**20
 
@@ -46,7 +36,7 @@ class Compiled(NamedTuple):
     program_bytes: int
     seconds: float
     cpu_seconds: float
-    collectives: list[Collective]
+    collectives: list[lro.Collective]
     text: str
 
     @property
@@ -55,39 +45,18 @@ class Compiled(NamedTuple):
         return self.audit.total_bytes
 
 
-def require_compiler(topology: Topology) -> None:
+def require_compiler(topology: lro.Topology) -> None:
     """Raises if there is no compiler for these devices."""
-    if topology.profile not in TPUS:
+    if not topology.is_tpu:
         raise UsageError(
-            f"--compile has the TPU's compiler alone; {topology.name} is none of "
-            f"{', '.join(TPUS)}, so there is only the estimate"
+            f"--compile has the TPU's compiler alone; {topology.name} is no TPU, so "
+            "there is only the estimate"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
             "--compile needs the TPU's compiler, the package libtpu: pip install "
             "'.[tpu]'; the estimate works without it"
         )
-
-
-def find_devices(topology: str) -> Any:
-    """The devices of a TPU slice that need not be there."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **_options(topology)
-        )
-    except Exception as error:
-        said = str(error).splitlines()[0][:300]
-        raise UsageError(
-            f"the TPU's compiler does not make a slice of {topology}: {said}"
-        ) from error
-    return found.devices
-
-
-def _options(topology: str) -> dict[str, str]:
-    """The two cores of a v4 chip are one device, as on a machine that has them."""
-    return {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
 
 
 def compile_step(
@@ -99,7 +68,7 @@ def compile_step(
 ) -> Compiled:
     """Compiles the step that the trainer runs on this mesh."""
     definition, params = abstract_model(model)
-    weights = WEIGHTS[config.weights](config.param_dtype)
+    weights = lro.weight_storage(config.weights, config.param_dtype, layer_axis=0)
     layout = Placement(mesh, None).layout(params, tx, weights)
     step: Any = make_steps(definition, tx, weights, wrap_layer, layout).train
     stored = jax.eval_shape(weights.store, params)
@@ -112,13 +81,16 @@ def compile_step(
 
 
 def compile_run(run: Any) -> Compiled:
-    """Compiles what `examples.llama.plan` planned."""
-    mesh = make_mesh(run.sizes, find_devices(run.topology.name))
+    """Compiles what `plan.py` planned."""
+    try:
+        mesh = make_mesh(run.sizes, lro.topology_devices(run.topology))
+    except ValueError as error:  # the compiler makes no such slice
+        raise UsageError(str(error)) from error
     config = run.config
     policy = ACTIVATIONS[config.activation_policy]
     if config.activation_budget:
         one = of_one_device(config, run.sizes)
-        policy = wrap_with(plan_from_shapes(one, run.model, run.topology.profile))
+        policy = wrap_with(plan_from_shapes(one, run.model, run.topology.chip))
     return compile_step(config, run.model, run.tx, mesh, policy)
 
 
@@ -194,13 +166,13 @@ def compiled(lowered: Any) -> Compiled:
         program.memory_analysis().generated_code_size_in_bytes,
         wall,
         cpu,
-        collectives(text),
+        lro.collectives(text),
         text,
     )
 
 
 def sent(
-    items: list[Collective], owner: str, around: int = 0
+    items: list[lro.Collective], owner: str, around: int = 0
 ) -> dict[str, tuple[int, int]]:
     """Number and bytes of the collectives of a part of the step, by operation.
 

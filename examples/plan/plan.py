@@ -1,4 +1,4 @@
-"""Does a run fit? `python -m examples.llama.plan --help`; nothing is allocated.
+"""`report` says whether a run fits: `python -m examples.plan --help`; nothing is made.
 
 Exit codes: 0 it fits; 1 it does not, with what would; 2 the command needs mending. With
 --compile the compiler decides, without it the estimate.
@@ -14,8 +14,8 @@ from typing import Any
 import optax
 import tyro
 
+import lowrank_optax as lro
 from examples.llama import optimizers
-from examples.llama.aot import NoRoom, beside, compile_run, require_compiler
 from examples.llama.config import (
     NO_SIDE,
     Resolved,
@@ -23,17 +23,10 @@ from examples.llama.config import (
     UsageError,
     resolve,
 )
-from examples.llama.estimate import (
-    Parts,
-    Topology,
-    abstract_mesh,
-    estimate,
-    larger,
-    parse_topology,
-    state_bytes,
-)
-from examples.llama.mesh import AXES, ROWS, param_shardings, parse_mesh
 from examples.llama.model import ModelConfig, abstract_model, count_params
+from examples.llama.placement import AXES, ROWS, param_shardings, parse_mesh
+from examples.plan.compiled import NoRoom, beside, compile_run, require_compiler
+from examples.plan.estimate import Parts, estimate, memory_bytes, state_bytes
 
 MIB = 2**20
 # Rows of the table of what fits, beside the optimizer that was asked for.
@@ -85,25 +78,30 @@ class Run:
 
     config: Resolved
     model: ModelConfig
-    topology: Topology
+    topology: lro.Topology
     sizes: dict[str, int]
 
     @property
     def tx(self) -> optax.GradientTransformation:
         """The optimizer as the trainer has it, with clipping and guard."""
         _, params = abstract_model(self.model)
-        places = param_shardings(abstract_mesh(self.sizes), params)
+        places = param_shardings(lro.abstract_mesh(self.sizes), params)
         optimizer = optimizers.build_optimizer(self.config, places)
         return optimizers.guarded(self.config, optimizer)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of one device."""
+        return memory_bytes(self.topology)
+
     def parts(self) -> Parts:
         return estimate(
-            self.config, self.model, self.tx, self.sizes, self.topology.profile
+            self.config, self.model, self.tx, self.sizes, self.topology.chip
         )
 
     def state(self) -> int:
         _, params = abstract_model(self.model)
-        places = param_shardings(abstract_mesh(self.sizes), params)
+        places = param_shardings(lro.abstract_mesh(self.sizes), params)
         return state_bytes(self.tx, params, places)
 
 
@@ -127,7 +125,10 @@ def plan_run(plan: PlanConfig, **changes: Any) -> Run:
             activation_budget=plan.activation_budget,
         )
     )
-    topology = parse_topology(plan.topology)
+    try:
+        topology = lro.parse_topology(plan.topology)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     sizes = parse_mesh(plan.mesh, topology.devices)
     parts = math.prod(sizes[axis] for axis in ROWS) * config.micro_batches
     if config.batch_size % parts:
@@ -139,17 +140,18 @@ def plan_run(plan: PlanConfig, **changes: Any) -> Run:
     return Run(config, model, topology, sizes)
 
 
-def verdict(total: int, topology: Topology) -> str:
+def verdict(total: int, topology: lro.Topology) -> str:
     """In words; an estimate close to what a device has decides nothing."""
-    if total > topology.memory_bytes:
+    room = memory_bytes(topology)
+    if total > room:
         return "too much"
-    return "fits" if total <= MARGIN * topology.memory_bytes else "close: --compile"
+    return "fits" if total <= MARGIN * room else "close: --compile"
 
 
-def breakdown(parts: Parts, topology: Topology) -> str:
+def breakdown(parts: Parts, topology: lro.Topology) -> str:
     """A line for each part."""
     rows = [*dataclasses.asdict(parts).items()]
-    rows += [("at the fullest", parts.total), ("a device has", topology.memory_bytes)]
+    rows += [("at the fullest", parts.total), ("a device has", memory_bytes(topology))]
     return "\n".join(f"  {name:<14} {size / MIB:>12,.1f} MiB" for name, size in rows)
 
 
@@ -178,7 +180,7 @@ def ways_out(plan: PlanConfig) -> Iterator[str]:
         changes.append((f"--micro-batches {number}", {"micro_batches": number}))
     changes += [
         (f"--topology {name} --mesh fsdp=-1", {"topology": name, "mesh": "fsdp=-1"})
-        for name in larger(plan.topology)
+        for name in lro.parse_topology(plan.topology).larger()
     ]
     found: set[str] = set()
     for text, change in changes:
@@ -188,11 +190,11 @@ def ways_out(plan: PlanConfig) -> Iterator[str]:
         with contextlib.suppress(UsageError):
             run = plan_run(plan, **change)
             total = run.parts().total
-            if total <= MARGIN * run.topology.memory_bytes:
+            if total <= MARGIN * memory_bytes(run.topology):
                 found.add(kind)
                 yield f"{text} would take {total / MIB:,.0f} MiB"
     run = plan_run(plan)
-    parts, room = run.parts(), MARGIN * run.topology.memory_bytes
+    parts, room = run.parts(), MARGIN * memory_bytes(run.topology)
     for name in COMPARED[1:]:
         rank = None if name in NO_RANK else plan.rank
         state = plan_run(plan, optimizer=name, rank=rank).state()
@@ -229,7 +231,8 @@ def report(plan: PlanConfig) -> bool:
             f"  {name:<14}{number or '-':>6}{dtype:>12}{row.state / MIB:>12,.1f} MiB"
             f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology)}"
         )
-    fits = parts.total <= topology.memory_bytes
+    room = memory_bytes(topology)
+    fits = parts.total <= room
     if not fits:
         ways = [*ways_out(plan)] or [*two_ways_out(plan)]
         less = "fewer rows, more devices or a smaller --preset would"
@@ -242,17 +245,13 @@ def report(plan: PlanConfig) -> bool:
         print(error)
         return False
     print(beside(parts, found))
-    return found.total <= topology.memory_bytes
+    return found.total <= room
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    plan = tyro.cli(PlanConfig, prog="python -m examples.llama.plan", args=args)
+    plan = tyro.cli(PlanConfig, prog="python -m examples.plan", args=args)
     try:
         return 0 if report(plan) else 1
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
