@@ -10,7 +10,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
-from lowrank_optax.activations import AdaptivePlanner, probe
+from lowrank_optax.activations import AdaptivePlanner
+from lowrank_optax.activations.planner import probes
 
 LAYERS, WIDTH = 3, 128
 
@@ -73,7 +74,7 @@ def measured(monkeypatch):
                 found[tag, action] = rough * table["scale"]
         return found
 
-    monkeypatch.setattr(probe, "probe_errors", errors)
+    monkeypatch.setattr(probes, "probe_errors", errors)
     return table
 
 

@@ -9,8 +9,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
-from lowrank_optax.activations import probe
-from lowrank_optax.activations.roles import TRANSFORMER_TAGS
+from lowrank_optax.activations.checkpoint.policy import TRANSFORMER_TAGS
+from lowrank_optax.activations.planner import probes
 from tests.activations import model
 
 ROWS, LENGTH, WIDTH, FF = 2, 16, 32, 88
@@ -196,7 +196,7 @@ def test_errors_by_role_are_on_the_safe_side(gain):
     for tag in model.TAGS:
         role = TRANSFORMER_TAGS[tag]
         # A tenth of slack: the table is rounded, and other shapes were probed.
-        assert probe.error_of_role(role, int4, 64) > 0.9 * errors[tag, int4], tag
+        assert probes.error_of_role(role, int4, 64) > 0.9 * errors[tag, int4], tag
 
 
 def test_probes_of_any_scale():
