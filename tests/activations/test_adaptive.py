@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lowrank_optax import activations
 from lowrank_optax.activations import AdaptivePlanner
 from lowrank_optax.activations.planner import probes
+from tests.activations.model import QUICK
 
 LAYERS, WIDTH = 3, 128
 
@@ -39,7 +40,7 @@ def step_under(plan):
         value, grads = jax.value_and_grad(loss)(params, x)
         return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), value
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
 
 
 class Builder:
