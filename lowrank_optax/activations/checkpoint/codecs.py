@@ -1,8 +1,7 @@
-"""An array as codes and outlier channels, and back; where they live on a mesh."""
+"""``Compressed``: an array as codes and outlier channels, and back, on any mesh."""
 
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lowrank_optax import quantization
+from lowrank_optax._meshes import with_auto_axes
 
 
 class Compressed(NamedTuple):
@@ -46,6 +46,8 @@ def compress(x: Array, codec: Any, outliers: int, key: Any = None) -> Compressed
         channels = jax.lax.top_k(most, outliers)[1].astype(jnp.int32)
         taken = jnp.moveaxis(jnp.take(x, channels, axis=-1, mode="clip"), -1, 0)
         index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+        # Clipping to 0 takes an outlier channel out of its group's step without a
+        # scatter; the other channels are clipped to infinity, which changes nothing.
         limit = jnp.where(jnp.any(index == channels[:, None], axis=0), 0, jnp.inf)
         limit = limit.astype(x.dtype)
         encoded = codec.encode(jnp.clip(x, -limit, limit), *key)
@@ -56,7 +58,8 @@ def compress(x: Array, codec: Any, outliers: int, key: Any = None) -> Compressed
     arguments = (x,) if key is None else (x, key)
     if mesh is None:
         return whole(*arguments)
-    return _automatic(whole, _sharding(x, codec.group, outliers))(*arguments)
+    out = _sharding(x, codec.group, outliers)
+    return with_auto_axes(mesh, out, whole, *arguments)
 
 
 def decompress(kept: Compressed, codec: Any, like: Any) -> Array:
@@ -71,6 +74,7 @@ def decompress(kept: Compressed, codec: Any, like: Any) -> Array:
         encoded = quantization.Encoded(kept.codes, kept.scales)
         x = codec.decode(encoded, like.shape)
         most = float(jnp.finfo(like.dtype).max)
+        # The codec clips to float32 itself.
         if most < float(jnp.finfo(jnp.float32).max):
             x = jnp.clip(x, -most, most)
         x = x.astype(like.dtype)
@@ -82,9 +86,10 @@ def decompress(kept: Compressed, codec: Any, like: Any) -> Array:
             x = jnp.where(index == at, values.reshape(*like.shape[:-1], 1), x)
         return x
 
-    if _explicit_mesh(like) is None:
+    mesh = _explicit_mesh(like)
+    if mesh is None:
         return whole(kept)
-    return _automatic(whole, like.sharding)(kept)
+    return with_auto_axes(mesh, like.sharding, whole, kept)
 
 
 def nbytes(shape: tuple[int, ...], dtype: Any, codec: Any, outliers: int) -> int:
@@ -113,23 +118,22 @@ def _explicit_mesh(x: Any) -> Any:
     return mesh if mesh is not None and mesh.explicit_axes else None
 
 
-def _automatic(fn: Callable, out_sharding: Any) -> Callable:
-    return jax.sharding.auto_axes(fn, out_sharding=out_sharding)
-
-
 def _sharding(x: Array, group: int, outliers: int) -> Compressed:
-    """Returns the shardings of what x is compressed to.
+    """Returns the shardings of the compressed x.
 
     The last axis is sharded like that of x where every shard holds whole groups.
     """
     of_x = jax.typeof(x).sharding
     *lead, last = (*of_x.spec, *[None] * (x.ndim - len(of_x.spec)))
+    # A group that lies on two devices would need a collective for its step.
     local = of_x.shard_shape(x.shape)[-1]
     codes = NamedSharding(
         of_x.mesh, PartitionSpec(*lead, None if local % group else last)
     )
     if not outliers:
         return Compressed(codes, codes)
+    # All axes of tokens are one axis of the outliers, in which only shards of the first
+    # one are contiguous.
     tokens = lead[0] if lead else None
     return Compressed(
         codes,

@@ -1,4 +1,4 @@
-"""How far the gradients of a block are off if a tagged value is kept in few bits."""
+"""``probe_errors``: how far gradients are off if a tagged value is kept in few bits."""
 
 import functools
 import math
@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.activations import _interpret
-from lowrank_optax.activations._interpret import Program, TaggedValue
-from lowrank_optax.activations.actions import Action, Save
-from lowrank_optax.activations.checkpoint import override
-from lowrank_optax.activations.cost import is_inexact
+from lowrank_optax.activations.checkpoint.actions import Action, is_exact
+from lowrank_optax.activations.checkpoint.program import (
+    Program,
+    TaggedValue,
+    is_inexact,
+    trace,
+)
+from lowrank_optax.activations.checkpoint.replay import override
+from lowrank_optax.activations.planner.costs import BlockCost
 
 # role -> relative error of the gradient per relative error of the value: the larger of
-# two probes of a LLaMA-like block, with and without outliers in its norms. A role that
-# is not known is taken for the worst.
+# two probes of a LLaMA-like block, with and without outliers in its norms. An unknown
+# role is taken for the worst.
 SENSITIVITY: Mapping[str, float] = {
     "residual": 1.3,
     "norm": 9.5,
@@ -46,16 +50,16 @@ def probe_errors(
 
         error^2 = |g' - g|^2 / |g|^2  +  (n_layers - 1) / 2 * |h' - h|^2 / |h|^2
 
-    The second term is what the layers below get to see: each has half the others above
-    it in the mean. One tag at a time: errors of several tags add about in squares. What
-    is computed from the tag is computed again, from the rounded values; a plan that
-    keeps that as well rounds less. All of it runs in one compiled program, into which
-    the values go as arguments.
+    The second term is the error that reaches the layers below: each has half the others
+    above it in the mean. One tag at a time: errors of several tags add about in
+    squares. Values that are computed from the tag are computed again, from the rounded
+    ones; a plan that keeps them as well rounds less. All of it runs in one compiled
+    program, into which the values go as arguments.
 
     Args:
       block: ``block(params, x, *rest)`` with tags.
-      args: real data: the parameters of a layer and what goes into it.
-      actions: what to try. Those without rounding have the error 0.
+      args: real data: the parameters of a layer and its input.
+      actions: those to try. Actions without rounding have the error 0.
       cotangent: ``r``, a tree like ``y``: that of the loss, at this layer. None draws
         it at random: quick to have, but a loss's own has more structure.
       n_layers: how many layers like this one the stack has.
@@ -82,12 +86,14 @@ def probe_errors(
       >>> errors["hidden", actions[1]] < errors["hidden", actions[2]] / 10
       True
     """
-    program, flat = _interpret.trace(block, args, {})
+    program, flat = trace(block, args, {})
     tagged = [value for value in program.tagged if not value.inside]
     tags = list(dict.fromkeys(value.tag for value in tagged))
     sizes = tuple(len(jax.tree.leaves(part)) for part in (args, args[0], args[1]))
     # The same block is probed again and again while it trains: compiled once.
-    made = _made(block, tuple(map(_type, flat)), sizes)
+    avals = [jax.typeof(x) for x in flat]
+    types = [(a.shape, str(a.dtype), str(getattr(a, "sharding", ""))) for a in avals]
+    made = _made(block, tuple(types), sizes)
     if not made:
         made += [_collector(program, tagged), _gradients(program, tagged, sizes)]
     collect, gradients = made
@@ -111,6 +117,7 @@ def probe_errors(
                     float(_distance(a, b)) ** 2 if b else 0.0
                     for a, b in zip(found, exact, strict=True)
                 )
+                # A block without parameters has an error at its input alone.
                 square = own + (n_layers - 1) / 2 * below if exact[0] else below
                 before = squares.get((tag, action), 0.0)
                 squares[tag, action] = before + square / probes
@@ -122,11 +129,6 @@ def _made(block: Callable, types: tuple, sizes: tuple) -> list[Any]:
     """Returns a list of its own for each block and each kind of its arguments."""
     del block, types, sizes
     return []
-
-
-def _type(x: Any) -> Any:
-    aval = jax.typeof(x)
-    return aval.shape, str(aval.dtype), str(getattr(aval, "sharding", ""))
 
 
 def _collector(program: Program, tagged: Sequence[TaggedValue]) -> Callable:
@@ -160,26 +162,20 @@ def _gradients(
 
     @jax.jit
     def gradients(flat: Any, stored: Any, which: Any, cotangents: Any) -> Any:
-        moving = [i for i, x in enumerate(flat) if is_inexact(x)]
-        first = len(flat) - leaves + of_params  # what is closed over comes before
+        # Arrays that the block closes over come before its arguments.
+        first = len(flat) - leaves + of_params
 
         def replace(tag: str, index: int, value: Any) -> Any:
             if not is_inexact(value):
                 return value
+            # `which` is an argument, so that one program serves every tag.
             kept = jnp.where(which == tags.index(tag), stored[at[tag, index]], value)
             return override(value, kept)
 
-        def run(*values: Any) -> list[Any]:
-            given = list(flat)
-            for i, x in zip(moving, values, strict=True):
-                given[i] = x
-            return [y for y in program(given, replace) if is_inexact(y)]
-
-        _, pull_back = jax.vjp(run, *(flat[i] for i in moving))
-        found = dict(zip(moving, pull_back(cotangents), strict=True))
-        inputs = range(first, first + of_input)
-        below = [found.pop(i) for i in inputs if i in found]
-        return list(found.values()), below
+        found = program.gradients(flat, replace, cotangents)
+        below = found[first : first + of_input]
+        del found[first : first + of_input]
+        return jax.tree.leaves(found), jax.tree.leaves(below)  # without None
 
     return gradients
 
@@ -201,20 +197,13 @@ def _rounded(stored: Any, tagged: Any, tag: str, action: Action) -> Any:
     return found
 
 
-def is_exact(action: Action, shape: Any, dtype: Any) -> bool:
-    """Whether an action keeps a value as it is, or computes it again."""
-    if isinstance(action, Save):
-        return True
-    return action.nbytes(shape, dtype) >= Save().nbytes(shape, dtype)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _round_trip(action: Action, x: Any) -> Any:
     return action.round_trip(x)
 
 
 def _scale(tree: Any) -> Any:
-    """Returns the largest magnitude: squares of what it divides do not overflow."""
+    """Returns the largest magnitude: divided by it, no square overflows."""
     return functools.reduce(
         jnp.maximum, [jnp.max(jnp.abs(x)).astype(jnp.float32) for x in tree]
     )
@@ -260,3 +249,43 @@ def error_of_role(role: str, action: Action, width: int) -> float:
     x = jax.random.normal(jax.random.key(0), (64, max(width, 1)), jnp.float32)
     relative = jnp.linalg.norm(_round_trip(action, x) - x) / jnp.linalg.norm(x)
     return SENSITIVITY.get(role, max(SENSITIVITY.values())) * float(relative)
+
+
+Errors = Mapping[tuple[str, Action], float]
+
+
+def errors_of(
+    block: Callable,
+    args: Sequence[Any],
+    n_layers: int,
+    costs: BlockCost,
+    actions: Sequence[Action],
+    roles: Mapping[str, str],
+    given: Any,
+    cotangent: Any,
+) -> tuple[Errors, bool]:
+    """Returns (tag, action) -> error, and whether the errors were measured.
+
+    Errors that are given come first, then measured ones where there is data, then those
+    by role.
+    """
+    pairs = [(tag, action) for tag in costs.tags for action in actions]
+    if given is not None:
+        for tag, action in pairs:
+            if (tag.tag, action) not in given:
+                raise ValueError(
+                    f"`errors` has no entry for ('{tag.tag}', {action!r}). Measure "
+                    "with probe_errors(block, example_args, actions)."
+                )
+        return given, True
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(args)):
+        options = {"cotangent": cotangent, "n_layers": n_layers}
+        return probe_errors(block, args, actions, **options), True
+    found = {}
+    for tag, action in pairs:
+        exact = all(is_exact(action, v.shape, v.dtype) for v in tag.values)
+        width = max(math.prod(v.shape[-1:]) for v in tag.values)
+        role = roles.get(tag.tag, "")
+        error = 0.0 if exact else error_of_role(role, action, width)
+        found[tag.tag, action] = error
+    return found, False

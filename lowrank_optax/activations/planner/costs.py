@@ -1,4 +1,4 @@
-"""What it costs to compute a block's tagged values again, read off its jaxpr."""
+"""``block_cost``: FLOPs and bytes of computing tagged values again, off the jaxpr."""
 
 import dataclasses
 import math
@@ -7,19 +7,24 @@ from typing import Any
 
 import jax
 
-from lowrank_optax.activations import _interpret, _operations, _traffic
-from lowrank_optax.activations._interpret import Program, TaggedValue
-from lowrank_optax.activations._operations import Operation, Value
-from lowrank_optax.activations.checkpoint import override
+from lowrank_optax.activations.checkpoint.program import (
+    Program,
+    TaggedValue,
+    is_inexact,
+    trace,
+)
+from lowrank_optax.activations.checkpoint.replay import override
+from lowrank_optax.activations.planner import operations
+from lowrank_optax.activations.planner.operations import Operation, value_of
 
 
 @dataclasses.dataclass(frozen=True)
 class TagCost:
-    """What a tag's values take if they are kept, and if they are not.
+    """Bytes of a tag's values if they are kept, and operations if they are not.
 
     Attributes:
       tag: its name.
-      values: what carries the name, outside of loops and branches.
+      values: those that carry the name, outside of loops and branches.
       nbytes: of the values as they are.
       flops: additional operations of the backward pass if this tag alone is not kept.
       traffic: bytes that the memory moves for them, from the nearest tagged values and
@@ -27,7 +32,7 @@ class TagCost:
       children: the tags that are computed from this one without another between.
       joint_flops: additional operations if the children are not kept either, beyond
         those of the children. It is larger than ``flops`` where only the children need
-        the value: what is only added to something, say.
+        the value: a product that is only added to something, say.
     """
 
     tag: str
@@ -48,8 +53,8 @@ class BlockCost:
       input_bytes: of the second argument, of which every layer keeps its own. The
         parameters are there anyway, and further arguments are the same for all.
       working_bytes: the most that the backward pass of one layer holds at once, apart
-        from the parameters and what is kept; of their gradients the one that is being
-        formed. An estimate.
+        from the parameters and the kept values; of the parameters' gradients it counts
+        the one that is being formed. An estimate.
       forward_flops: of the forward pass.
       backward_flops: of the backward pass if every tag is kept.
     """
@@ -62,15 +67,15 @@ class BlockCost:
 
 
 def block_cost(block: Callable, args: Sequence[Any], fuses: Any = True) -> BlockCost:
-    """Counts what the backward pass of a block takes for every tag that is not kept.
+    """Counts the operations of a block's backward pass for every tag that is not kept.
 
-    The block's backward pass is traced once, with a place for each tagged value at
-    which it is either what was kept or computed again; what then no gradient depends on
-    is left out. So an operation that the backward pass needs anyway (a norm before a
-    product with weights, say) is no cost of the tags after it.
+    The block's backward pass is traced once, with a place for each tagged value that
+    stands either for the kept value or for the one computed again; operations that no
+    gradient then depends on are left out. So an operation that the backward pass needs
+    anyway (a norm before a product with weights, say) is no cost of the tags after it.
 
     Products take ``2 m n k``; everything else is counted by the memory it moves, and
-    elementwise operations are taken to be fused with what follows.
+    elementwise operations are taken to be fused with those that follow.
 
     Args:
       block: ``block(params, x, *rest)`` with tags.
@@ -91,15 +96,18 @@ def block_cost(block: Callable, args: Sequence[Any], fuses: Any = True) -> Block
       >>> [(tag.tag, tag.nbytes, tag.flops) for tag in cost.tags]
       [('hidden', 16384, 524288.0), ('act', 16384, 4096.0)]
     """
-    program, flat = _interpret.trace(block, args, {})
+    program, flat = trace(block, args, {})
     tagged = [value for value in program.tagged if not value.inside]
     names = tuple(dict.fromkeys(value.tag for value in tagged))
-    forward, outputs = _forward(program)
+    inputs = [value_of(var.aval) for var in program.jaxpr.invars]
+    forward, outputs = operations.flatten(program.jaxpr, inputs)
     replay = _Replay(program, flat, tagged, len(jax.tree.leaves(args[1:])))
     base = replay.flops(())
     tags = []
     for name in names:
         own = _own(forward, name)
+        # A value that only a child needs costs nothing until the child is dropped as
+        # well, so that the tag is dropped alone and together with its children.
         children = tuple(c for c in names if name in _ancestors(forward, c) - {c})
         flops = max(replay.flops({name}) - base, 0.0)
         joint = replay.flops({name, *children}) - replay.flops(children)
@@ -109,35 +117,26 @@ def block_cost(block: Callable, args: Sequence[Any], fuses: Any = True) -> Block
                 values=tuple(value for value in tagged if value.tag == name),
                 nbytes=sum(v.nbytes for o in own if o.tag for v in o.writes),
                 flops=flops,
-                traffic=_traffic.traffic(own),
+                traffic=operations.traffic(own),
                 children=children,
                 joint_flops=max(joint, flops),
             )
         )
     return BlockCost(
         tags=tuple(tags),
-        input_bytes=_input_bytes(args),
+        input_bytes=sum(value_of(x).nbytes for x in jax.tree.leaves(args[1:2])),
+        # Both extremes, for either may be larger: a replay, or all kept values.
         working_bytes=max(replay.peak(d, fuses) for d in (set(names), ())),
-        forward_flops=math.fsum(o.flops for o in _operations.needed(forward, outputs)),
+        forward_flops=math.fsum(o.flops for o in operations.needed(forward, outputs)),
         backward_flops=base,
     )
 
 
-def _input_bytes(args: Sequence[Any]) -> int:
-    leaves = [_operations.value_of(x) for x in jax.tree.leaves(args[1:2])]
-    return sum(leaf.nbytes for leaf in leaves)
-
-
-def _forward(program: Program) -> tuple[list[Operation], list[Value]]:
-    inputs = [_operations.value_of(var.aval) for var in program.jaxpr.invars]
-    return _operations.flatten(program.jaxpr, inputs)
-
-
-def _own(operations: Sequence[Operation], tag: str) -> list[Operation]:
-    """Returns what computes a tag from the nearest tagged values and arguments."""
-    alive = {v for o in operations if o.tag == tag for v in o.reads}
+def _own(forward: Sequence[Operation], tag: str) -> list[Operation]:
+    """Returns the operations that lead to a tag from the nearest tags and arguments."""
+    alive = {v for o in forward if o.tag == tag for v in o.reads}
     found = []
-    for operation in reversed(operations):
+    for operation in reversed(forward):
         if operation.tag == tag:
             found.append(operation)
         elif not operation.tag and not alive.isdisjoint(operation.writes):
@@ -146,37 +145,10 @@ def _own(operations: Sequence[Operation], tag: str) -> list[Operation]:
     return found[::-1]
 
 
-def _ancestors(operations: Sequence[Operation], tag: str) -> set[str]:
+def _ancestors(forward: Sequence[Operation], tag: str) -> set[str]:
     """Returns the nearest tags that a tag is computed from."""
-    reads = {v for o in _own(operations, tag) for v in o.reads}
-    return {o.tag for o in operations if o.tag and not reads.isdisjoint(o.writes)}
-
-
-def replayed(program: Program, flat: Any, tagged: Sequence[TaggedValue]) -> Callable:
-    """Returns the gradients as a function of what stands for the tagged values.
-
-    It takes the flat inputs, a value for each tagged one, and cotangents of the
-    floating point results; it returns the gradients of the floating point inputs.
-    """
-    moving = [i for i, x in enumerate(flat) if is_inexact(x)]
-    keys = [(value.tag, value.index) for value in tagged]
-
-    def backward(flat: Any, stored: Any, cotangents: Any) -> Any:
-        kept = dict(zip(keys, stored, strict=True))
-
-        def replace(tag: str, index: int, value: Any) -> Any:
-            return override(value, kept[tag, index])
-
-        def replay(*inputs: Any) -> Any:
-            values = list(flat)
-            for i, x in zip(moving, inputs, strict=True):
-                values[i] = x
-            return [y for y in program(values, replace) if is_inexact(y)]
-
-        _, pull_back = jax.vjp(replay, *(flat[i] for i in moving))
-        return pull_back(cotangents)
-
-    return backward
+    reads = {v for o in _own(forward, tag) for v in o.reads}
+    return {o.tag for o in forward if o.tag and not reads.isdisjoint(o.writes)}
 
 
 class _Replay:
@@ -186,7 +158,17 @@ class _Replay:
     """
 
     def __init__(self, program: Program, flat: Any, tagged: Any, rest: int):
-        backward = replayed(program, flat, tagged)
+        keys = [(value.tag, value.index) for value in tagged]
+
+        def backward(flat: Any, stored: Any, cotangents: Any) -> Any:
+            kept = dict(zip(keys, stored, strict=True))
+
+            # Integers are overridden as well, so that every tag has its place.
+            def replace(tag: str, index: int, value: Any) -> Any:
+                return override(value, kept[tag, index])
+
+            return program.gradients(flat, replace, cotangents)
+
         flat = [_struct(x) for x in flat]
         stored = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in tagged]
         outs = [_struct(var.aval) for var in program.jaxpr.outvars]
@@ -194,32 +176,26 @@ class _Replay:
         closed = jax.make_jaxpr(backward)(flat, stored, outs)
         jaxpr = closed.jaxpr
         invars = [*jaxpr.constvars, *jaxpr.invars]
-        self.inputs = [_operations.value_of(var.aval) for var in invars]
+        self.inputs = [value_of(var.aval) for var in invars]
         first = len(jaxpr.constvars) + len(flat)
         places = self.inputs[first : first + len(tagged)]
         names = dict(zip(places, (value.tag for value in tagged), strict=True))
         # Without the parameters, which are there anyway.
         self.held = [v for v in self.inputs if v not in self.inputs[: first - rest]]
         jaxpr = jaxpr.replace(constvars=(), invars=invars)
-        self.operations, self.outputs = _operations.flatten(jaxpr, self.inputs, names)
+        self.operations, self.outputs = operations.flatten(jaxpr, self.inputs, names)
 
     def flops(self, dropped: Collection[str]) -> float:
         """Returns the operations if these tags are not kept."""
-        found = _operations.needed(self.operations, self.outputs, dropped)
+        found = operations.needed(self.operations, self.outputs, dropped)
         return math.fsum(operation.flops for operation in found)
 
     def peak(self, dropped: Collection[str], fuses: bool) -> int:
         """Returns the most bytes alive at once if these tags are not kept."""
-        found = _operations.needed(self.operations, self.outputs, dropped)
-        return _traffic.peak(found, self.held, dropped, fuses)
+        found = operations.needed(self.operations, self.outputs, dropped)
+        return operations.peak(found, self.held, dropped, fuses)
 
 
 def _struct(x: Any) -> Any:
     aval = jax.typeof(x) if not hasattr(x, "shape") else x
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether x has gradients."""
-    aval = jax.typeof(x) if not hasattr(x, "dtype") else x
-    return jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)

@@ -1,13 +1,15 @@
-"""A jaxpr as a flat list of operations: their FLOPs, and which are needed."""
+"""``Operation``: a jaxpr as a list of them, with FLOPs, traffic and peak memory."""
 
+import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core as jex
 
-# Entered: their bodies take the same operands as the equation itself.
+# Calls whose bodies take the same operands as the equation itself: they are entered.
 _ENTERED = (
     "jit",
     "pjit",
@@ -19,7 +21,7 @@ _ENTERED = (
     "checkpoint",
 )
 # Operations whose result a compiler writes to memory. All others are taken to be part
-# of the loop that computes what follows.
+# of the loop that computes the next such result.
 _WRITTEN = (
     "dot_general",
     "conv_general_dilated",
@@ -37,6 +39,8 @@ _WRITTEN = (
     "ragged_dot_general",
     "fft",
 )
+# The result is the operand's memory, or is never formed.
+_VIEWS = ("reshape", "broadcast_in_dim", "squeeze", "name", "stop_gradient", "iota")
 
 
 class Value:
@@ -58,7 +62,7 @@ class Operation:
       writes: its results.
       flops: floating point operations.
       tag: of the tagged value that it returns, else "".
-      stored: for a tagged value of the backward pass, what it is if it was kept.
+      stored: for a tagged value of the backward pass, the value that was kept of it.
     """
 
     name: str
@@ -69,7 +73,7 @@ class Operation:
     stored: Value | None = None
 
     def needs(self, dropped: Collection[str]) -> tuple[Value, ...]:
-        """Returns what it reads if these tags are not kept."""
+        """Returns the values that it reads if these tags are not kept."""
         if self.stored is None or self.tag in dropped:
             return self.reads
         return (self.stored,)
@@ -115,6 +119,8 @@ def _flatten(
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         body = _body(eqn)
+        # A call of two operands, the second of which was kept, is `override`: the jaxpr
+        # of a custom derivative has no other mark.
         tag = stored.get(operands[1], "") if body and len(operands) == 2 else ""
         if body is not None and not tag:
             inner, constants = body
@@ -127,18 +133,15 @@ def _flatten(
             ]
         else:
             results = [value_of(var.aval) for var in eqn.outvars]
-            add(_operation(eqn, operands, results, tag))
+            name = eqn.primitive.name
+            if tag:
+                add(Operation(tag, (operands[0],), (*results,), 0.0, tag, operands[1]))
+            else:
+                reads = tuple(value for value in operands if value is not None)
+                own = eqn.params["name"] if name == "name" else ""
+                add(Operation(name, reads, (*results,), _flops(eqn), own))
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _operation(eqn: Any, operands: Any, results: Any, tag: str) -> Operation:
-    if tag:
-        return Operation(tag, (operands[0],), tuple(results), 0.0, tag, operands[1])
-    name = eqn.primitive.name
-    reads = tuple(value for value in operands if value is not None)
-    own = eqn.params["name"] if name == "name" else ""
-    return Operation(name, reads, tuple(results), _flops(eqn), own)
 
 
 def _body(eqn: Any) -> Any:
@@ -167,17 +170,16 @@ def _flops(eqn: Any) -> float:
         features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         depth = math.prod(kernel) / max(features, 1)
         return 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
-    bodies = [_total(sub) for sub in jex.jaxprs_in_params(eqn.params)]
+    subs = jex.jaxprs_in_params(eqn.params)
+    bodies = [sum(_flops(inner) for inner in sub.eqns) for sub in subs]
     if bodies:
+        # The dearest branch counts; a scan runs its body `length` times; of a `while`,
+        # whose turns are not known, one counts.
         each = max(bodies) if name == "cond" else sum(bodies)
         return each * eqn.params.get("length", 1)
     if name in ("name", "reshape", "broadcast_in_dim", "stop_gradient"):
         return 0.0
     return float(sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars))
-
-
-def _total(jaxpr: Any) -> float:
-    return sum(_flops(eqn) for eqn in jaxpr.eqns)
 
 
 def needed(
@@ -193,3 +195,80 @@ def needed(
             alive.update(operation.needs(dropped))
             found.append(operation)
     return found[::-1]
+
+
+def traffic(operations: Sequence[Operation]) -> int:
+    """Returns the bytes read and written by operations that follow each other.
+
+    Results that are not written to memory, see ``Operation.written``, cost nothing;
+    their loop reads its operands once.
+    """
+    work = [o for o in operations if not o.tag]
+    fused = {v for o in work if not o.written for v in o.writes}
+    loops = {v for o in work if not o.written for v in o.reads} - fused
+    total = sum(value.nbytes for value in loops)
+    for operation in operations:
+        if operation.tag:
+            # A product has written its result already.
+            total += sum(v.nbytes for v in operation.reads if v in fused)
+        elif operation.written:
+            total += sum(v.nbytes for v in operation.reads if v not in fused)
+            total += sum(v.nbytes for v in operation.writes)
+    return total
+
+
+def peak(
+    operations: Sequence[Operation],
+    inputs: Iterable[Value],
+    dropped: Collection[str] = (),
+    fuses: bool = True,
+) -> int:
+    """Returns the most bytes that are alive at once, operation after operation.
+
+    An elementwise result may take the memory of an operand that is not read again.
+    Inputs are there from the beginning to their last use. A result that no operation
+    reads is taken to leave at once: a gradient that is written to the stack of all
+    layers.
+
+    Args:
+      operations: in their order.
+      inputs: those whose memory counts.
+      dropped: the tags that are not kept.
+      fuses: whether an elementwise result that only elementwise operations and at most
+        one product read is never written, as compilers for accelerators have it. It
+        then keeps alive the operands of its loop until the next result is written.
+    """
+    # A product can compute an elementwise operand on the fly; two of them share it.
+    uses = collections.Counter(v for o in operations if o.written for v in {*o.reads})
+    operands = {value for value, count in uses.items() if count > 1}
+    read = {v for o in operations for v in o.needs(dropped)}
+    held = [v for v in inputs if v in read]
+    # value -> the values in memory that it is computed from, itself if it is in memory.
+    sources: dict[Value, frozenset[Value]] = {v: frozenset([v]) for v in held}
+    born = dict.fromkeys(sources, 0)
+    end = dict.fromkeys(sources, 1)
+    for at, operation in enumerate(operations):
+        reads: frozenset[Value] = frozenset()
+        reads = reads.union(*(sources.get(v, ()) for v in operation.needs(dropped)))
+        shrinks = operation.name.startswith("reduce")
+        for value in operation.writes:
+            if fuses:
+                formed = operation.written or shrinks or value in operands
+            else:
+                formed = operation.name not in _VIEWS
+            # `override` makes no array: it names the kept one or the replayed one.
+            if not formed or operation.stored is not None:
+                sources[value] = reads
+                continue
+            sources[value] = frozenset([value])
+            born[value], end[value] = at, at + 1
+            # A product reads its operands until its result is there; an elementwise
+            # result can take the place of one, which ends a step earlier.
+            stays = operation.written or shrinks
+            end.update((v, max(end[v], at + stays)) for v in reads)
+    # Births and deaths at each operation; their running sum is the memory in use.
+    change = [0] * (len(operations) + 2)
+    for value, start in born.items():
+        change[start] += value.nbytes
+        change[end[value]] -= value.nbytes
+    return max(itertools.accumulate(change))

@@ -9,8 +9,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
-from lowrank_optax.activations import probe
-from lowrank_optax.activations.roles import TRANSFORMER_TAGS
+from lowrank_optax.activations.checkpoint.policy import TRANSFORMER_TAGS
+from lowrank_optax.activations.planner import probes
 from tests.activations import model
 
 ROWS, LENGTH, WIDTH, FF = 2, 16, 32, 88
@@ -52,12 +52,13 @@ def test_the_backward_pass_has_the_operations_that_xla_counts():
     """Unrolled and without tags, where XLA's own count is of every operation."""
     params, x = layer()
     cost = activations.block_cost(model.block, (params, x))
-    forward = activations.audit(model.block, (params, x)).flops
+    quick = functools.partial(jax.jit, compiler_options=model.QUICK)
+    forward = activations.audit(quick(model.block), (params, x)).flops
 
     def backward(params, x, g):
         return jax.vjp(functools.partial(model.block), params, x)[1](g)
 
-    whole = activations.audit(backward, (params, x, x)).flops
+    whole = activations.audit(quick(backward), (params, x, x)).flops
     assert forward is not None and whole is not None
     # Elementwise operations are counted a little otherwise: several per exponential.
     np.testing.assert_allclose(cost.forward_flops, forward, rtol=0.1)
@@ -196,21 +197,23 @@ def test_errors_by_role_are_on_the_safe_side(gain):
     for tag in model.TAGS:
         role = TRANSFORMER_TAGS[tag]
         # A tenth of slack: the table is rounded, and other shapes were probed.
-        assert probe.error_of_role(role, int4, 64) > 0.9 * errors[tag, int4], tag
+        assert probes.error_of_role(role, int4, 64) > 0.9 * errors[tag, int4], tag
 
 
 def test_probes_of_any_scale():
+    def block(w, x):
+        return checkpoint_name(x @ w, "a") ** 2
+
     for scale in (1e-20, 1.0, 1e15):
         args = jnp.eye(64), scale * jax.random.normal(jax.random.key(0), (8, 64))
-        errors = activations.probe_errors(
-            lambda w, x: checkpoint_name(x @ w, "a") ** 2, args, ACTIONS
-        )
+        errors = activations.probe_errors(block, args, ACTIONS)
         assert 0.01 < errors["a", ACTIONS[3]] < 0.3
 
 
 def test_a_gradient_that_says_nothing():
+    def block(w, x):
+        return checkpoint_name(x * w, "a") ** 2
+
     for x, word in ((jnp.zeros((8, 64)), "zero"), (jnp.full((8, 64), jnp.nan), "not")):
         with pytest.raises(ValueError, match=f"`example_args`, which is {word}"):
-            activations.probe_errors(
-                lambda w, x: checkpoint_name(x * w, "a") ** 2, (x, x), ACTIONS
-            )
+            activations.probe_errors(block, (x, x), ACTIONS)

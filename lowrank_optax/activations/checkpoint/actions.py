@@ -1,10 +1,10 @@
-"""What becomes of a tagged value between the forward and the backward pass."""
+"""``Action``: a tagged value as it is kept for the backward pass, and its bytes."""
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lowrank_optax import _checks, quantization
-from lowrank_optax.activations import compress as _compress
+from lowrank_optax.activations.checkpoint import codecs
 
 _KNOWN = (
     "'save', 'recompute', 'offload', 'int8', 'int4', and with k outlier channels "
@@ -22,22 +22,23 @@ _KNOWN = (
 
 
 class Action:
-    """What becomes of a tagged value: static and hashable, without arrays.
+    """The treatment of a tagged value: static and hashable, without arrays.
 
-    An action says what is kept of a value from the forward to the backward pass, what
-    the backward pass reads in its place, and how many bytes that takes. Subclass it for
+    An action turns a value into the arrays that are kept from the forward to the
+    backward pass, turns these into the array that the backward pass reads in the
+    value's place, and counts their bytes. Subclass it for
     a format of your own; an instance can stand wherever a string such as ``"int4"``
     can.
     """
 
-    keeps = True  # False: the value is computed again
+    keeps = True  # False for actions that compute the value again
 
     def nbytes(self, shape: Sequence[int], dtype: Any) -> int:
         """Returns the bytes on the device that are kept of a value, exactly."""
         raise NotImplementedError
 
     def compress(self, x: Array, key: Any = None) -> Any:
-        """Returns what is kept of a value: a pytree of arrays.
+        """Returns the kept form of a value: a pytree of arrays.
 
         Args:
           x: the value.
@@ -46,16 +47,16 @@ class Action:
         raise NotImplementedError
 
     def decompress(self, kept: Any, like: Any) -> Array:
-        """Returns what the backward pass reads.
+        """Returns the array that the backward pass reads.
 
         Args:
-          kept: what ``compress`` returned.
+          kept: the result of ``compress``.
           like: an array, tracer or ShapeDtypeStruct with the value's shape and dtype.
         """
         raise NotImplementedError
 
     def round_trip(self, x: Array, key: Any = None) -> Array:
-        """Returns what the backward pass reads in place of x."""
+        """Returns the array that the backward pass reads in place of x."""
         return self.decompress(self.compress(x, key), x)
 
 
@@ -84,7 +85,7 @@ class Save(Action):
 
 @dataclasses.dataclass(frozen=True)
 class Recompute(Save):
-    """Computed again in the backward pass, from what is kept before it; 0 bytes."""
+    """Computed again in the backward pass, from values kept before it; 0 bytes."""
 
     keeps = False
 
@@ -143,13 +144,13 @@ class Quantize(Action):
         s = max|x| / h,    q = round(x / s),    x' = q s,    |x - x'| <= s / 2
 
     With outliers, the k channels of the last axis with the largest ``max|x|`` over all
-    leading axes are kept as they are, and the steps are formed without them. Which
-    channels those are is data: when they drift nothing is compiled again.
+    leading axes are kept as they are, and the steps are formed without them. Their
+    indices are data: when outliers drift to other channels nothing is compiled again.
 
     The bytes of ``[*tokens, C]`` are ``C bits / 8 + 2 ceil(C / group)`` per token (odd
     groups of 4-bit codes end on a byte), and per outlier channel 4 and one value per
-    token. A value is kept as it is if that would not be fewer, or if it is no floating
-    point number of at least 16 bits: integers, booleans, keys, tiny arrays.
+    token. A value is kept as it is if codes would not take fewer bytes, or if it is no
+    floating point number of at least 16 bits: integers, booleans, keys, tiny arrays.
 
     A value that is not finite is never hidden: its group, or its channel if that is an
     outlier, reads as not finite.
@@ -191,7 +192,7 @@ class Quantize(Action):
 
     @property
     def codec(self) -> quantization.symmetric:
-        """How what is no outlier is stored."""
+        """The codec of all channels that are no outliers."""
         return quantization.symmetric(self.bits, self.group)
 
     def encodes(self, shape: Sequence[int], dtype: Any) -> bool:
@@ -199,43 +200,43 @@ class Quantize(Action):
         dtype = dtype_of(dtype)
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2 or not shape:
             return False
-        return self._encoded_bytes(shape, dtype) < math.prod(shape) * dtype.itemsize
+        # Steps, outliers and odd groups can outweigh what codes save in a small array.
+        coded = codecs.nbytes(tuple(shape), dtype, self.codec, self.outliers)
+        return coded < math.prod(shape) * dtype.itemsize
 
     def nbytes(self, shape: Sequence[int], dtype: Any) -> int:
         """Returns the bytes of codes, steps and outliers."""
-        if self.encodes(shape, dtype):
-            return self._encoded_bytes(shape, dtype_of(dtype))
-        return Save().nbytes(shape, dtype)
+        if not self.encodes(shape, dtype):
+            return Save().nbytes(shape, dtype)
+        return codecs.nbytes(tuple(shape), dtype, self.codec, self.outliers)
 
     def compress(self, x: Array, key: Any = None) -> Any:
         """Returns ``Compressed`` codes, or x if it is kept as it is."""
         if not self.encodes(x.shape, x.dtype):
             return x
+        # Outside of `compressed_checkpoint` nobody knows a tag to derive the key from.
         if self.stochastic and key is None:
-            key = _compress.key_from(x)
+            key = codecs.key_from(x)
         key = key if self.stochastic else None
         with jax.named_scope("activations/compress"):
-            return _compress.compress(x, self.codec, self.outliers, key)
+            return codecs.compress(x, self.codec, self.outliers, key)
 
     def decompress(self, kept: Any, like: Any) -> Array:
         """Returns ``q s``, with the outlier channels in their places."""
         if not self.encodes(like.shape, like.dtype):
             return kept
         with jax.named_scope("activations/decompress"):
-            return _compress.decompress(kept, self.codec, like)
-
-    def _encoded_bytes(self, shape: Sequence[int], dtype: Any) -> int:
-        return _compress.nbytes(tuple(shape), dtype, self.codec, self.outliers)
+            return codecs.decompress(kept, self.codec, like)
 
     def __str__(self) -> str:
-        """Returns "int4+8", then what is not the default."""
+        """Returns "int4+8", then the group and the rounding if not the default."""
         text = f"int{self.bits}" + (f"+{self.outliers}" if self.outliers else "")
         text += f" group {self.group}" if self.group != 128 else ""
         return text + (" stochastic" if self.stochastic else "")
 
 
 def dtype_of(dtype: Any) -> Any:
-    """Returns a dtype object; those of PRNG keys are no NumPy dtypes."""
+    """Returns a dtype object; NumPy does not know the dtypes of PRNG keys."""
     extended = jnp.issubdtype(dtype, jax.dtypes.extended)
     return dtype if extended else np.dtype(dtype)
 
@@ -271,64 +272,20 @@ def parse_action(text: Any, group: Any = 128, stochastic: Any = False) -> Action
     return Quantize(int(match[1]), int(match[2] or 0), group, stochastic)
 
 
-@dataclasses.dataclass(frozen=True, init=False)
-class Policy(Mapping[str, Action]):
-    """An action per tag: a Mapping that can be hashed, so that plans can be cached.
+def parse_actions(actions: Any) -> tuple[Action, ...]:
+    """Returns distinct actions in their order."""
+    if isinstance(actions, str | Action):
+        actions = (actions,)
+    found = tuple(dict.fromkeys(parse_action(action) for action in actions))
+    if not found:
+        raise ValueError(
+            "`actions` must name at least one action, for example ('save', 'int8')."
+        )
+    return found
 
-    Args:
-      actions: tag -> action or a string that names one, see ``parse_action``. A tag
-        that is not listed is recomputed, like everything that has none.
-      group: of the actions that are given as strings, see ``Quantize``.
-      stochastic: likewise.
 
-    Raises:
-      TypeError: if ``actions`` is no mapping of strings.
-      ValueError: if a string names no action.
-
-    Examples:
-      >>> from lowrank_optax import activations
-      >>> policy = activations.Policy({"q": "int8", "gate": "int4"}, group=64)
-      >>> print(policy)
-      gate: int4 group 64, q: int8 group 64
-      >>> policy == activations.Policy(dict(policy))
-      True
-    """
-
-    entries: tuple[tuple[str, Action], ...]
-
-    def __init__(self, actions: Any = (), group: Any = 128, stochastic: Any = False):
-        """Parses and sorts the actions."""
-        actions = actions if actions != () else {}
-        if not isinstance(actions, Mapping) or any(
-            not isinstance(tag, str) for tag in actions
-        ):
-            raise TypeError(
-                "A policy must map tags to actions, for example {'gate': 'int4', 'q': "
-                f"'int8'}}; got {actions!r}."
-            )
-        found = {
-            tag: parse_action(action, group, stochastic)
-            for tag, action in actions.items()
-        }
-        object.__setattr__(self, "entries", tuple(sorted(found.items())))
-
-    def __getitem__(self, tag: str) -> Action:
-        """Returns the action of a listed tag."""
-        return dict(self.entries)[tag]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterates over the listed tags, sorted."""
-        return (tag for tag, _ in self.entries)
-
-    def __len__(self) -> int:
-        """Returns how many tags are listed."""
-        return len(self.entries)
-
-    def kept(self, tag: str) -> Action | None:
-        """Returns the action of a tag of which something is kept, else None."""
-        action = self.get(tag)
-        return action if action is not None and action.keeps else None
-
-    def __str__(self) -> str:
-        """Returns "tag: action, ..."."""
-        return ", ".join(f"{tag}: {action}" for tag, action in self.entries)
+def is_exact(action: Action, shape: Sequence[int], dtype: Any) -> bool:
+    """Whether an action keeps a value as it is, or computes it again."""
+    if isinstance(action, Save):
+        return True
+    return action.nbytes(shape, dtype) >= Save().nbytes(shape, dtype)

@@ -1,4 +1,4 @@
-"""What a compiled step takes, read from the compiler's own accounts."""
+"""``audit``: bytes and operations of a compiled step, from the compiler's accounts."""
 
 import dataclasses
 from typing import Any
@@ -61,8 +61,9 @@ def audit(step_fn: Any, args: Any = (), predicted: Any = None) -> Audit:
     """Reads bytes and operations of a step off its compiled program.
 
     With a prediction the table sets it against the compiled temporaries. These also
-    hold what is no activation of the layers: logits, gradients, the optimizer's work
-    space. For the layers alone audit the gradient of a loss that needs nothing else.
+    hold other arrays than the layers' activations: logits, gradients, the optimizer's
+    work space. For the layers alone audit the gradient of a loss that needs nothing
+    else.
 
     Args:
       step_fn: a function of arrays, jitted or not, or a program that is compiled
@@ -73,7 +74,7 @@ def audit(step_fn: Any, args: Any = (), predicted: Any = None) -> Audit:
         compared.
 
     Returns:
-      What the compiler says. On several devices these are the bytes on one of them.
+      The compiler's figures. On several devices these are the bytes on one of them.
 
     Raises:
       TypeError: if ``step_fn`` can be neither called nor asked.
@@ -86,7 +87,7 @@ def audit(step_fn: Any, args: Any = (), predicted: Any = None) -> Audit:
       >>> found.argument_bytes, found.output_bytes, found.flops
       (32768, 16384, 524288.0)
 
-      A policy's prediction against what is compiled:
+      A policy's prediction against the compiled program:
 
       >>> import jax
       >>> from jax.ad_checkpoint import checkpoint_name
@@ -113,6 +114,7 @@ def audit(step_fn: Any, args: Any = (), predicted: Any = None) -> Audit:
             "This backend's compiler gives no account of memory, so there is nothing "
             "to read; compile for a CPU, GPU or TPU."
         )
+    # Absent in some versions of JAX, and 0 where the backend does not estimate it.
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     cost = compiled.cost_analysis() or {}
     return Audit(

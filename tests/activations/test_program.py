@@ -7,7 +7,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
-from lowrank_optax.activations import _interpret
+from lowrank_optax.activations.checkpoint.program import trace
 
 
 @jax.custom_jvp
@@ -57,7 +57,7 @@ def differentiable(name):
 def test_an_equation_of_every_kind(name):
     """Values and, by JAX's own rules, derivatives."""
     fn = KINDS[name]
-    program, flat = _interpret.trace(fn, (X,), {})
+    program, flat = trace(fn, (X,), {})
 
     def again(x):
         (out,) = program([*flat[:-1], x])
@@ -121,7 +121,7 @@ def test_what_is_said_of_a_tag_counts():
         x = jax.jit(lambda x: checkpoint_name(2 * x, "a"))(x)
         return jnp.sum(x)
 
-    program, flat = _interpret.trace(fn, (jnp.zeros(3),), {})
+    program, flat = trace(fn, (jnp.zeros(3),), {})
     seen = []
 
     def on_tag(tag, index, value):

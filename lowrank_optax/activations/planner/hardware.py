@@ -1,4 +1,4 @@
-"""What a device computes and moves per second, from data sheets or timed."""
+"""``Hardware``: operations and bytes per second of a device, by data sheet or timed."""
 
 import dataclasses
 import os
@@ -139,7 +139,7 @@ def calibrate(size: Any = 2048, *, dtype: Any = None, repeats: Any = 5) -> Hardw
       repeats: the fastest of so many runs counts.
 
     Returns:
-      A profile with what was measured, ``efficiency=1``.
+      A profile of the measurements, with ``efficiency=1``.
 
     Examples:
       >>> from lowrank_optax import activations
@@ -157,6 +157,7 @@ def calibrate(size: Any = 2048, *, dtype: Any = None, repeats: Any = 5) -> Hardw
     product = jax.jit(lambda x: x @ x)
     copy = jax.jit(lambda x: x + 1)
     moved = 2 * long.nbytes
+    # A new array object each time: one that was read keeps its copy on the host.
     to_host = _fastest(lambda: np.array(jax.device_put(long), copy=True), repeats)
     return Hardware(
         name=str(device.device_kind),

@@ -1,19 +1,28 @@
-"""A plan: what becomes of every tagged value, layer by layer, and what it costs."""
+"""``ActivationPlan``: an action and its cost for every tag and layer, and its use."""
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
-from lowrank_optax.activations.actions import Action, Policy, Quantize, parse_action
+import jax
+
+from lowrank_optax.activations.checkpoint.actions import (
+    Action,
+    Quantize,
+    parse_action,
+)
+from lowrank_optax.activations.checkpoint.policy import Policy
+from lowrank_optax.activations.checkpoint.replay import compressed_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What becomes of the values of one tag in a layer.
+    """The action for the values of one tag in a layer, and its costs.
 
     Attributes:
       tag: its name.
-      action: what is done.
+      action: that they get.
       nbytes: that are kept.
       saved_bytes: of the values as they are.
       time_ms: predicted, of computing again or of encoding and decoding.
@@ -42,13 +51,13 @@ class Segment:
 
     @property
     def policy(self) -> Policy:
-        """What ``compressed_checkpoint`` takes; what is computed again is left out."""
+        """The policy for ``compressed_checkpoint``, without recomputed tags."""
         return Policy({c.tag: c.action for c in self.choices if c.action.keeps})
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What all layers take together, per device and step.
+    """Bytes, time and error of all layers together, per device and step.
 
     Attributes:
       kept_bytes: of the tagged values.
@@ -73,13 +82,13 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationPlan:
-    """What ``plan_activations`` decided; printable, hashable, and JSON.
+    """The decision of ``plan_activations``; printable, hashable, and JSON.
 
     Attributes:
       segments: runs of layers with a policy each, from the first layer to the last.
-      predicted: what they take.
-      full_save: what keeping every tagged value takes.
-      full_recompute: what keeping none takes.
+      predicted: their cost.
+      full_save: the cost of keeping every tagged value.
+      full_recompute: the cost of keeping none.
       budget_bytes: that the plan had to keep, for ``predicted.total_bytes``.
       hardware: the name of the profile.
       probed: whether the errors were measured on data; otherwise they are by role.
@@ -107,7 +116,8 @@ class ActivationPlan:
             lines.append(f"layers {first} to {last}, each:")
             lines.append(_row("tensor", "action", "MiB", "ms", "error"))
             for c in segment.choices:
-                lines.append(_choice_row(c))
+                numbers = _mib(c.nbytes), f"{c.time_ms:.4f}", f"{c.error:.4f}"
+                lines.append(_row(c.tag, str(c.action), *numbers))
             first = last + 1
         source = "probed" if self.probed else "by role"
         lines.append(f"all layers ({self.hardware}, errors {source}):")
@@ -117,8 +127,8 @@ class ActivationPlan:
             ("save everything", self.full_save),
             ("recompute everything", self.full_recompute),
         ):
-            mib = _mib(found.total_bytes)
-            lines.append(_row(name, "", mib, f"{found.time_ms:.3f}", _e(found.error)))
+            numbers = f"{found.time_ms:.3f}", f"{found.error:.4f}"
+            lines.append(_row(name, "", _mib(found.total_bytes), *numbers))
         parts = self.predicted
         lines.append(
             f"this plan: kept {_mib(parts.kept_bytes)} MiB, inputs of layers "
@@ -140,7 +150,7 @@ class ActivationPlan:
         data = dataclasses.asdict(self)
         for segment, entry in zip(self.segments, data["segments"], strict=True):
             for c, fields in zip(segment.choices, entry["choices"], strict=True):
-                fields["action"] = _plain(c)
+                fields["action"] = _as_json(c)
         return json.dumps(data, indent=2)
 
     @classmethod
@@ -151,7 +161,8 @@ class ActivationPlan:
             Segment(
                 s["layers"],
                 tuple(
-                    Choice(**c | {"action": _action(c["action"])}) for c in s["choices"]
+                    Choice(**c | {"action": _from_json(c["action"])})
+                    for c in s["choices"]
                 ),
             )
             for s in data.pop("segments")
@@ -166,25 +177,21 @@ def _row(name: str, action: str, *numbers: str) -> str:
     return f"  {name:<20} {action:<12}{cells}"
 
 
-def _choice_row(c: Choice) -> str:
-    numbers = _mib(c.nbytes), f"{c.time_ms:.4f}", _e(c.error)
-    return _row(c.tag, str(c.action), *numbers)
-
-
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.3f}"
 
 
-def _e(error: float) -> str:
-    return f"{error:.4f}"
-
-
-def _plain(choice: Choice) -> Any:
+def _as_json(choice: Choice) -> Any:
     """Returns an action as JSON can hold it."""
     action = choice.action
     if isinstance(action, Quantize):
         return dataclasses.asdict(action)
-    if _parse_or_none(str(action)) != action:
+    try:
+        named = parse_action(str(action))
+    except ValueError:
+        named = None
+    # An action of another class may call itself "save", and JSON would lose the class.
+    if named != action:
         raise TypeError(
             f"The action {action!r} of '{choice.tag}' is not one of this package's "
             "own, so JSON cannot name it; record str(plan) instead."
@@ -192,13 +199,72 @@ def _plain(choice: Choice) -> Any:
     return str(action)
 
 
-def _parse_or_none(text: str) -> Action | None:
-    """Returns the action that a string names, None if it names none."""
-    try:
-        return parse_action(text)
-    except ValueError:
-        return None
-
-
-def _action(data: Any) -> Action:
+def _from_json(data: Any) -> Action:
     return Quantize(**data) if isinstance(data, dict) else parse_action(data)
+
+
+def apply_plan(block: Callable, plan: ActivationPlan) -> tuple[Callable, ...]:
+    """Returns the block under the plan's policies, one per segment of layers.
+
+    Args:
+      block: ``block(params, x, *rest)`` with the plan's tags.
+      plan: from ``plan_activations``.
+
+    Returns:
+      Functions like ``block``, see ``compressed_checkpoint``; that of segment i is for
+      its ``plan.segments[i].layers`` layers.
+    """
+    return tuple(compressed_checkpoint(block, s.policy) for s in plan.segments)
+
+
+def scan_layers(
+    block: Callable, plan: ActivationPlan, stacked_params: Any, x: Any, *rest: Any
+) -> Any:
+    """Runs a stack of layers under a plan: one ``jax.lax.scan`` per segment.
+
+    Args:
+      block: ``block(params, x, *rest)``, which returns the next ``x``.
+      plan: from ``plan_activations``.
+      stacked_params: parameters with a leading axis of all layers. Other arrays that
+        differ between layers, keys for dropout say, belong here as well.
+      x: the input of the first layer.
+      *rest: further arguments, the same for all layers.
+
+    Returns:
+      The result of the last layer.
+
+    Raises:
+      ValueError: if the leading axis is not that of the plan.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.ad_checkpoint import checkpoint_name
+      >>> from lowrank_optax import activations
+      >>> def layer(w, x):
+      ...     return jnp.tanh(checkpoint_name(x @ w, "hidden"))
+      >>> w, x = jnp.stack([jnp.eye(64)] * 4), jnp.ones((8, 64))
+      >>> plan = activations.plan_activations(
+      ...     layer, (w[0], x), 4, budget_fraction=0.5
+      ... )
+      >>> activations.scan_layers(layer, plan, w, x).shape
+      (8, 64)
+    """
+    for path, leaf in jax.tree.leaves_with_path(stacked_params):
+        if leaf.ndim < 1 or leaf.shape[0] != plan.n_layers:
+            raise ValueError(
+                f"The plan is for {plan.n_layers} layers, so every parameter must have "
+                f"a leading axis of that size; params{jax.tree_util.keystr(path)} has "
+                f"the shape {leaf.shape}."
+            )
+    first = 0
+    for segment, body in zip(plan.segments, apply_plan(block, plan), strict=True):
+        last = first + segment.layers
+        part = stacked_params
+        # A slice is a copy of the parameters: one segment scans the stack itself.
+        if len(plan.segments) > 1:
+            part = jax.tree.map(
+                lambda p, a=first, b=last: jax.lax.slice_in_dim(p, a, b), part
+            )
+        x, _ = jax.lax.scan(lambda x, p, f=body: (f(p, x, *rest), None), x, part)
+        first = last
+    return x

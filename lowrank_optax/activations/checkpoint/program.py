@@ -1,4 +1,4 @@
-"""A function as a jaxpr that is evaluated with a say at every tagged value."""
+"""``Program``: a function as a jaxpr, evaluated with a say at every tagged value."""
 
 import collections
 import dataclasses
@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 from jaxtyping import Array
 
 _TAG = "name"  # the primitive of jax.ad_checkpoint.checkpoint_name
 
-# What is entered if there is a tag inside. JAX called "jit" "pjit" before 0.7.
+# Calls that are entered if there is a tag inside. JAX called "jit" "pjit" before 0.7.
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 
 OnTag = Callable[[str, int, Array], Array]
@@ -42,9 +43,9 @@ class Program:
     """A traced function of flat arrays.
 
     Attributes:
-      jaxpr: without constants: what the function closes over comes first among its
-        inputs, so that gradients flow there.
-      out_tree: the structure of what the function returns.
+      jaxpr: without constants: arrays that the function closes over come first among
+        its inputs, so that gradients flow there.
+      out_tree: the structure of the function's result.
       tagged: the values that it tags, in the order of evaluation.
     """
 
@@ -53,13 +54,39 @@ class Program:
     tagged: tuple[TaggedValue, ...]
 
     def __call__(self, flat: Sequence[Any], on_tag: OnTag | None = None) -> list[Any]:
-        """Returns the flat outputs; each tagged value is what ``on_tag`` returns."""
-        return _evaluate(self.jaxpr, flat, on_tag or _as_it_is, collections.Counter())
+        """Returns the flat outputs; ``on_tag`` may replace each tagged value."""
+        on_tag = on_tag or (lambda tag, index, value: value)
+        return _evaluate(self.jaxpr, flat, on_tag, collections.Counter())
+
+    def gradients(
+        self, flat: Sequence[Any], on_tag: OnTag, cotangents: Sequence[Any]
+    ) -> list[Any]:
+        """Returns the gradient of every flat input, None for one that has none.
+
+        Args:
+          flat: the inputs.
+          on_tag: as in a call.
+          cotangents: of the floating point outputs alone, in their order.
+        """
+        moving = [i for i, x in enumerate(flat) if is_inexact(x)]
+
+        def run(*inputs: Any) -> list[Any]:
+            values = list(flat)
+            for i, x in zip(moving, inputs, strict=True):
+                values[i] = x
+            return [y for y in self(values, on_tag) if is_inexact(y)]
+
+        _, pull_back = jax.vjp(run, *(flat[i] for i in moving))
+        found: list[Any] = [None] * len(flat)
+        for i, gradient in zip(moving, pull_back(list(cotangents)), strict=True):
+            found[i] = gradient
+        return found
 
 
-def _as_it_is(tag: str, index: int, value: Array) -> Array:
-    del tag, index
-    return value
+def is_inexact(x: Any) -> bool:
+    """Whether an array, tracer or abstract value has gradients."""
+    aval = x if hasattr(x, "dtype") else jax.typeof(x)
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
 def trace(fn: Callable, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
@@ -70,7 +97,14 @@ def trace(fn: Callable, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
     """
     leaves, tree = jax.tree.flatten((args, kwargs))
     for leaf in leaves:
-        _check_is_array(leaf)
+        number = isinstance(leaf, bool | int | float | complex)
+        if not number and not hasattr(leaf, "dtype"):
+            raise TypeError(
+                "Arguments of a function under `compressed_checkpoint` must be arrays "
+                f"or pytrees of them, got {leaf!r} of type {type(leaf).__name__}. Bind "
+                "it first: compressed_checkpoint(functools.partial(fn, option=value), "
+                "policy)."
+            )
     out_trees = []
 
     def flat_fn(*leaves: Any) -> list[Any]:
@@ -81,6 +115,8 @@ def trace(fn: Callable, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
 
     closed = jax.make_jaxpr(flat_fn)(*leaves)
     jaxpr = closed.jaxpr
+    # Constants become inputs: a tracer that is closed over is such a constant, and a
+    # custom derivative must be told of everything that it differentiates.
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     program = Program(
         jaxpr=jaxpr.replace(constvars=(), invars=inputs),
@@ -90,17 +126,6 @@ def trace(fn: Callable, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
     return program, [*closed.consts, *leaves]
 
 
-def _check_is_array(leaf: Any):
-    if not hasattr(leaf, "dtype") and not isinstance(
-        leaf, bool | int | float | complex
-    ):
-        raise TypeError(
-            "Arguments of a function under `compressed_checkpoint` must be arrays or "
-            f"pytrees of them, got {leaf!r} of type {type(leaf).__name__}. Bind it "
-            "first: compressed_checkpoint(functools.partial(fn, option=value), policy)."
-        )
-
-
 def _tagged(jaxpr: Any, inside: str, counts: Any) -> Iterator[TaggedValue]:
     """Yields the tagged values in the order in which ``_evaluate`` meets them."""
     for eqn in jaxpr.eqns:
@@ -108,19 +133,17 @@ def _tagged(jaxpr: Any, inside: str, counts: Any) -> Iterator[TaggedValue]:
         if name == _TAG:
             (var,) = eqn.outvars
             tag = eqn.params["name"]
+            # Values in loops are counted apart, for `_evaluate` never meets them.
             key = (tag, bool(inside))
             yield TaggedValue(
                 tag, counts[key], tuple(var.aval.shape), var.aval.dtype, inside
             )
             counts[key] += 1
             continue
-        within = inside or ("" if name in _INLINED else _plain(name))
+        plain = "checkpoint" if name.startswith("remat") else name
+        within = inside or ("" if name in _INLINED else plain)
         for sub in jex.jaxprs_in_params(eqn.params):
             yield from _tagged(sub, within, counts)
-
-
-def _plain(name: str) -> str:
-    return "checkpoint" if name.startswith("remat") else name
 
 
 def _evaluate(jaxpr: Any, inputs: Sequence[Any], on_tag: OnTag, counts: Any) -> list:
@@ -136,11 +159,11 @@ def _evaluate(jaxpr: Any, inputs: Sequence[Any], on_tag: OnTag, counts: Any) -> 
             out = [on_tag(tag, counts[tag], read(eqn.invars[0]))]
             counts[tag] += 1
         elif eqn.primitive.name in _INLINED and _has_tag(eqn):
-            inner = [read(atom) for atom in eqn.invars]
-            out = _evaluate_call(eqn, inner, on_tag, counts)
+            operands = [read(atom) for atom in eqn.invars]
+            out = _evaluate_call(eqn, operands, on_tag, counts)
         else:
             operands = [read(atom) for atom in eqn.invars]
-            out = evaluate_equation(jaxpr, eqn, operands)
+            out = _evaluate_equation(jaxpr, eqn, operands)
         values.update(zip(eqn.outvars, out, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -155,7 +178,7 @@ def _has_tag(eqn: Any) -> bool:
 
 
 def _evaluate_call(eqn: Any, inputs: Any, on_tag: OnTag, counts: Any) -> list[Any]:
-    """Evaluates what a call calls, in place; a jit's own shardings still hold."""
+    """Evaluates the body of a call in place; a jit's own shardings still hold."""
     closed = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     inner = closed.jaxpr
     inner = inner.replace(constvars=(), invars=[*inner.constvars, *inner.invars])
@@ -176,13 +199,14 @@ def _constrained(values: list[Any], shardings: Sequence[Any]) -> list[Any]:
     ]
 
 
-def evaluate_equation(jaxpr: Any, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _evaluate_equation(jaxpr: Any, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates one equation of a jaxpr on the values of its operands.
 
-    How a primitive is bound to the parameters of an equation differs between versions
-    of JAX. Here its own evaluator does it, on a jaxpr of this equation alone; it also
-    keeps the equation's context (mesh, compute type) and its name for profiles.
+    Versions of JAX differ in how a primitive is bound to the parameters of an equation,
+    so JAX's own evaluator does it, on a jaxpr of this equation alone. The evaluator
+    also keeps the equation's context (mesh, compute type) and its name for profiles.
     """
+    # As a dictionary, because an operand that occurs twice is one input.
     operands = {
         atom: value
         for atom, value in zip(eqn.invars, inputs, strict=True)

@@ -1,19 +1,22 @@
-"""Differentiation through compressed activations: exact forward, small memory."""
+"""``compressed_checkpoint``: an exact forward pass, and a backward pass from codes."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.activations import _interpret
-from lowrank_optax.activations._interpret import Program, TaggedValue
-from lowrank_optax.activations.actions import Policy
-from lowrank_optax.activations.compress import key_from
+from lowrank_optax.activations.checkpoint.codecs import key_from
+from lowrank_optax.activations.checkpoint.policy import Policy
+from lowrank_optax.activations.checkpoint.program import (
+    Program,
+    TaggedValue,
+    is_inexact,
+    trace,
+)
 
-_HOW_TO_TAG = (
+HOW_TO_TAG = (
     "Tag what is worth keeping inside the function: from jax.ad_checkpoint import "
     "checkpoint_name; q = checkpoint_name(q, 'q')."
 )
@@ -28,25 +31,26 @@ def compressed_checkpoint(
 ) -> Callable:
     r"""A function whose backward pass reads compressed activations.
 
-    ``fn`` tags values with ``jax.ad_checkpoint.checkpoint_name``; the policy says for
-    each tag what is kept for the backward pass. Whatever has no tag, or one that is not
-    listed, is computed again from what is kept and from the arguments, as under
-    ``jax.checkpoint``. With the values ``v_t`` of the tags and their decoded ``v'_t``::
+    ``fn`` tags values with ``jax.ad_checkpoint.checkpoint_name``; the policy gives each
+    tag an action: how its values are kept for the backward pass, if they are. A value
+    without a tag, or with one that is not listed, is computed again from the kept
+    values and from the arguments, as under ``jax.checkpoint``. With the values
+    ``v_t`` of the tags, decoded ``v'_t``::
 
         forward     y = fn(x),  keep x and c_t = compress(v_t)
         backward    run fn again with v_t replaced by v'_t = decompress(c_t),
                     while dv'_t / dv_t = 1
 
-    so *the forward value is exact*; only gradients see the rounding, and what computed
-    a kept value is not computed again. "save" for every tag gives the gradients of
-    ``jax.grad``, and an empty policy is full recomputation.
+    so *the forward value is exact*; only gradients see the rounding, and the operations
+    that computed a kept value are not run again. "save" for every tag gives the
+    gradients of ``jax.grad``, and an empty policy is full recomputation.
 
     It composes with ``jax.jit``, ``jax.grad`` (of any order, where the rounding counts
     as the identity), ``jax.vmap``, ``jax.lax.scan`` over stacked layers,
     ``jax.shard_map``, arrays on Auto and Explicit meshes, and closed-over tracers,
     through which gradients flow. Forward mode (``jax.jvp``) is not possible.
 
-    *What is entered*: ``fn`` itself and the ``jax.jit`` functions it calls. Loops,
+    The wrapper enters ``fn`` itself and the ``jax.jit`` functions it calls. Loops,
     branches, a ``jax.checkpoint`` inside (around attention, say) and functions with
     derivatives of their own stay as they are; a kept tag inside one of them is an
     error. Wrap the body of the loop instead.
@@ -89,7 +93,7 @@ def compressed_checkpoint(
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        program, flat = _interpret.trace(fn, args, kwargs)
+        program, flat = trace(fn, args, kwargs)
         _check(settled, program.tagged)
         out = _differentiable(program, settled)(*flat)
         return program.out_tree.unflatten(out)
@@ -119,17 +123,18 @@ def tagged_values(fn: Callable, *args: Any, **kwargs: Any) -> tuple[TaggedValue,
       >>> found.tag, found.shape, found.dtype.name
       ('sine', (2, 3), 'float32')
     """
-    return _interpret.trace(fn, args, kwargs)[0].tagged
+    return trace(fn, args, kwargs)[0].tagged
 
 
 @jax.custom_vjp
 def override(value: Array, stored: Array) -> Array:
-    """Returns ``stored``, whose gradient goes to what computed ``value``."""
+    """Returns ``stored``, whose gradient becomes that of ``value``."""
     del value
     return stored
 
 
-# The rule calls the function itself: so it also holds for the rule's own derivative.
+# The rule calls the function itself, so that second derivatives obey it as well.
+# Afterwards nothing reads `value`, and XLA drops the operations that only led to it.
 override.defvjp(
     lambda value, stored: (override(value, stored), None), lambda _, g: (g, None)
 )
@@ -139,25 +144,22 @@ def _barrier(tree: Any) -> Any:
     """Returns the tree; XLA computes nothing with it until all of it is there.
 
     One barrier for all would make values that are equal on all shards of a
-    ``jax.shard_map`` count as different, so there is one for each kind. Values in the
-    host's memory have none: it would fetch them.
+    ``jax.shard_map`` count as different, so there is one barrier for each kind. Values
+    in the host's memory have none, because a barrier would fetch them.
     """
     leaves, treedef = jax.tree.flatten(tree)
     kinds: dict[str, list[int]] = {}
     for i, leaf in enumerate(leaves):
         aval = jax.typeof(leaf)
         if getattr(aval, "memory_space", None) != jax.memory.Space.Host:
-            kinds.setdefault(_shard_kind(aval), []).append(i)
+            # How a value differs between shards; JAX called `mat` `vma` before 0.10.
+            kind = str(getattr(aval, "mat", getattr(aval, "vma", "")))
+            kinds.setdefault(kind, []).append(i)
     for which in kinds.values():
         done = jax.lax.optimization_barrier([leaves[i] for i in which])
         for i, leaf in zip(which, done, strict=True):
             leaves[i] = leaf
     return treedef.unflatten(leaves)
-
-
-def _shard_kind(aval: Any) -> str:
-    """How a value differs between shards; JAX called `mat` `vma` before 0.10."""
-    return str(getattr(aval, "mat", getattr(aval, "vma", "")))
 
 
 def _differentiable(program: Program, policy: Policy) -> Callable:
@@ -174,8 +176,11 @@ def _differentiable(program: Program, policy: Policy) -> Callable:
             action = policy.kept(tag)
             if action is not None:
                 # A second derivative runs through the replay alone.
-                still = jax.lax.stop_gradient(value) if _is_inexact(value) else value
-                key = _key(action, tag, index, still)
+                still = jax.lax.stop_gradient(value) if is_inexact(value) else value
+                key = None
+                if getattr(action, "stochastic", False) and is_inexact(value):
+                    # From the value's bits: a restart draws the same, layers do not.
+                    key = key_from(still, f"{tag}#{index}")
                 kept[tag, index] = action.compress(still, key)
             return value
 
@@ -185,45 +190,28 @@ def _differentiable(program: Program, policy: Policy) -> Callable:
         return out, (flat, kept)
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-        live = [i for i, g in enumerate(cotangents) if g.dtype != jax.dtypes.float0]
+        # Outputs that are no floats come with cotangents of float0, and take none.
+        given = [g for g in cotangents if g.dtype != jax.dtypes.float0]
         # Otherwise XLA merges the replay with the forward pass and keeps everything.
-        (flat, kept), given = _barrier((residuals, [cotangents[i] for i in live]))
-        moving = [i for i, x in enumerate(flat) if _is_inexact(x)]
+        # The cotangents are behind the same barrier, so that no replay starts before
+        # they are there: one layer's values are alive at a time.
+        (flat, kept), given = _barrier((residuals, given))
 
         def replace(tag: str, index: int, value: Array) -> Array:
             if (tag, index) not in kept:
                 return value
+            # Decoded here, where the replay needs it, not before it starts.
             stored = policy[tag].decompress(kept[tag, index], jax.typeof(value))
-            return override(value, stored) if _is_inexact(value) else stored
+            return override(value, stored) if is_inexact(value) else stored
 
-        def replay(*inputs: Any) -> list[Any]:
-            values = list(flat)
-            for i, x in zip(moving, inputs, strict=True):
-                values[i] = x
-            out = program(values, replace)
-            return [out[i] for i in live]
-
-        _, pull_back = jax.vjp(replay, *(flat[i] for i in moving))
-        found: list[Any] = [None] * len(flat)  # None: no gradient
-        for i, gradient in zip(moving, pull_back(given), strict=True):
-            found[i] = gradient
-        return tuple(found)
+        return tuple(program.gradients(flat, replace, given))
 
     run.defvjp(forward, backward)
     return run
 
 
-def _key(action: Any, tag: str, index: int, value: Array) -> Any:
-    stochastic = getattr(action, "stochastic", False) and _is_inexact(value)
-    return key_from(value, f"{tag}#{index}") if stochastic else None
-
-
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact)
-
-
 def _check(policy: Policy, tagged: Sequence[TaggedValue]):
-    """Raises if the policy lists what cannot be kept."""
+    """Raises if the policy lists a tag that cannot be kept or does not occur."""
     reached = {value.tag for value in tagged if not value.inside}
     hidden = {value.tag: value.inside for value in tagged if value.inside}
     for tag in policy:
@@ -238,5 +226,5 @@ def _check(policy: Policy, tagged: Sequence[TaggedValue]):
             raise ValueError(
                 f"The policy lists '{tag}', which the function does not tag. "
                 + (f"It tags {occurring}. " if reached else "It tags nothing. ")
-                + ("" if reached else _HOW_TO_TAG)
+                + ("" if reached else HOW_TO_TAG)
             )

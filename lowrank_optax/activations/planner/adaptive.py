@@ -1,4 +1,4 @@
-"""Plans that follow the training: probed again, compiled aside, then swapped in."""
+"""``AdaptivePlanner``: a training step whose plan is measured again and replaced."""
 
 import collections
 import concurrent.futures
@@ -9,10 +9,14 @@ from typing import Any
 import jax
 
 from lowrank_optax import _checks
-from lowrank_optax.activations import _steps, probe
-from lowrank_optax.activations._requests import parse
-from lowrank_optax.activations.plan import ActivationPlan
-from lowrank_optax.activations.planner import ACTIONS, plan_activations
+from lowrank_optax.activations.checkpoint.actions import parse_actions
+from lowrank_optax.activations.checkpoint.policy import Policy
+from lowrank_optax.activations.planner import probes
+from lowrank_optax.activations.planner.audit import audit
+from lowrank_optax.activations.planner.choose import ACTIONS, plan_activations
+from lowrank_optax.activations.planner.plan import ActivationPlan
+
+Key = tuple[tuple[int, Policy], ...]
 
 
 class AdaptivePlanner:
@@ -50,9 +54,9 @@ class AdaptivePlanner:
         temporaries together (see ``audit``); None: any.
       errors: the step's arguments -> errors, as from ``probe_errors``, in place of the
         measurement at ``sample``.
-      record: what ``record()`` returned in a run that goes on here.
+      record: the result of ``record()`` in a run that goes on here.
       log: called with a dictionary for every decision, for the run's metrics: step,
-        what was decided, policies, predictions, the present plan's measured error, and
+        the decision, policies, predictions, the present plan's measured error, and
         the device's peak of memory where it counts that.
       **options: further arguments of ``plan_activations``: a budget, ...
 
@@ -113,11 +117,9 @@ class AdaptivePlanner:
             _checks.positive_int("swap_after", swap_after)
         self._swap_after, self._limit = swap_after, memory_bytes
         self._gain, self._log, self._options = gain, log or (lambda _: None), options
-        self._actions = parse(options.get("actions", ACTIONS))
+        self._actions = parse_actions(options.get("actions", ACTIONS))
         self._errors = errors or self._probed
-        self._compiled: collections.OrderedDict[_steps.Key, Any] = (
-            collections.OrderedDict()
-        )
+        self._compiled: collections.OrderedDict[Key, Any] = collections.OrderedDict()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "activation-plan")
         self._next: tuple[ActivationPlan, concurrent.futures.Future] | None = None
         self._due = 0
@@ -135,7 +137,7 @@ class AdaptivePlanner:
             self._reconsider(args)
         self.steps += 1
         present: Any = self.plan
-        return self._compiled[_steps.key(present)](*args)
+        return self._compiled[_key(present)](*args)
 
     def wait(self) -> None:
         """Waits for the compilation under way, and takes its plan over."""
@@ -158,7 +160,7 @@ class AdaptivePlanner:
         }
 
     def _begin(self, args: Any) -> None:
-        """The first call: plans and compiles, or takes up what was recorded."""
+        """The first call: plans and compiles, or goes on from a record."""
         past, self._past = self._past, None
         if past is None or past["plan"] is None:
             errors = self._errors(*args)
@@ -168,8 +170,9 @@ class AdaptivePlanner:
             self._say("planned", self.plan)
             return
         self.steps, self._due = past["steps"], past["due"]
+        # From the record, not planned again: measurements would differ by now.
         self.plan = ActivationPlan.from_json(past["plan"])
-        self._keep(self.plan, self._compile(self.plan, _steps.shapes(args)))
+        self._keep(self.plan, self._compile(self.plan, _shapes(args)))
         self._say("resumed", self.plan)
         if past["next"] is not None:
             coming = ActivationPlan.from_json(past["next"])
@@ -181,7 +184,7 @@ class AdaptivePlanner:
         return self.steps >= self._due
 
     def _probed(self, *args: Any) -> Any:
-        return probe.probe_errors(
+        return probes.probe_errors(
             self._block, self._sample(*args), self._actions, n_layers=self._layers
         )
 
@@ -195,7 +198,12 @@ class AdaptivePlanner:
     def _reconsider(self, args: Any) -> None:
         """Measures, plans, and starts to compile if that is worth it."""
         errors = self._errors(*args)
-        error = _steps.error_of(self.plan, errors)
+        # The present plan's error by the new measurements.
+        squares = sum(
+            s.layers * sum(errors[c.tag, c.action] ** 2 for c in s.choices)
+            for s in self.plan.segments
+        )
+        error = math.sqrt(squares / self.plan.n_layers)
         try:
             new = self._planned(args, errors)
         except ValueError as problem:
@@ -204,7 +212,7 @@ class AdaptivePlanner:
         bound = self._options.get("error_budget") or math.inf
         saved = self.plan.predicted.time_ms - new.predicted.time_ms
         worth = saved > self._gain * self.plan.predicted.time_ms
-        if _steps.key(new) == _steps.key(self.plan) or not (error > bound or worth):
+        if _key(new) == _key(self.plan) or not (error > bound or worth):
             self._say("kept", self.plan, error=error)
             return
         self._say("compiling", new, error=error)
@@ -213,7 +221,7 @@ class AdaptivePlanner:
 
     def _submit(self, plan: ActivationPlan, args: Any, errors: Any) -> Any:
         """Starts to compile in the other thread, which must not hold arrays."""
-        ready, shapes = self._compiled.get(_steps.key(plan)), _steps.shapes(args)
+        ready, shapes = self._compiled.get(_key(plan)), _shapes(args)
         if ready is not None:
             return self._worker.submit(lambda: (plan, ready))
         return self._worker.submit(lambda: self._fitted(plan, shapes, errors))
@@ -221,13 +229,11 @@ class AdaptivePlanner:
     def _fitted(self, plan: ActivationPlan, args: Any, errors: Any) -> Any:
         """Returns a compiled step that keeps ``memory_bytes``, and its plan."""
         while True:
-            program = self._compile(plan, _steps.shapes(args))
-            more = (
-                0
-                if self._limit is None
-                else _steps.program_bytes(program) - self._limit
-            )
-            if more <= 0 or errors is None:
+            program = self._compile(plan, _shapes(args))
+            if self._limit is None or errors is None:
+                return plan, program
+            more = audit(program).total_bytes - self._limit
+            if more <= 0:
                 return plan, program
             planned, least = plan.predicted.total_bytes, plan.full_recompute.total_bytes
             if planned <= least:
@@ -249,6 +255,7 @@ class AdaptivePlanner:
         (plan, future), self._next = self._next, None  # pyright: ignore[reportGeneralTypeIssues]
         try:
             plan, program = future.result()
+        # The present plan's program is there still, so that training can go on.
         except Exception as problem:
             self._say("failed", plan, problem=str(problem))
             return
@@ -257,13 +264,15 @@ class AdaptivePlanner:
         self._say("swapped", plan)
 
     def _keep(self, plan: ActivationPlan, program: Any) -> None:
-        self._compiled[_steps.key(plan)] = program
-        self._compiled.move_to_end(_steps.key(plan))
+        self._compiled[_key(plan)] = program
+        self._compiled.move_to_end(_key(plan))
         while len(self._compiled) > self._most:
             self._compiled.popitem(last=False)
 
     def _say(self, what: str, plan: ActivationPlan, **more: Any) -> None:
-        found = plan.predicted
+        found, program = plan.predicted, self._compiled.get(_key(plan))
+        compiled = None if program is None else audit(program).total_bytes
+        stats = jax.devices()[0].memory_stats() or {}  # a CPU keeps none
         self._log(
             {
                 "step": self.steps,
@@ -272,10 +281,27 @@ class AdaptivePlanner:
                 "predicted_bytes": found.total_bytes,
                 "predicted_ms": found.time_ms,
                 "predicted_error": found.error,
-                "compiled_bytes": _steps.program_bytes(
-                    self._compiled.get(_steps.key(plan))
-                ),
-                "peak_bytes": _steps.peak_bytes(),
+                "compiled_bytes": compiled,
+                "peak_bytes": stats.get("peak_bytes_in_use"),
                 **more,
             }
         )
+
+
+def _key(plan: ActivationPlan) -> Key:
+    """Returns the part of a plan that fixes its step: predictions do not."""
+    return tuple((segment.layers, segment.policy) for segment in plan.segments)
+
+
+def _shapes(args: Any) -> Any:
+    """Returns the arguments with the shapes of arrays, and where they lie."""
+
+    def shape(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        weak = getattr(leaf, "weak_type", False)  # keys have none
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=weak
+        )
+
+    return jax.tree.map(shape, args)
