@@ -238,11 +238,11 @@ def _view(
     if bracket.transport.moves:
         moved = {i: opened[i].renewed.moments for i, _ in plan.matrices()}
         carried = with_moments(carried, plan.treedef, moved)
-    weights = [o.weights and o.weights.array for o in opened]
+    weights = [None if o.weights is None else o.weights.array for o in opened]
     tree = plan.treedef.unflatten
     return SubspaceView(
         gradient=tree([o.gradient.array for o in opened]),
-        params=None if None in weights else tree(weights),
+        params=None if any(w is None for w in weights) else tree(weights),
         projected=tree([o.low for o in opened]),
         basis=tree([o.basis for o in opened]),
         previous_basis=tree([o.previous for o in opened]),
