@@ -14,20 +14,21 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._meshes import explicit_like
-from lowrank_optax.bracket.leaf import (
+from lowrank_optax.bracket.leaf import cast, stepped, when
+from lowrank_optax.bracket.plan import Plan, Planner
+from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.bracket.start import start
+from lowrank_optax.bracket.state import (
+    Bracket,
     Clock,
     Kept,
     Moments,
     Opened,
-    cast,
-    stepped,
-    when,
+    SubspaceState,
+    SubspaceView,
 )
-from lowrank_optax.bracket.plan import Plan, Planner, start
-from lowrank_optax.bracket.selection import Selection
-from lowrank_optax.bracket.state import Bracket, SubspaceState, SubspaceView
 from lowrank_optax.leaves.matrix import refill, restore, unbox
-from lowrank_optax.leaves.moments import find, of_leaf, with_moments
+from lowrank_optax.leaves.moments import by_leaf, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
@@ -129,7 +130,8 @@ def subspace(
         layers = None if layer is None else layer.layers
         like = updates if params is None else params
         plan = planner.plan(like, layers)
-        plan.check(updates)
+        if params is not None:
+            plan.check(updates)
         if layer is None and jax.tree.structure(state) not in planner.structures:
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start(planner, like))
@@ -224,10 +226,9 @@ def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
 
 def _moments(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Any]:
     """Returns the moments that a refresh reads or moves, per leaf."""
-    reads = bracket.transport.moves or bracket.projector.reads_moments
-    return (
-        moments_by_leaf(state.inner_state, plan) if reads else [()] * len(plan.leaves)
-    )
+    if bracket.transport.moves or bracket.projector.reads_moments:
+        return by_leaf(state.inner_state, plan.treedef)
+    return [()] * len(plan.leaves)
 
 
 def _view(
@@ -292,17 +293,8 @@ def _seen(
     if bracket.recovery is None:
         return [Moments()] * len(plan.leaves)
     states = inner_state, view.state_transported, view.state_before
-    found = (moments_by_leaf(state, plan, factors=True) for state in states)
+    found = (by_leaf(state, plan.treedef, factors=True) for state in states)
     return [Moments(*leaf) for leaf in zip(*found, strict=True)]
-
-
-def moments_by_leaf(state: Any, plan: Plan, factors: bool = False) -> list[Any]:
-    """Returns the decoded moments of every matrix, ``()`` for a full leaf."""
-    groups = find(state, factors).groups
-    return [
-        of_leaf(groups, plan.treedef, i) if leaf.matrix else ()
-        for i, leaf in enumerate(plan.leaves)
-    ]
 
 
 def _completed(

@@ -9,15 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.bracket.leaf import Clock, LowLeaf
-from lowrank_optax.bracket.plan import (
-    Described,
-    LeafPlan,
-    Planner,
-    described,
-    low_leaf,
-)
-from lowrank_optax.bracket.state import SubspaceState
+from lowrank_optax.bracket.leaf import LowLeaf
+from lowrank_optax.bracket.plan import LeafPlan, Planner, low_leaf
+from lowrank_optax.bracket.start import Described, described
+from lowrank_optax.bracket.state import Clock, SubspaceState
 from lowrank_optax.bracket.subspace import clock_of
 from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
 from lowrank_optax.linalg.products import Operand, gram, wide

@@ -11,8 +11,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.bracket.leaf import LowLeaf
-from lowrank_optax.bracket.plan import Described, described, outside_brackets
 from lowrank_optax.bracket.selection import broadcast_prefix, mesh_axes
+from lowrank_optax.bracket.start import Described, described, outside_brackets
 from lowrank_optax.leaves.layout import axes_of_state, names_of, owners
 from lowrank_optax.leaves.matrix import Axes, is_box, path_string, unbox
 from lowrank_optax.leaves.part import transformation
