@@ -25,7 +25,7 @@ from lowrank_optax.bracket.selection import Selection as Selection
 from lowrank_optax.bracket.subspace import subspace as subspace
 
 # Transport of moments.
-from lowrank_optax.linalg.rotation import Rotation as Rotation
+from lowrank_optax.linalg.bases import Rotation as Rotation
 from lowrank_optax.shapes.sharding import state_shardings as state_shardings
 from lowrank_optax.shapes.memory import StateBytes as StateBytes
 from lowrank_optax.shapes.memory import state_bytes as state_bytes

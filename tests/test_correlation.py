@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.linalg.rotation import Rotation
+from lowrank_optax.linalg.bases import Rotation
 from tests.golden import cases
 from tests.golden.registry import METHODS
 

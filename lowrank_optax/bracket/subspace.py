@@ -184,14 +184,17 @@ def step(
     new_updates, kept = _completed(plan, bracket, updates, closed, kept, gain, done)
 
     count = jnp.asarray(optax.safe_increment(state.count))
+    stored = [k.stored for k in kept]
+    pending = [k.pending for k in kept]
+    recovery = [k.recovery for k in kept]
     new_state = SubspaceState(
         count if done is None else jnp.where(done, count, state.count),
         state.key,
-        plan.boxed(state.basis, [k.stored for k in kept]),
-        plan.boxed(state.pending, [k.pending for k in kept]),
+        plan.boxed(state.basis, stored),
+        plan.boxed(state.pending, pending),
         inner_state,
         full_state,
-        plan.boxed(state.recovery_state, [k.recovery for k in kept]),
+        plan.boxed(state.recovery_state, recovery),
     )
     return new_updates, new_state
 
