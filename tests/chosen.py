@@ -3,7 +3,7 @@
 import pytest
 
 from lowrank_optax.testing import LAWS
-from tests.rows import ROWS
+from tests.rows import PLAIN, ROWS
 
 # What a law costs is mostly its compilations, so not every row stands under every law.
 # Laws that compile nothing of their own hold every row. Laws of a full step under the
@@ -29,6 +29,7 @@ METHODS = (
     "frugal",
     "gwt",
     "sumo",
+    *PLAIN,
 )
 # Laws of wrappers that see a step from outside, and of other trees and life cycles,
 # meet nothing but state and updates: they hold one row for every kind of state.
