@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax.methods._hyperparams import static_args
+from lowrank_optax.methods import static_args
 from lowrank_optax.testing._assertions import assert_bit_equal, assert_state_stable
 from lowrank_optax.testing._subject import Subject, gradients_like, step_of
 
