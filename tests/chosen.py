@@ -11,7 +11,7 @@ from tests.rows import ROWS, subject
 # Laws that run another program than the plain run's, one more compilation for each row.
 # Such a wrapper meets nothing but state and updates, so they hold one row for every
 # kind of state. Every other law traces and compares, and holds every row.
-COMPILED = {"inject_hyperparams", "multi_steps", "apply_if_finite", "no_jit", "pmap"}
+COMPILED = {"inject_hyperparams", "multi_steps", "apply_if_finite", "no_jit"}
 
 
 def kinds(node):

@@ -370,7 +370,7 @@ def test_laws_see_a_start_that_differs(law):
         )
 
 
-@pytest.mark.parametrize("law", ["chain", "masked", "partition", "scan"])
+@pytest.mark.parametrize("law", ["chain", "masked", "partition", "scan", "pmap"])
 def test_laws_see_a_trace_that_differs(law):
     traces = itertools.count(1)
 

@@ -40,6 +40,8 @@ def _parameter(x: Any) -> str:
     if _is_jaxpr(x):
         names = [f"{i} {v.aval}" for i, v in enumerate(getattr(x, "jaxpr", x).invars)]
         return _hash("jaxpr", *expressions(x, names))
+    if isinstance(x, jax.sharding.Sharding | jax.sharding.PartitionSpec):
+        return repr(None)  # where a number lies does not change it
     if isinstance(x, tuple | list):
         return _hash("tuple", *map(_parameter, x))
     return _value(x) if isinstance(x, np.ndarray | jax.Array) else repr(x)
@@ -80,6 +82,29 @@ def expressions(
             results = [f"{whole} {i}" for i in range(len(equation.outvars))]
         known |= dict(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in inner.outvars]
+
+
+def called_in(jaxpr: Any, name: str, arguments: Sequence[str]) -> list[str] | None:
+    """Writes what a function under ``jit`` computes that is called inside a jaxpr.
+
+    Args:
+      jaxpr: where to look, in what its equations hold too.
+      name: the function's.
+      arguments: what to call the function's arguments.
+
+    Returns:
+      One expression per output, None where there is no such call, or one with other
+      arguments.
+    """
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        bodies = list(filter(_is_jaxpr, equation.params.values()))
+        if equation.params.get("name") == name:
+            same = len(equation.invars) == len(arguments)
+            return expressions(bodies[0], arguments) if same else None
+        for body in bodies:
+            if (found := called_in(body, name, arguments)) is not None:
+                return found
+    return None
 
 
 def whole_step(tx: optax.GradientTransformation) -> Callable:

@@ -14,6 +14,7 @@ from lowrank_optax.testing._programs import (
     Names,
     Step,
     by_path,
+    called_in,
     expressions,
     plain_names,
     whole_step,
@@ -134,6 +135,19 @@ class Subject:
         jaxpr = jax.make_jaxpr(scan)(*arguments)
         turn = expressions(jaxpr, plain_names(self.start), ("jit", "pjit", "scan"))
         return turn == self.written[: len(jax.tree.leaves(self.start[:2]))]
+
+    def is_called_by(self, function: Callable, arguments: Any, name: str) -> bool:
+        """Whether what ``function`` calls by a name is shown to be the plain step.
+
+        Args:
+          function: calls something of that name under ``jit``, on what takes the place
+            of (params, state, gradient).
+          arguments: its arguments.
+          name: the name.
+        """
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+        called = called_in(jaxpr, name, plain_names(self.start))
+        return called == self.written[: len(jax.tree.leaves(self.start[:2]))]
 
     @property
     def final(self) -> Any:
