@@ -127,8 +127,7 @@ def test_one_device_is_not_made_to_wait():
     [
         optax.normalize_by_update_norm(),
         optax.clip_by_block_rms(1.0),
-        # A raw key of two numbers, which two layers are, too.
-        optax.add_noise(1.0, 0.55, jax.random.PRNGKey(1)),
+        optax.add_noise(1.0, 0.55, jax.random.key(1)),
     ],
     ids=["whole_norm", "block_rms", "noise"],
 )
