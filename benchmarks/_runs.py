@@ -22,15 +22,15 @@ import jax
 import optax
 
 from examples.llama import optimizers
-from examples.llama.activations import Wrap
 from examples.llama.batches import Position, Rows, training_batches, validation_rows
+from examples.llama.budget import planned_train
 from examples.llama.config import Resolved, TrainConfig, resolve
 from examples.llama.corpus import load_corpora
-from examples.llama.evaluate import eval_batches, evaluate
-from examples.llama.model import Params, abstract_model, init_params
-from examples.llama.plan_layers import planned_train
+from examples.llama.model import Params, Wrap, abstract_model, init_params
+from examples.llama.processes import write_whole
+from examples.llama.report import eval_batches, evaluate
 from examples.llama.step import make_steps, split_rows
-from examples.llama.tokenizer import load_tokenizer, write_whole
+from examples.llama.tokenizer import load_tokenizer
 
 
 class Step(NamedTuple):

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from examples.llama.activations import Wrap
-from examples.llama.model import rotate
+from examples.llama.model import Wrap, rotate
 
 
 def shapes(

@@ -24,37 +24,29 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# The TPU's compiler is loaded beside JAX on the CPU; it must not look for a TPU.
+# The TPU's compiler is loaded beside JAX on the CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
-for name, value in {
-    "OPENBLAS_NUM_THREADS": "1",  # beside XLA's own threads
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "TPU_MIN_LOG_LEVEL": "3",
-}.items():
-    os.environ.setdefault(name, value)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # beside XLA's own threads
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import jax
+import numpy as np
 
-from benchmarks import _tagged_block  # noqa: E402
-from benchmarks._planned import (  # noqa: E402
+import lowrank_optax as lro
+from benchmarks import _tagged_block
+from benchmarks._planned import (
     Layer,
     find_layer,
     planned,
     predicted_bytes,
 )
-from benchmarks._runs import Workload  # noqa: E402
-from examples.llama import activations as policies  # noqa: E402
-from examples.llama.batches import Position, Rows, training_batches  # noqa: E402
-from examples.llama.model import abstract_model, init_params  # noqa: E402
-from examples.llama.optimizers import build_optimizer  # noqa: E402
-from examples.llama.step import mean_gradient, split_rows  # noqa: E402
-from examples.llama.tokenizer import write_whole  # noqa: E402
-from lowrank_optax import activations  # noqa: E402
+from benchmarks._runs import Workload
+from examples.llama import model
+from examples.llama.batches import Position, Rows, training_batches
+from examples.llama.model import abstract_model, init_params
+from examples.llama.optimizers import build_optimizer
+from examples.llama.processes import write_whole
+from examples.llama.step import mean_gradient, split_rows
+from lowrank_optax import activations
 
 MIB = 2**20
 NONE, FULL = "no remat", "full remat"
@@ -69,22 +61,22 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-PEERS: dict[str, policies.Wrap] = {
+PEERS: dict[str, model.Wrap] = {
     NONE: lambda layer: layer,
-    FULL: policies.full,
-    "jax.checkpoint, names": policies.names,
+    FULL: model.full,
+    "jax.checkpoint, names": model.names,
 }
 FRACTIONS = (0.5, 0.3, 0.2, 0.1)
 
 
-def compressed(policy: activations.Policy) -> policies.Wrap:
+def compressed(policy: activations.Policy) -> model.Wrap:
     return lambda layer: activations.compressed_checkpoint(layer, policy)
 
 
 def our_policies(layer: Layer, hardware: str) -> dict[str, activations.Policy]:
     """One action for what the block's matrix products made, roles, and plans."""
     found = {
-        action: activations.Policy(dict.fromkeys(policies.PRODUCTS, action))
+        action: activations.Policy(dict.fromkeys(model.PRODUCTS, action))
         for action in ("save", "int8", "int4", "int4+4")
     }
     found["transformer_policy()"] = activations.transformer_policy()
@@ -135,7 +127,7 @@ def trained(options: argparse.Namespace) -> tuple[Case, dict[str, Any], dict]:
     text = Rows(work.text, work.tokenizer, options.length, True, work.config.seed + 1)
     batch, _ = next(training_batches(text, options.rows, Position()))
 
-    def gradient(params: Any, batch: Any, wrap: policies.Wrap) -> Any:
+    def gradient(params: Any, batch: Any, wrap: model.Wrap) -> Any:
         return mean_gradient(work.definition, params, batch, wrap)
 
     arguments = (weights["start"], split_rows(batch, 1))
@@ -197,10 +189,8 @@ def distance(got: Any, exact: Any) -> float:
 def compile_for_tpu(options: argparse.Namespace) -> dict[str, Any]:
     """Compiles all rows for one device of a topology."""
     compiler = importlib.metadata.version("libtpu")
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=options.topology
-    )
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    devices = lro.topology_devices(options.topology)
+    device = jax.sharding.SingleDeviceSharding(devices[0])
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         _tagged_block.shapes(**BLOCK, dtype="bfloat16"),

@@ -22,7 +22,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 import lowrank_optax as lro
 from benchmarks.state_memory import RANKS
-from examples.llama.collectives import collectives
 from examples.llama.model import abstract_model
 from examples.llama.presets import PRESETS
 
@@ -89,7 +88,7 @@ def bytes_sent(tx: Any) -> None:
         specs = {"in_specs": (whole, whole, rows), "out_specs": whole}
         mapped = jax.shard_map(stepping(gradient, tx), mesh=mesh, **specs)
         hlo = str(compiled(mapped, tx).as_text())
-        found = collectives(hlo, by_channel=False)
+        found = lro.collectives(hlo, by_channel=False)
         print(f"| {name} | {sum(item.total for item in found) / MIB:.3f} |")
 
 

@@ -21,11 +21,13 @@ import jax
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from examples.llama import aot, optimizers
+import lowrank_optax as lro
+from examples.llama import optimizers
+from examples.llama.choose_steps import make_layerwise_steps
 from examples.llama.config import TrainConfig, resolve
-from examples.llama.layerwise import make_layerwise_steps
 from examples.llama.model import abstract_model, count_params
 from examples.llama.step import abstract_batch, make_steps, mean_gradient
+from examples.plan.compiled import NoRoom, compiled
 from lowrank_optax import layerwise
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "layerwise.json"
@@ -79,7 +81,7 @@ def measure(options: argparse.Namespace, optimizer: str, step: str) -> dict[str,
     train, tx = make_step(step, config, model)
     _, params = abstract_model(model)
     state = jax.eval_shape(tx.init, params)
-    place = SingleDeviceSharding(aot.find_devices(options.topology)[0])
+    place = SingleDeviceSharding(lro.topology_devices(options.topology)[0])
 
     places = (place, place)
     if options.layers_outermost:
@@ -92,8 +94,8 @@ def measure(options: argparse.Namespace, optimizer: str, step: str) -> dict[str,
     )
     arguments = params, state, abstract_batch(config)
     try:
-        found = aot.compiled(train.lower(*arguments))
-    except aot.NoRoom as error:
+        found = compiled(train.lower(*arguments))
+    except NoRoom as error:
         return {"refused": str(error)}
     return {
         "parameter_bytes": optimizers.tree_bytes(params),

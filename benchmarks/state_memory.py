@@ -7,6 +7,7 @@ compared with. GB are 10^9 bytes.
 
 import argparse
 import dataclasses
+import inspect
 import json
 import pathlib
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def methods(rank: int) -> dict[str, optax.GradientTransformation]:
         return method(1e-3, **{"rank": rank, "layer_axis": 0, **options})
 
     half = {**HALF, "basis_dtype": jnp.bfloat16}
-    return {
+    rows = {
         "adamw": optax.adamw(1e-3),
         "adamw_8bit": lro.adamw_8bit(1e-3),
         "galore": low(lro.galore, **half),
@@ -72,6 +73,15 @@ def methods(rank: int) -> dict[str, optax.GradientTransformation]:
         "gwt, level 2": lro.gwt(1e-3, 2, layer_axis=0, **HALF),
         "gwt, level 3": lro.gwt(1e-3, 3, layer_axis=0, **HALF),
     }
+    # A method without a row above has its plain one.
+    listed = {name.partition(",")[0] for name in rows}
+    for name in lro.METHODS.keys() - listed:
+        factory = lro.METHODS[name].factory
+        options = {"rank": rank, "layer_axis": 0, **half}
+        taken = inspect.signature(factory).parameters
+        rows[name] = factory(1e-3, **{k: options[k] for k in taken if k in options})
+    order = ["adamw", *lro.METHODS]
+    return dict(sorted(rows.items(), key=lambda r: order.index(r[0].partition(",")[0])))
 
 
 def shapes(preset: str) -> Any:

@@ -16,27 +16,16 @@ import pathlib
 import time
 from typing import Any
 
-# The compiler is loaded beside JAX on the CPU; it must not look for a TPU, nor for
-# another process that uses one.
+# The compiler is loaded beside JAX on the CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
-for name, value in {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "TPU_MIN_LOG_LEVEL": "3",
-}.items():
-    os.environ.setdefault(name, value)
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import lowrank_optax as lro  # noqa: E402
-from examples.llama.collectives import collectives  # noqa: E402
-from lowrank_optax.quantization import blockwise_int8  # noqa: E402
+import lowrank_optax as lro
+from lowrank_optax.quantization import blockwise_int8
 
 # Width, feed-forward width, layers: the GaLore scripts' models.
 PRESETS = {
@@ -181,7 +170,7 @@ def _bytes_per_device(tree: Any) -> int:
 def _sent(hlo: str) -> dict[str, Any]:
     """Sums the collectives of every step, and of branches that only some run."""
     every, some = {}, {}
-    items = collectives(hlo)
+    items = lro.collectives(hlo)
     for item in items:
         sums = some if item.conditional else every
         count, total = sums.get(item.op, (0, 0))
@@ -238,10 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
     except importlib.metadata.PackageNotFoundError:
         parser.error("the TPU's compiler is missing: pip install '.[tpu]'")
 
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=options.topology
-    )
-    mesh = Mesh(np.array(topology.devices), (AXIS,))
+    devices = lro.topology_devices(options.topology)
+    mesh = Mesh(np.array(devices), (AXIS,))
     params = parameters(options.preset, options.dtype)
     shardings = fsdp(mesh, params)
     header = {

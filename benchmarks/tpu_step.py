@@ -26,18 +26,13 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from examples.llama import aot, optimizers
-from examples.llama.activations import ACTIVATIONS
+from examples.llama import optimizers
 from examples.llama.config import Resolved, TrainConfig, resolve
-from examples.llama.estimate import (
-    estimate,
-    parse_topology,
-    shard_bytes,
-    state_bytes,
-)
-from examples.llama.mesh import make_mesh, param_shardings, parse_mesh
-from examples.llama.model import abstract_model, count_params
+from examples.llama.model import ACTIVATIONS, abstract_model, count_params
+from examples.llama.placement import make_mesh, param_shardings, parse_mesh
 from examples.llama.step import MODEL, OPTIMIZER
+from examples.plan.compiled import compile_step, compile_update, sent
+from examples.plan.estimate import estimate, state_bytes
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "tpu_step.json"
 MIB = 2**20
@@ -120,20 +115,20 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             activation_policy="full",
         )
     )
-    profile = parse_topology(options.topology).profile
-    devices = aot.find_devices(options.topology)
+    profile = lro.parse_topology(options.topology).chip
+    devices = lro.topology_devices(options.topology)
     sizes = parse_mesh("fsdp=-1", len(devices))
     mesh, (_, params) = make_mesh(sizes, devices), abstract_model(model)
     shardings = param_shardings(mesh, params)
     optimizer = ROWS[name](config, shardings)
     tx = optimizers.guarded(config, optimizer)
     row: dict[str, Any] = {
-        "parameter_bytes": shard_bytes(params, shardings),
+        "parameter_bytes": lro.bytes_per_device(params, shardings),
         "state_bytes": state_bytes(tx, params, shardings),
         "layer_state_bytes": _of_layers(name, config, params, shardings),
         "estimate_bytes": estimate(config, model, tx, sizes, profile).total,
     }
-    update = aot.compile_update(model, optimizer, mesh)
+    update = compile_update(model, optimizer, mesh)
     row["update"] = {
         "temp_bytes": update.audit.temp_bytes,
         "program_bytes": update.program_bytes,
@@ -144,7 +139,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     print(f"{name}, update: {row}", flush=True)
     if options.update_only:
         return row
-    step = aot.compile_step(config, model, tx, mesh, ACTIVATIONS["full"])
+    step = compile_step(config, model, tx, mesh, ACTIVATIONS["full"])
     return row | {
         "argument_bytes": step.audit.argument_bytes,
         "temp_bytes": step.audit.temp_bytes,
@@ -153,8 +148,8 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "program_bytes": step.program_bytes,
         "compile_seconds": step.seconds,
         "compile_cpu_seconds": step.cpu_seconds,
-        "collectives_model": aot.sent(step.collectives, MODEL),
-        "collectives_optimizer": aot.sent(step.collectives, OPTIMIZER, 1),
+        "collectives_model": sent(step.collectives, MODEL),
+        "collectives_optimizer": sent(step.collectives, OPTIMIZER, 1),
     }
 
 

@@ -1,7 +1,72 @@
-"""What mkdocs calls while it builds the site."""
+"""What mkdocs calls while it builds the site: pages and navigation of the methods.
+
+Everything that lists methods is written here, from ``lro.METHODS``. The README's table
+is not built, so ``python docs/hooks.py`` writes it.
+"""
+
+import pathlib
+import re
+
+import lowrank_optax as lro
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- methods: python docs/hooks.py -->", "<!-- end of the methods -->"
+
+
+def on_config(config):
+    """Lists the cards in the navigation."""
+    cards = [{m.title: f"methods/{m.name}.md"} for m in lro.METHODS.values()]
+    for entry in config.nav:
+        if "Methods" in entry:
+            entry["Methods"] = [{"All methods": entry["Methods"]}, *cards]
+    return config
+
+
+def on_page_markdown(markdown, **kwargs):
+    """Puts the tables in their places."""
+    del kwargs
+    return filled(markdown)
+
+
+def filled(markdown):
+    """The text of a page with its tables."""
+    markdown = markdown.replace("<!-- table of methods -->", table(cards=True))
+    return markdown.replace("<!-- functions of methods -->", functions())
 
 
 def on_page_content(html, **kwargs):
     """Docstrings open a literal block with `::`, which Markdown would show."""
     del kwargs
     return html.replace("::</p>", ":</p>")
+
+
+def names(method):
+    """A method's functions."""
+    return [f.__name__ for f in (method.factory, method.direction) if f is not None]
+
+
+def table(cards=False):
+    """One row for every method; with links to their cards, as the site has them."""
+    lines = ["| method | paper | here |", "|---|---|---|"]
+    for method in lro.METHODS.values():
+        title = f"[{method.title}]({method.name}.md)" if cards else method.title
+        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
+        here = ", ".join(f"`lro.{name}`" for name in names(method))
+        lines.append(f"| {title} | {paper} | {here} |")
+    return "\n".join(lines)
+
+
+def functions():
+    """What the reference shows of every method."""
+    shown = [name for method in lro.METHODS.values() for name in names(method)]
+    return "\n\n".join(f"::: lowrank_optax.{name}" for name in shown)
+
+
+def readme(text):
+    """The README with the table as it should be."""
+    block = f"{BEGIN}\n{table()}\n{END}"
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,83 +1,66 @@
-"""Shows a method with all its arguments and defaults, as `help()` does.
+"""Shows a method as `help()` does: all arguments, and the completed docstring.
 
-Methods pass most of their arguments on as `**options` and list them in
-`__signature__`, which reading the source alone does not find.
+Arguments that methods share, and everything about a `scale_by_` form, are added while
+the package is imported, so reading the source alone does not find them.
 """
 
 import importlib
+import inspect
 from typing import Any
 
 import griffe
 
 
 class Signatures(griffe.Extension):
-    """Completes the parameters of the functions in `lowrank_optax.methods`."""
+    """Takes signatures and docstrings of the methods from the running functions."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Puts into the parameters what the running function lists in addition."""
+        """Replaces each function of `lowrank_optax.methods` that is a method's."""
         del kwargs
         if pkg.path != "lowrank_optax":
             return
-        shared = options_of(pkg["_chain.project"])
-        for function in pkg["methods._tracked"].functions.values():
-            if not function.is_alias:
-                shared |= named(function)
-        for module in pkg["methods"].modules.values():
-            complete(module, shared)
+        methods = importlib.import_module("lowrank_optax").METHODS.values()
+        for method in methods:
+            for live in (method.factory, method.direction):
+                if live is not None:
+                    module = pkg[live.__module__.removeprefix("lowrank_optax.")]
+                    replace(module, live)
 
 
-def complete(module: griffe.Module, known: dict[str, griffe.Parameter]) -> None:
-    """A method's options are shared, or those of a function of its module.
-
-    Of modules that it imports methods from, too: theirs may be passed on.
-    """
-    live = importlib.import_module(module.path)
-    functions = [f for f in module.functions.values() if not f.is_alias]
-    for function in [*imported(module), *functions]:
-        known = known | named(function)
-    for function in functions:
-        signature = getattr(getattr(live, function.name), "__signature__", None)
-        if signature is None:
-            continue
-        own = named(function)
-        rest = [p for p in function.parameters if p.name not in own]
-        merged = [own.get(name) or known[name] for name in signature.parameters]
-        function.parameters = griffe.Parameters(*merged, *rest)
-
-
-def imported(module: griffe.Module) -> list[griffe.Function]:
-    """The functions of the modules of methods whose functions a module imports.
-
-    And of those that these import: options are passed on more than once.
-    """
-    package = module.package
-    homes = {
-        f.target_path.rpartition(".")[0].removeprefix(f"{package.path}.")
-        for f in module.members.values()
-        if isinstance(f, griffe.Alias)
-    }
-    found = []
-    for home in sorted(homes):
-        if home.startswith("methods.") and not home.startswith("methods._"):
-            found += imported(package[home])
-            found += [f for f in package[home].functions.values() if not f.is_alias]
-    return found
-
-
-def named(function: griffe.Function) -> dict[str, griffe.Parameter]:
-    """The parameters save `**options`."""
-    kept = (p for p in function.parameters if p.name != "options")
-    return {parameter.name: parameter for parameter in kept}
-
-
-def options_of(part: griffe.Class) -> dict[str, griffe.Parameter]:
-    """The fields of a dataclass as keyword arguments."""
-    return {
-        name: griffe.Parameter(
-            name,
-            annotation=field.annotation,
-            kind=griffe.ParameterKind.keyword_only,
-            default=field.value,
+def replace(module: griffe.Module, live: Any) -> None:
+    """Puts the running function into the tree in place of what the source says."""
+    source = module.members[live.__name__]
+    known = source.parameters if isinstance(source, griffe.Function) else ()
+    written = {p.name: p.annotation for p in known}
+    parameters = [
+        griffe.Parameter(
+            p.name,
+            annotation=written.get(p.name) or annotation(p),
+            kind=griffe.ParameterKind(p.kind.description),
+            default=None if p.default is p.empty else default(p.default),
         )
-        for name, field in part.attributes.items()
-    }
+        for p in inspect.signature(live).parameters.values()
+    ]
+    function = griffe.Function(
+        live.__name__,
+        lineno=source.lineno,
+        endlineno=source.endlineno,
+        parameters=griffe.Parameters(*parameters),
+        returns="optax.GradientTransformationExtraArgs",
+        docstring=griffe.Docstring(live.__doc__),
+    )
+    module.set_member(live.__name__, function)
+
+
+def annotation(parameter: inspect.Parameter) -> str:
+    """The type as one reads it: without the folders in which it is defined."""
+    if parameter.name == "learning_rate":
+        return "optax.ScalarOrSchedule"
+    text = inspect.formatannotation(parameter.annotation)
+    return " | ".join(part.rpartition(".")[2] for part in text.split(" | "))
+
+
+def default(value: Any) -> str:
+    """The default as one would write it."""
+    name = getattr(value, "__name__", None)
+    return f"jnp.{name}" if isinstance(value, type) or name else repr(value)

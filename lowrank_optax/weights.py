@@ -1,13 +1,19 @@
-"""Weights in few bits: rounded at random after a step, stored as 8-bit codes."""
+"""`weight_storage` keeps weights in few bits between steps; the parts it is made of.
 
+They are rounded at random after a step, in bfloat16 or as 8-bit codes.
+"""
+
+import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank_optax import _checks
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.leaves.matrix import path_string, unbox
 from lowrank_optax.quantization import (
@@ -170,6 +176,150 @@ def stochastic_round_apply_updates(params: Any, updates: Any, key: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             apply, params, updates, is_leaf=lambda x: x is None or is_quantized(x)
         )
+
+
+class WeightStorage(NamedTuple):
+    """A way to keep parameters from one step to the next, as ``weight_storage`` makes.
+
+    The model, its gradients and the optimizer see ``load(stored)``.
+
+    Attributes:
+      store: parameters to what is kept of them.
+      load: the reverse, up to rounding; in the type that a step computes with.
+      apply: ``(stored, updates, key)`` to what is kept after the step.
+    """
+
+    store: Callable[[Any], Any]
+    load: Callable[[Any], Any]
+    apply: Callable[[Any, Any, Any], Any]
+
+
+def weight_storage(
+    kind: str = "plain", dtype: Any = jnp.float32, *, layer_axis: int | None = None
+) -> WeightStorage:
+    """Returns one of the ways to keep parameters between the steps of a training loop.
+
+    * "plain": as they are, ``w + u`` by ``optax.apply_updates``;
+    * "stochastic-bf16": two bytes a weight, each sum rounded at random to bfloat16;
+    * "int8": the matrices by ``quantize_weights``, about one byte a weight, each sum
+      rounded at random; the rest as it is.
+
+    Args:
+      kind: one of these.
+      dtype: of the parameters that ``load`` returns, and so of gradients and moments.
+        "plain" leaves it as it is.
+      layer_axis: of "int8": the axis of leaves with three axes that counts layers.
+
+    Returns:
+      The three functions.
+
+    Raises:
+      ValueError: if the kind is unknown.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import lowrank_optax as lro
+      >>> weights, tx = lro.weight_storage("int8"), optax.sgd(0.1)
+      >>> stored = weights.store({"kernel": jnp.ones((128, 512))})
+      >>> state = tx.init(weights.load(stored))
+      >>> @jax.jit
+      ... def step(stored, state, number):
+      ...     params = weights.load(stored)
+      ...     grads = jax.grad(lambda p: jnp.sum(p["kernel"] ** 2))(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     key = lro.rounding_key(0, number)
+      ...     return weights.apply(stored, updates, key), state
+      >>> stored, state = step(stored, state, 0)
+      >>> bool(jnp.allclose(weights.load(stored)["kernel"], 0.8, atol=0.01))
+      True
+    """
+    kinds = {
+        "plain": WeightStorage(
+            store=lambda params: params,
+            load=lambda stored: stored,
+            apply=lambda stored, updates, key: optax.apply_updates(stored, updates),
+        ),
+        "stochastic-bf16": WeightStorage(
+            store=lambda params: optax.tree.cast(params, jnp.bfloat16),
+            load=lambda stored: optax.tree.cast(stored, dtype),
+            apply=stochastic_round_apply_updates,
+        ),
+        "int8": WeightStorage(
+            store=functools.partial(quantize_weights, layer_axis=layer_axis),
+            load=functools.partial(dequantize_weights, dtype=dtype),
+            apply=stochastic_round_apply_updates,
+        ),
+    }
+    return kinds[_checks.choice("kind", kind, kinds)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rounding_key(seed: int, step: Any) -> jax.Array:
+    """Makes the key that a step rounds with, so that a resumed run rounds as it would.
+
+    Args:
+      seed: of the run, a Python int. The stream is apart from ``jax.random.key(seed)``,
+        which may draw the model and the optimizer's projections.
+      step: number of the step, which may be traced.
+
+    Returns:
+      A PRNG key, another one at each step.
+
+    Examples:
+      >>> import jax
+      >>> import lowrank_optax as lro
+      >>> bool((lro.rounding_key(0, 3) == lro.rounding_key(0, 3)).all())
+      True
+      >>> bool((lro.rounding_key(0, 3) == lro.rounding_key(0, 4)).all())
+      False
+    """
+    stream = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"weights"))
+    return jax.random.fold_in(stream, step)
+
+
+def weight_shardings(stored: Any, params: Any, param_shardings: Any) -> Any:
+    """Returns a sharding for every array that is kept of the parameters.
+
+    Codes, scales and zeros of a parameter are cut as it is, along the axes that are as
+    long as its own; an axis that counts groups is whole.
+
+    Args:
+      stored: what is kept, or the shapes of it: ``jax.eval_shape(store, params)``.
+      params: the parameters, or their shapes.
+      param_shardings: a tree like ``params`` of ``NamedSharding``.
+
+    Returns:
+      A tree like ``stored`` of ``NamedSharding``.
+
+    Raises:
+      ValueError: if ``param_shardings`` is not a tree like ``params``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> import lowrank_optax as lro
+      >>> params = {"kernel": jax.ShapeDtypeStruct((64, 512), jnp.float32)}
+      >>> mesh = lro.abstract_mesh({"fsdp": 4})
+      >>> places = {"kernel": NamedSharding(mesh, P(None, "fsdp"))}
+      >>> stored = jax.eval_shape(lro.weight_storage("int8").store, params)
+      >>> kept = lro.weight_shardings(stored, params, places)["kernel"]
+      >>> kept.codes.spec == P(None, "fsdp"), kept.scales.spec == P(None, None)
+      (True, True)
+    """
+
+    def of(place: NamedSharding, param: Any, kept: Any) -> Any:
+        names = [*place.spec, *[None] * (len(param.shape) - len(place.spec))]
+
+        def cut(leaf: Any) -> NamedSharding:
+            if len(leaf.shape) != len(param.shape):
+                return NamedSharding(place.mesh, PartitionSpec())
+            axes = zip(names, param.shape, leaf.shape, strict=True)
+            spec = [name if size == own else None for name, own, size in axes]
+            return NamedSharding(place.mesh, PartitionSpec(*spec))
+
+        return jax.tree.map(cut, kept)
+
+    return jax.tree.map(of, param_shardings, params, stored)
 
 
 def _leaf_key(key: Any, path: tuple[Any, ...]) -> Any:

@@ -1,85 +1,77 @@
-"""Which rows stand under which laws, and which of them on the newest jax."""
+"""Which rows stand under which laws: read off their states, not off a list."""
 
+import functools
+
+import jax
 import pytest
 
 from lowrank_optax.testing import LAWS
-from tests.rows import ROWS
+from tests.rows import ROWS, subject
 
-# What a law costs is mostly its compilations, so not every row stands under every law.
-# Laws that compile nothing of their own hold every row. Laws of a full step under the
-# wrappers that look into a transformation hold one row of every method at least.
-METHODS = (
-    "galore_svd",
-    "galore_8bit",
-    "q_galore",
-    "galore_adafactor",
-    "fira",
-    "subtrack",
-    "grass_walk",
-    "grass_jump",
-    "ldadam",
-    "osd",
-    "apollo",
-    "apollo_mini",
-    "coap",
-    "sara",
-    "dct_adamw",
-    "natural_galore",
-    "galore_plus",
-    "frugal",
-    "gwt",
-    "sumo",
-)
-# Laws of wrappers that see a step from outside, and of other trees and life cycles,
-# meet nothing but state and updates: they hold one row for every kind of state.
-COVER = (
-    "galore_power",  # moments in a basis that starts from a key
-    "galore_staggered",  # stacks, each layer with its own time to refresh
-    "galore_8bit_stacked",  # encoded moments and basis, stacked, rotated
-    "q_galore",  # a coarser basis, and gaps that grow
-    "galore_adafactor",  # factored moments
-    "fira_both",  # a limiter for the whole tree, two bases
-    "subtrack_eta",  # tracking, raw moments
-    "ldadam_stacked",  # error feedback in bfloat16
-    "osd_stacked",  # an optimizer of the basis
-    "apollo_stacked",  # scaling in place of lifting
-    "coap_stacked",  # correlation steps, the root of rotated moments
-    "dct_adamw_feedback",  # column numbers for a basis, error feedback
-    "natural_galore",  # a history of gradients
-    "frugal",  # a step of its own for the complement
-    "gwt_stacked",  # wavelets, details clipped
-    "sumo",  # orthogonalized moments
-)
-CHOSEN = tuple(name for name in ROWS if name in {*METHODS, *COVER})
-OF_METHODS = {"chain", "masked", "inject_hyperparams", "no_jit", "odd_leaves"}
-OF_STATES = {
-    "partition",  # two masks; every method stands under one
-    "multi_steps",
-    "apply_if_finite",  # test_no_poison.py: every row, bit for bit
-    "scan",
-    "pmap",
-    "donation",  # test_no_buffer_stands_in_two_places: every row
-}
+# Laws that run another program than the plain run's, one more compilation for each row.
+# Such a wrapper meets nothing but state and updates, so they hold one row for every
+# kind of state. Every other law traces and compares, and holds every row.
+COMPILED = {"inject_hyperparams", "multi_steps", "apply_if_finite", "no_jit"}
 
 
-def laws(name):
+def kinds(node):
+    """What a state is made of: the project's own nodes, and what their fields hold."""
+    if isinstance(node, dict):
+        return set().union(*map(kinds, node.values()))
+    if not isinstance(node, tuple | list):
+        return set()
+    found = set().union(*map(kinds, node))
+    own, name = type(node).__module__.startswith("lowrank_optax"), type(node).__name__
+    for field in getattr(node, "_fields", ()) if own else ():
+        leaves = jax.tree.leaves(getattr(node, field))
+        found |= {(name, field, str(leaf.dtype), leaf.ndim) for leaf in leaves}
+    return found | {name} if own else found
+
+
+@functools.cache
+def kinds_of(row):
+    try:
+        shapes = jax.eval_shape(subject(row).tx.init, subject(row).params)
+    except Exception:
+        return frozenset({row})  # a kind of its own: its tests fail, not the collection
+    return frozenset(kinds(shapes))
+
+
+@functools.cache
+def chosen():
+    """A row for every kind of state, each row with most that the ones before lack."""
+    rows, lacking = [], frozenset().union(*map(kinds_of, ROWS))
+    while lacking:
+        rows.append(max(ROWS, key=lambda row: len(kinds_of(row) & lacking)))
+        lacking -= kinds_of(rows[-1])
+    return tuple(row for row in ROWS if row in rows)
+
+
+@functools.cache
+def newest():
+    """Rows for another jax: every kind of state, and one row of every method."""
+    methods = {}
+    for row in (*chosen(), *ROWS):
+        methods.setdefault(ROWS[row].make.func, row)
+    return {*chosen(), *methods.values()}
+
+
+def laws(row):
     """The laws that a row stands under, by name."""
-    spared = set() if name in COVER else OF_STATES
-    spared = spared if name in CHOSEN else spared | OF_METHODS
-    return [law for law in LAWS if law not in spared]
+    return [law for law in LAWS if law not in COMPILED or row in chosen()]
 
 
-# The newest jax gets the rows with every kind of state, and one of each other method.
-_COVERED = {ROWS[name].make.func for name in COVER}
-NEWEST = {*COVER, *(m for m in METHODS if ROWS[m].make.func not in _COVERED)}
-
-
-def case(name, *values):
+def case(row, *values):
     """A row as a case of a test; `make test-latest` leaves variants out."""
-    marks = () if name in NEWEST else pytest.mark.variant
-    return pytest.param(name, *values, marks=marks)
+    marks = () if row in newest() else pytest.mark.variant
+    return pytest.param(row, *values, marks=marks)
 
 
 def each_row(test):
     """Runs a test on every row, the argument `row`."""
-    return pytest.mark.parametrize("row", [case(name) for name in ROWS])(test)
+    return pytest.mark.parametrize("row", [case(row) for row in ROWS])(test)
+
+
+def each_kind(test):
+    """Runs a test on one row for every kind of state, the argument `row`."""
+    return pytest.mark.parametrize("row", [case(row) for row in chosen()])(test)

@@ -3,7 +3,9 @@
 import gc
 import itertools
 import os
+import shutil
 import sys
+import tempfile
 
 assert "jax" not in sys.modules, "JAX was imported before its flags were set"
 
@@ -18,6 +20,15 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
     ]
 )
+
+# What one test or worker of a run has compiled, the others read: a folder for this run
+# alone, whose name the workers and the programs that tests start inherit.
+OWN_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    OWN_CACHE = tempfile.mkdtemp(prefix="lowrank_optax_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
@@ -34,6 +45,19 @@ hypothesis.settings.register_profile(
     "ci", deadline=None, max_examples=20, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+
+def pytest_configure(config):
+    # Two workers at the same program: one may read what the other is still writing,
+    # which does not decode, and then compiles it itself.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error reading persistent compilation cache entry"
+    )
+
+
+def pytest_unconfigure():
+    if OWN_CACHE is not None:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

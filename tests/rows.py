@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ def stacked_params():
 
 def galore_8bit(params=None, **options):
     """Every matrix encoded, in blocks of which some are short."""
-    options = {"block": 4, "min_size": 0, "basis_dtype": jnp.float32, **options}
+    options = {"block": 4, "min_size": 0, **options}
     options = {"learning_rate": 1e-2, "projector": lro.svd(2, GAP), **options}
     make = functools.partial(lro.galore_8bit, **options)
     return Row(make, params, optax.scale_by_adam())
@@ -61,7 +62,6 @@ def q_galore(params=None, **options):
     return Row(make, params, optax.scale_by_adam(), orthonormal=False)
 
 
-EVERY_STEP = (lro.ldadam, lro.online_subspace_descent, lro.gwt)  # without a gap
 # No accumulation inside: an inner of their own, or a step of the complement.
 NOT_INSIDE = (lro.natural_galore, lro.sumo, lro.frugal, lro.gwt)
 # Bases that drift between decompositions, and column numbers in place of bases.
@@ -70,14 +70,17 @@ OTHER_BASES = (lro.online_subspace_descent, lro.coap, lro.dct_adamw)
 
 def row(method, *, params=None, **options):
     """A method around Adam or `base_optimizer`, refreshed every GAP steps."""
+    taken = inspect.signature(method).parameters
     adam = optax.scale_by_adam()
     if method is lro.ldadam:
         adam = optax.scale_by_adam(0.908, 0.99)
-    if method not in EVERY_STEP:
-        options["update_proj_gap"] = GAP
-    if options.get("error_feedback") or method in NOT_INSIDE:
+    size = {"rank": 2, "update_proj_gap": GAP}
+    size = {name: n for name, n in size.items() if name in taken}
+    if "projector" in options:
+        size = {}
+    hosts = "base_optimizer" in taken and method not in NOT_INSIDE
+    if options.get("error_feedback") or not hosts:
         adam = None
-    size = {} if method is lro.gwt else {"rank": 2}
     options = {"learning_rate": 1e-2, **size, **options}
     make = functools.partial(method, **options)
     inner = options.get("base_optimizer", adam)
@@ -108,7 +111,9 @@ ROWS = {
     "galore_staggered": galore(params=stacked_params(), layer_axis=0, stagger=True),
     "galore_rotate": galore(transport=lro.rotate_moments()),
     "galore_bf16": galore(
-        mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16, basis_dtype=jnp.bfloat16
+        mu_dtype=jnp.bfloat16,
+        nu_dtype=jnp.bfloat16,
+        projector=lro.svd(2, GAP, jnp.bfloat16),
     ),
     "galore_8bit": galore_8bit(),
     "galore_8bit_stacked": galore_8bit(
@@ -208,6 +213,14 @@ ROWS = {
     ),
     "sumo": row(lro.sumo, params=stacked_params(), layer_axis=0),
 }
+# A method without a row above has its plainest one.
+_TRIED = {row.make.func for row in ROWS.values()}
+PLAIN = {
+    name: row(method.factory)
+    for name, method in lro.METHODS.items()
+    if method.factory not in _TRIED
+}
+ROWS |= PLAIN
 
 
 @functools.cache

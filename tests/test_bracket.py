@@ -1,8 +1,11 @@
 """The slots of a bracket that no shipped method fills: recovery, full, the view."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -28,7 +31,7 @@ class column_recovery(lro.Recovery):
     """Scales the residual's columns as the inner optimizer scaled the projection's."""
 
     def start(self, matrix):
-        return jnp.zeros(matrix.batch_shape)
+        return jnp.zeros([])
 
     def update(self, matrix, state, view, scale):
         norm = lambda x: jnp.linalg.norm(x, axis=-2, keepdims=True)  # noqa: E731
@@ -163,3 +166,39 @@ def test_strict_dtype_promotion():
         tx = bracket(lro.scale_by_raw_adam())
         updates, _ = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
     chex.assert_tree_all_finite(updates)
+
+
+def test_leaves_of_equal_shapes_share_a_trace():
+    """The path enters as a number, so that 24 matrices are opened by one program."""
+
+    def doors(count):
+        tx = lro.galore(1e-2, projector=lro.gaussian(2))
+        params = {f"layer{i}": jnp.ones((8, 6)) for i in range(count)}
+        state = tx.init(params)
+        jaxpr = jax.make_jaxpr(tx.update)(params, state, params)
+        opened = [e for e in jaxpr.eqns if e.params.get("name") == "open"]
+        assert len(opened) == count
+        updates = tx.update(params, state, params)[0]
+        return {id(e.params["jaxpr"]) for e in opened}, updates
+
+    bodies, updates = doors(24)
+    assert len(bodies) == 1
+    # Each has random numbers of its own all the same.
+    assert not np.allclose(updates["layer0"], updates["layer1"])
+
+
+def test_a_part_that_can_change_is_equal_to_itself_alone():
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Noting(lro.svd):
+        log: list = dataclasses.field(default_factory=list)
+
+        def renew(self, matrix, gradient, old, at):
+            self.log.append(matrix.shape)
+            return super().renew(matrix, gradient, old, at)
+
+    for _ in range(2):  # an equal list, empty at first
+        projector = Noting(2)
+        tx = lro.galore(1e-2, projector=projector)
+        params = {"w": jnp.ones((8, 6))}
+        tx.update(params, tx.init(params), params)
+        assert projector.log

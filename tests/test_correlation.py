@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.linalg.rotation import Rotation
+from lowrank_optax.linalg.bases import Rotation
 from tests.golden import cases
 from tests.golden.registry import METHODS
 
@@ -21,19 +21,30 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+@functools.cache
+def refresher(projector, matrix):
+    """One warm refresh of one matrix, compiled once for every epoch."""
+
+    @jax.jit
+    def run(gradient, old, moments, epoch):
+        at = lro.At(
+            jax.random.key(0),
+            epoch,
+            jnp.int32(0),
+            jnp.bool_(False),
+            moments,
+            jnp.int32(7),
+        )
+        return projector.refresh(matrix, gradient, old, at)
+
+    return run
+
+
 def refresh(projector, matrix, gradient, old, moment=None, epoch=1):
-    """One warm refresh of one matrix."""
     moments = () if moment is None else ({"mu": jnp.asarray(moment, jnp.float32)},)
-    at = lro.At(
-        jax.random.key(0),
-        jnp.int32(epoch),
-        jnp.int32(0),
-        jnp.bool_(False),
-        moments,
-        jnp.int32(7),
-    )
     gradient, old = (jnp.asarray(x, jnp.float32) for x in (gradient, old))
-    return np.asarray(projector.refresh(matrix, gradient, old, at), np.float64)
+    new = refresher(projector, matrix)(gradient, old, moments, jnp.int32(epoch))
+    return np.asarray(new, np.float64)
 
 
 def viewed(side, reduction_is_rows):

@@ -9,7 +9,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from examples.llama.collectives import collectives
 
 L, M, N, R = 3, 16, 24, 4
 SHAPES = {"square": (L, M, M), "wide": (L, M, N), "tall": (L, N, M)}
@@ -92,7 +91,7 @@ def test_a_basis_is_whole_for_one_layer_at_a_time():
     tx = lro.galore(1e-2, R, side="auto", layer_axis=0, param_shardings=shardings)
     gathers = [
         item
-        for item in collectives(compiled(tx, shardings).as_text() or "")
+        for item in lro.collectives(compiled(tx, shardings).as_text() or "")
         if item.op == "all-gather" and not item.conditional
     ]
     assert gathers
@@ -108,7 +107,7 @@ def test_a_cut_axis_of_layers_is_not_looped_over():
         tx = lro.galore(1e-2, R, layer_axis=0, param_shardings=shardings)
         params = {"wide": jax.ShapeDtypeStruct(SHAPES["wide"], jnp.float32)}
         (row,) = lro.selection_report(tx, params).rows
-        assert row.matrix.in_turn is expected
+        assert row.in_turn is expected
 
 
 def test_one_device_is_not_made_to_wait():
@@ -121,3 +120,31 @@ def test_one_device_is_not_made_to_wait():
 
     assert loops() == loops(param_shardings={name: P() for name in CUT}) == 0
     assert loops(param_shardings=CUT) > 0
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        optax.normalize_by_update_norm(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_noise(1.0, 0.55, jax.random.key(1)),
+    ],
+    ids=["whole_norm", "block_rms", "noise"],
+)
+def test_a_layout_does_not_change_what_a_complement_sees(transformation):
+    """T sees the whole leaf, whether or not its layers are worked on in turn."""
+    scales = jnp.asarray([1.0, 10.0])[:, None, None]
+    gradient = {"w": scales * jax.random.normal(jax.random.key(0), (2, M, N))}
+    params = {"w": jnp.zeros((2, M, N))}
+
+    def run(**options):
+        tx = lro.chain(
+            lro.project(lro.svd(R), layer_axis=0, **options),
+            optax.scale_by_adam(),
+            lro.complement(transformation),
+            lro.backproject(),
+        )
+        return jax.jit(tx.update)(gradient, tx.init(params), params)[0]["w"]
+
+    plain, in_turn = run(), run(param_shardings={"w": P(None, "x")})
+    np.testing.assert_allclose(in_turn, plain, rtol=0, atol=1e-5 * jnp.abs(plain).max())

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.bracket.refresh import phases
+from lowrank_optax.bracket.plan import LeafPlan, shifts
 
 LAYERS, GAP = 4, 8
 
@@ -107,17 +107,18 @@ def test_staggered_refreshes_spread_over_the_gap():
 @pytest.mark.parametrize("gap", [1, 3, 8, 200])
 def test_phases_are_spread_evenly(gap):
     shapes = [(3, 6, 8), (6, 8), (7, 6, 8), (8, 6)]
-    matrices = []
+    leaves = []
     for shape in shapes:
         batch = tuple(range(len(shape) - 2))
         rows, columns = (len(shape) - 2,), (len(shape) - 1,)
-        matrices.append(lro.Matrix("w", shape, batch, rows, columns, "left", 2))
-    spread = [p for leaf in phases(matrices, gap, True) for p in leaf]
+        matrix = lro.Matrix("w", shape, batch, rows, columns, "left", 2)
+        leaves.append(LeafPlan("w", shape, matrix, "", 0))
+    spread = [p for leaf in shifts(leaves, gap, True) for p in leaf]
     assert len(spread) == 12
     per_step = np.bincount(spread, minlength=gap)
     assert len(per_step) == gap
     assert per_step.max() <= -(-12 // gap)
-    together = phases(matrices, gap, False)
+    together = shifts(leaves, gap, False)
     assert {p for leaf in together for p in leaf} == {0}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax, each with a record of its files' sha256 beside it.
+"""`Checkpoints` with Orbax, each with a record of its files' sha256 beside it.
 
 Orbax commits a checkpoint whole or not at all, but restores flipped bits without a
 word. A record is written when a checkpoint is complete, and holds the hash of every
@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental.layout import Format
 
-from examples.llama.config import UsageError
+from examples.llama.config import TrainConfig, UsageError
 
 _UNRECORDED = "it has no record"
 
@@ -120,6 +120,24 @@ class Store:
         self.damaged.mkdir(parents=True, exist_ok=True)
         (self.folder / str(step)).rename(target)
         return target
+
+
+def choose_run_dir(config: TrainConfig) -> pathlib.Path:
+    """The named folder; else the first free default one, or with --resume the last."""
+    if config.run_dir:
+        run_dir = pathlib.Path(config.run_dir)
+        if Store(run_dir).steps() and not config.resume:
+            raise UsageError(
+                f"{run_dir} already holds a run: go on with --resume, or give another "
+                "--run-dir"
+            )
+        return run_dir
+    last = path = pathlib.Path("runs") / f"{config.preset}-{config.optimizer}"
+    number = 1
+    while path.exists():
+        last, number = path, number + 1
+        path = path.with_name(f"{config.preset}-{config.optimizer}-{number}")
+    return last if config.resume else path
 
 
 def find_start(store: Store, identity: dict[str, Any]) -> int | None:

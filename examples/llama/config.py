@@ -1,12 +1,10 @@
-"""The command line's flags, what they are when left out, and what is refused."""
+"""`TrainConfig` holds the command line's flags; `resolve` fills and checks them."""
 
 import dataclasses
 from typing import Any
 
-from examples.llama.activations import ACTIVATIONS
-from examples.llama.model import ModelConfig
-from examples.llama.presets import PRESETS
-from examples.llama.weights import WEIGHTS
+from examples.llama.model import ACTIVATIONS, ModelConfig
+from examples.llama.presets import METHODS, PRESETS, method_defaults
 
 
 class UsageError(Exception):
@@ -66,9 +64,9 @@ class TrainConfig:
     final_lr: float = 0.1
     """learning rate at the end of the cosine, as a fraction of the peak"""
     b1: float | None = None
-    """decay of the first moment, per step; left out: 0.9, ldadam 0.908, sumo 0.95"""
+    """decay of the first moment, per step; left out: the method's own, mostly 0.9"""
     b2: float | None = None
-    """decay of the second moment, per step; left out: 0.999, ldadam 0.99"""
+    """decay of the second moment, per step; left out: the method's own, mostly 0.999"""
     eps: float = 1e-8
     """added to the root of the second moment, same unit as a gradient"""
     weight_decay: float = 0.0
@@ -88,11 +86,11 @@ class TrainConfig:
     update_proj_gap: int | None = None
     """steps between two refreshes of the projection (all but adamw, adamw_8bit and gwt;
     at first, in q_galore; the basis of ldadam and online_subspace_descent moves at
-    every step); left out: the preset's, coap 32, dct_adamw 1"""
+    every step); left out: the preset's, or the method's own if that is not galore's:
+    coap 32, dct_adamw 1"""
     scale: float | None = None
     """factor on the update inside the subspace of projected matrices (all but adamw
-    and adamw_8bit); left out: 0.25; 1 for ldadam, apollo, dct_adamw, frugal and sumo,
-    128 (of which the root counts) for apollo_mini"""
+    and adamw_8bit); left out: the method's own, 0.25 for galore"""
     max_skips: int = 10
     """stop when this many steps in a row had a gradient that was not finite"""
 
@@ -187,21 +185,9 @@ class Resolved(TrainConfig):
     checkpoint_every: int = 0
 
 
-# What a recipe leaves to the method, and the methods whose authors differ.
-_METHOD = {"b1": 0.9, "b2": 0.999, "scale": 0.25}
-_METHODS = {
-    "ldadam": {"b1": 0.908, "b2": 0.99, "scale": 1.0},
-    "apollo": {"scale": 1.0},
-    "apollo_mini": {"rank": 1, "scale": 128.0},
-    "coap": {"update_proj_gap": 32},
-    "dct_adamw": {"update_proj_gap": 1, "scale": 1.0},
-    "frugal": {"scale": 1.0},
-    "sumo": {"b1": 0.95, "scale": 1.0},
-}
-
-
 SIDES = ("short", "long", "left", "right", "auto")
 NO_SIDE = ("adamw", "adamw_8bit", "gwt")
+WEIGHTS = ("plain", "stochastic-bf16", "int8")  # kinds of `lro.weight_storage`
 
 # Methods that read no whole gradient between refreshes; dct_adamw has one at every
 # step unless told otherwise.
@@ -225,7 +211,8 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
     defaults: dict[str, Any] = dataclasses.asdict(preset.recipe)
     dtype = defaults.pop("dtype")
     defaults |= {"param_dtype": dtype, "compute_dtype": dtype}
-    defaults |= _METHOD | _METHODS.get(config.optimizer, {})
+    known = config.optimizer in METHODS  # the optimizer itself is refused later
+    defaults |= method_defaults(config.optimizer if known else "galore")
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     values = defaults | given
     values.setdefault("warmup", values["steps"] // 10)
@@ -247,7 +234,7 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         "packing": ("padded", "packed"),
         "param_dtype": ("float32", "bfloat16"),
         "compute_dtype": ("float32", "bfloat16"),
-        "weights": tuple(WEIGHTS),
+        "weights": WEIGHTS,
         "activation_policy": tuple(ACTIVATIONS),
         "side": ("", *SIDES),
     }

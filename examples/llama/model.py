@@ -1,4 +1,4 @@
-"""LLaMA in Flax NNX: RMSNorm, RoPE, SwiGLU, an untied head, no biases.
+"""`LLaMA` in Flax NNX: RMSNorm, RoPE, SwiGLU, an untied head, no biases.
 
 The parameters of all layers are stacked on a leading axis and the forward pass scans
 over it, so compile time does not grow with depth. Letters in names: B rows, S
@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from lowrank_optax import activations
+
 Params = dict[str, Any]
+Wrap = Callable[[Callable], Callable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,3 +187,36 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 def count_params(params: Params) -> int:
     """Number of parameters, of arrays or of shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+# What a layer keeps for its backward pass, one way per `--activation-policy`.
+
+# Tags of what the block's matrix products made.
+PRODUCTS = ("q", "k", "v", "attn", "gate", "up")
+
+
+def full(layer: Callable) -> Callable:
+    """Nothing but the layer's input: all of it is computed again."""
+    # The layer is the body of a loop, which the compiler cannot merge with another's.
+    return jax.checkpoint(layer, prevent_cse=False)
+
+
+def names(layer: Callable) -> Callable:
+    """What the matrix products made, as it is."""
+    policy = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def adacc(layer: Callable) -> Callable:
+    """The same and the residual stream, in 4 and 8 bits."""
+    policy = activations.transformer_policy()
+    return activations.compressed_checkpoint(layer, policy)
+
+
+# None: the layer as it is; the gradient's own rules say what is kept.
+ACTIVATIONS: dict[str, Wrap | None] = {
+    "none": None,
+    "full": full,
+    "names": names,
+    "adacc": adacc,
+}

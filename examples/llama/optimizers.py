@@ -1,4 +1,4 @@
-"""One registry, name -> optimizer. A method is added by a factory and a line."""
+"""`build_optimizer` makes the optimizer that the flags name, from its signature."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import optax
 
 import lowrank_optax as lro
 from examples.llama.config import Resolved, UsageError
-from examples.llama.presets import PRESETS
+from examples.llama.presets import METHODS, PRESETS, parameters
 
 # Takes the resolved flags, the learning rate, and what `--side` adds.
 Factory = Callable[..., optax.GradientTransformation]
@@ -26,25 +26,8 @@ def is_decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(matrix, params)
 
 
-def adamw(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(
-        lr,
-        config.b1,
-        config.b2,
-        config.eps,
-        weight_decay=config.weight_decay,
-        mask=is_decayed,
-    )
-
-
-def adamw_8bit(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
-    decay = config.weight_decay or None
-    betas = config.b1, config.b2
-    return lro.adamw_8bit(lr, *betas, config.eps, decay, mask=is_decayed)
-
-
 def low_rank(config: Resolved) -> dict[str, Any]:
-    """What every low-rank method takes from the flags."""
+    """The flags that every low-rank method takes."""
     return {
         "rank": config.rank,
         "scale": config.scale,
@@ -60,82 +43,34 @@ def low_rank(config: Resolved) -> dict[str, Any]:
     }
 
 
-def at_every_step(method: Callable[..., optax.GradientTransformation]) -> Factory:
-    """The factory of a method whose basis moves at every step."""
-    return lambda config, lr, **side: method(lr, **low_rank(config), **side)
+def adamw(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+    decay = {"weight_decay": config.weight_decay, "mask": is_decayed}
+    return optax.adamw(lr, config.b1, config.b2, config.eps, **decay)
 
 
-def at_gaps(method: Callable[..., optax.GradientTransformation]) -> Factory:
-    """The factory of a method whose basis changes every `--update-proj-gap` steps."""
-
-    def make(
-        config: Resolved, lr: optax.Schedule, **side: Any
-    ) -> optax.GradientTransformation:
-        options = low_rank(config) | side
-        return method(lr, update_proj_gap=config.update_proj_gap, **options)
-
-    return make
-
-
-def encoded(method: Callable[..., optax.GradientTransformation]) -> Factory:
-    """The factory of a method of gaps whose moments are codes, of one type only."""
+def of_library(name: str) -> Factory:
+    """The factory of a method, which is given the flags that its signature names."""
+    takes = parameters(name)
 
     def make(
         config: Resolved, lr: optax.Schedule, **side: Any
     ) -> optax.GradientTransformation:
         options = low_rank(config) | side
-        del options["mu_dtype"], options["nu_dtype"]
-        return method(lr, update_proj_gap=config.update_proj_gap, **options)
+        options |= {"update_proj_gap": config.update_proj_gap, "level": config.level}
+        if "block" in takes:  # moments are codes, of one type only
+            del options["mu_dtype"], options["nu_dtype"]
+        if "heads" in takes:  # kernels cut into heads have one basis for all of them
+            heads = PRESETS[config.preset].model.heads
+            options["heads"] = lambda at: heads if re.search(r"/[qkv]/", at) else 1
+        given = {key: value for key, value in options.items() if key in takes}
+        return METHODS[name](lr, **given)
 
     return make
-
-
-def galore_plus(
-    config: Resolved, lr: optax.Schedule, **side: Any
-) -> optax.GradientTransformation:
-    """The kernels whose columns are cut into heads have one basis for all of them."""
-    heads = PRESETS[config.preset].model.heads
-
-    def parts(path: str) -> int:
-        return heads if re.search(r"/[qkv]/", path) else 1
-
-    options = low_rank(config) | side
-    options["update_proj_gap"] = config.update_proj_gap
-    return lro.galore_plus(lr, heads=parts, **options)
-
-
-def gwt(
-    config: Resolved, lr: optax.Schedule, **side: Any
-) -> optax.GradientTransformation:
-    """Wavelets have levels in place of a rank."""
-    options = low_rank(config) | side
-    del options["rank"]
-    return lro.gwt(lr, config.level, **options)
 
 
 FULL = ("adamw", "adamw_8bit")  # project nothing
 OPTIMIZERS: dict[str, Factory] = {
-    "adamw": adamw,
-    "adamw_8bit": adamw_8bit,
-    "galore": at_gaps(lro.galore),
-    "galore_8bit": encoded(lro.galore_8bit),
-    "q_galore": encoded(lro.q_galore),
-    "fira": at_gaps(lro.fira),
-    "subtrack": at_gaps(lro.subtrack),
-    "grass_walk": at_gaps(lro.grass_walk),
-    "grass_jump": at_gaps(lro.grass_jump),
-    "ldadam": at_every_step(lro.ldadam),
-    "online_subspace_descent": at_every_step(lro.online_subspace_descent),
-    "apollo": at_gaps(lro.apollo),
-    "apollo_mini": at_gaps(lro.apollo_mini),
-    "coap": at_gaps(lro.coap),
-    "sara": at_gaps(lro.sara),
-    "dct_adamw": at_gaps(lro.dct_adamw),
-    "natural_galore": at_gaps(lro.natural_galore),
-    "galore_plus": galore_plus,
-    "frugal": at_gaps(lro.frugal),
-    "gwt": gwt,
-    "sumo": at_gaps(lro.sumo),
+    name: adamw if name == "adamw" else of_library(name) for name in METHODS
 }
 
 
@@ -191,7 +126,7 @@ def guarded(
 
 def tree_bytes(tree: Any) -> int:
     """Bytes of the arrays, or shapes, in a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return lro.bytes_per_device(tree)
 
 
 def state_bytes(optimizer: optax.GradientTransformation, params: Any) -> int:

@@ -1,36 +1,229 @@
-"""Where all of a run lies: parameters, state and batches, on one device or a mesh."""
+"""`Placement` says where all of a run lies: parameters, state, batches and activations.
+
+That is one device or a mesh of several. Every axis of a parameter has a logical name,
+and a rule says which axis of the mesh cuts axes of that name. An axis that its mesh
+axis does not divide stays whole. All rules are in this file.
+"""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.experimental.layout import Format
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 import lowrank_optax as lro
-from examples.llama.config import Resolved
-from examples.llama.mesh import (
-    ROWS,
-    batch_sharding,
-    check_copies,
-    check_rows,
-    constrained,
-    cut_heads,
-    gathered,
-    make_mesh,
-    param_shardings,
-    parse_mesh,
-)
-from examples.llama.model import ModelConfig, init_params
+from examples.llama.config import Resolved, UsageError
+from examples.llama.model import ModelConfig, Wrap, init_params
 from examples.llama.presets import PRESETS
 from examples.llama.step import Layout
-from examples.llama.weights import Weights
 
-PADDING = {"tpu"}  # platforms whose arrays are padded to tiles
+# data: whole copies; fsdp: parameters and state cut, gathered for use; tensor: products
+# cut. Rows of a batch are cut over the first two.
+AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# Logical axis -> axis of the mesh.
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "width": "fsdp",
+    "heads": "tensor",
+    "ff_width": "tensor",
+    "vocabulary": "tensor",
+    "gain": None,
+}
+
+# Pattern of a parameter's path -> logical names of its axes.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    r"embed/embedding": ("vocabulary", "width"),
+    r"layers/attn/[qkv]/kernel": ("layers", "width", "heads"),
+    r"layers/attn/o/kernel": ("layers", "heads", "width"),
+    r"layers/mlp/(gate|up)/kernel": ("layers", "width", "ff_width"),
+    r"layers/mlp/down/kernel": ("layers", "ff_width", "width"),
+    r"layers/norm[12]/scale": ("layers", "gain"),
+    r"norm/scale": ("gain",),
+    r"lm_head/kernel": ("width", "vocabulary"),
+}
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes: "data=2,fsdp=-1" is fsdp=4, tensor=1 on 8 devices."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, re.split(r"[,\s]+", text)):
+        match = re.fullmatch(r"(\w+)=(-1|[1-9]\d*)", part)
+        if match is None or match[1] not in AXES:
+            raise UsageError(
+                f"--mesh takes sizes of {', '.join(AXES)}, such as data=2,fsdp=4 or "
+                f"fsdp=-1 for all that is left; got {part!r}"
+            )
+        sizes[match[1]] = int(match[2])
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UsageError(
+            f"--mesh may leave one axis open (-1), not {' and '.join(open_axes)}"
+        )
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and devices % given == 0:
+        sizes[open_axes[0]] = devices // given
+    elif open_axes or given != devices:
+        raise UsageError(
+            f"--mesh {text} names {given} devices{' or a multiple' * bool(open_axes)}, "
+            f"and there are {devices}; for example {_nearest(sizes, devices)}"
+        )
+    return sizes
+
+
+def _nearest(sizes: dict[str, int], devices: int) -> str:
+    """The same mesh cut down to divisors of the devices, the rest on fsdp."""
+    left, found = devices, {}
+    for name in ("tensor", "data"):
+        found[name] = math.gcd(max(sizes[name], 1), left)
+        left //= found[name]
+    return f"data={found['data']},fsdp={left},tensor={found['tensor']}"
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh whose layout the compiler chooses (Auto), neighbours on fast links."""
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def logical_axes(path: str) -> tuple[str, ...]:
+    """The names of a parameter's axes; the path's keys are joined by "/"."""
+    for pattern, names in LOGICAL_AXES.items():
+        if re.fullmatch(pattern, path):
+            return names
+    raise ValueError(f"LOGICAL_AXES in {__name__} has no pattern for {path!r}.")
+
+
+def param_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
+    """A sharding for every parameter, of arrays or of shapes."""
+
+    def place(keys: Any, leaf: Any) -> NamedSharding:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        axes = [RULES[name] for name in logical_axes(path)]
+        spec = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def whole_axes(mesh: Mesh, params: Any) -> list[str]:
+    """Says of every axis that a rule would cut and its mesh axis does not divide."""
+    lines = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        for name, size in zip(logical_axes(path), leaf.shape, strict=True):
+            axis = RULES[name]
+            if axis and size % mesh.shape[axis]:
+                lines.append(
+                    f"{path} {leaf.shape}: {name} stays whole, {axis}="
+                    f"{mesh.shape[axis]} does not divide {size}"
+                )
+    return lines
+
+
+def cut_heads(mesh: Mesh, heads: int) -> list[str]:
+    """Says so where the mesh cuts inside of heads."""
+    parts = mesh.shape["tensor"]
+    if heads % parts == 0:
+        return []
+    return [
+        f"tensor={parts} does not divide {heads} heads: every layer's attention sends "
+        f"parts of them between devices; tensor={math.gcd(heads, parts)} keeps them "
+        "whole"
+    ]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch `[micro-batches, rows, positions]`: its rows."""
+    return NamedSharding(mesh, PartitionSpec(None, ROWS))
+
+
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """Raises if the rows of a micro-batch cannot be cut evenly."""
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % parts:
+        least = -(-rows // parts) * parts
+        raise UsageError(
+            f"{rows} rows of a micro-batch cannot be cut over data x fsdp = {parts} "
+            f"devices; the nearest --batch-size gives {least} rows each"
+        )
+
+
+def _constrain(x: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
+    """Cuts the first axis over axes of the mesh, and no other.
+
+    Inside `jax.shard_map` some axes of the mesh are cut already, by hand; only what is
+    left to the compiler can be asked of it.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    left = tuple(name for name in axes if name not in here.manual_axes)
+    place = NamedSharding(here if here.manual_axes else mesh, PartitionSpec(left))
+    return jax.lax.with_sharding_constraint(x, place)
+
+
+def check_copies(sizes: dict[str, int]) -> None:
+    """Raises if no copies of the parameters send gradients to each other."""
+    devices = math.prod(sizes.values())
+    if sizes["data"] == 1:
+        if devices == 1:
+            raise UsageError(
+                "--compressed sends projections to other devices, and there is one; "
+                "leave it out"
+            )
+        least = next(n for n in range(2, devices + 1) if devices % n == 0)
+        raise UsageError(
+            "--compressed sends projections over the axis data, which is 1; "
+            f"for example --mesh data={least},fsdp={devices // least}"
+        )
+
+
+def gathered(mesh: Mesh) -> Callable[[Any], Any]:
+    """For parameters about to be used: the embedding is whole along its width.
+
+    A lookup in a table that is cut along it would replicate what is looked up, on its
+    way to being cut along rows.
+    """
+
+    def use(params: Any) -> Any:
+        table = params["embed"]["embedding"]
+        (axis, *_) = param_shardings(mesh, params)["embed"]["embedding"].spec
+        axes = (axis,) if axis else ()
+        return params | {"embed": {"embedding": _constrain(table, mesh, axes)}}
+
+    return use
+
+
+def constrained(mesh: Mesh) -> Wrap:
+    """Wraps a scanned layer: activations are cut along their rows and nothing else."""
+
+    def wrap(layer: Callable) -> Callable:
+        def on_mesh(x: Any, params: Any) -> Any:
+            x, out = layer(_constrain(x, mesh, ROWS), params)
+            return _constrain(x, mesh, ROWS), out
+
+        return on_mesh
+
+    return wrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +246,7 @@ class Placement:
         return param_shardings(self.mesh, params)
 
     def layout(
-        self, params: Any, tx: optax.GradientTransformation, weights: Weights
+        self, params: Any, tx: optax.GradientTransformation, weights: lro.WeightStorage
     ) -> Layout:
         """Shardings of all that a step keeps; `params` are arrays or shapes."""
         stored = jax.eval_shape(weights.store, params)
@@ -65,7 +258,7 @@ class Placement:
             return Layout(params=place, stored=stored, state=state, rest=one)
         return Layout(
             params=place,
-            stored=jax.tree.map(stored_shardings, place, params, stored),
+            stored=lro.weight_shardings(stored, params, place),
             state=lro.state_shardings(tx, params, place),
             rest=NamedSharding(self.mesh, PartitionSpec()),
             wrap=constrained(self.mesh),
@@ -98,54 +291,6 @@ def _cut(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, Any
         name: jax.make_array_from_callback(x.shape, sharding, lambda at, x=x: x[at])
         for name, x in batch.items()
     }
-
-
-def layers_outermost(
-    layout: Layout, tx: optax.GradientTransformation, weights: Weights, params: Any
-) -> Layout:
-    """The same, with every layer of a stack in one piece where that is not a given.
-
-    A TPU pads the last two axes, and its compiler may lay layers inside to pad less.
-    """
-    shapes = jax.eval_shape(weights.store, params), jax.eval_shape(tx.init, params)
-    if {device.platform for device in layout.rest.device_set} <= PADDING:
-        stored, state = lro.layerwise.formats(shapes, (layout.stored, layout.state))
-        return layout._replace(stored=stored, state=state)
-    return layout
-
-
-def laid_out(tree: Any, places: Any) -> Any:
-    """Moves arrays to their layouts, one after another; the old ones are deleted."""
-
-    def move(x: Any, place: Any) -> Any:
-        if not isinstance(place, Format) or _order(x.format) == _order(place):
-            return x
-        moved = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=place)(x))
-        x.delete()
-        return moved
-
-    return jax.tree.map(move, tree, places)
-
-
-def _order(format: Format) -> Any:
-    layout: Any = format.layout
-    return layout.major_to_minor
-
-
-def stored_shardings(place: NamedSharding, param: Any, stored: Any) -> Any:
-    """Of what is stored for a parameter, codes and scales: axes as long as its own are
-    cut as its own."""
-
-    def of(leaf: Any) -> NamedSharding:
-        names = [*place.spec, *[None] * (len(param.shape) - len(place.spec))]
-        axes = zip(names, param.shape, leaf.shape, strict=False)
-        kept = [name if size == own else None for name, own, size in axes]
-        spec = (
-            PartitionSpec(*kept) if leaf.ndim == len(param.shape) else PartitionSpec()
-        )
-        return NamedSharding(place.mesh, spec)
-
-    return jax.tree.map(of, stored)
 
 
 def choose_placement(
@@ -187,7 +332,7 @@ def fresh_state(
     model: ModelConfig,
     seed: int,
     tx: optax.GradientTransformation,
-    weights: Weights,
+    weights: lro.WeightStorage,
 ) -> tuple[Any, Any]:
     """Stored parameters and optimizer state, each made where it lies."""
 

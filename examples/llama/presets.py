@@ -1,8 +1,53 @@
-"""Presets: the shape of a model and its recipe."""
+"""`PRESETS` and `method_defaults`: the value of a flag that is left out.
+
+A preset is the shape of a model and the recipe of its runs. All that belongs to an
+optimizer is read off its own signature.
+"""
 
 import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import optax
+
+import lowrank_optax as lro
 from examples.llama.model import ModelConfig
+
+# The library's methods, and Optax's AdamW to compare them with.
+NAMES = (
+    "adamw_8bit", "galore", "galore_8bit", "q_galore", "fira", "subtrack", "grass_walk",
+    "grass_jump", "ldadam", "online_subspace_descent", "apollo", "apollo_mini", "coap",
+    "sara", "dct_adamw", "natural_galore", "galore_plus", "frugal", "gwt", "sumo",
+)  # fmt: skip
+METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": optax.adamw,
+    **{name: getattr(lro, name) for name in NAMES},
+}
+
+
+def parameters(optimizer: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments that an optimizer takes."""
+    return inspect.signature(METHODS[optimizer]).parameters
+
+
+def method_defaults(optimizer: str) -> dict[str, Any]:
+    """Flags that are the method's own, with its own defaults.
+
+    Rank and gap between refreshes are of the preset's recipe, since they go with the
+    size of the model and the length of the run; but a method that is of rank one, or
+    was published with another gap than GaLore, is not itself with those of the recipe.
+    """
+    common, own = parameters("galore"), parameters(optimizer)
+    found = {
+        name: own.get(name, common[name]).default for name in ("b1", "b2", "scale")
+    }
+    if "rank" in own and own["rank"].default == 1:
+        found["rank"] = 1
+    gap = own.get("update_proj_gap", common["update_proj_gap"]).default
+    if gap != common["update_proj_gap"].default:
+        found["update_proj_gap"] = gap
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

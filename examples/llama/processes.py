@@ -1,10 +1,15 @@
-"""Several processes of one run: how they start, and what they must agree on."""
+"""`start_processes` joins the processes of one run; what they agree on, how they stop,
+and files that they see whole.
+"""
 
 import contextlib
 import json
 import os
+import pathlib
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -128,3 +133,32 @@ def found_by_first(find: Callable[[], Any]) -> Any:
     if "error" in answer:
         raise UsageError(answer["error"])
     return answer["found"]
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and Ctrl-C set a flag; the same signal a second time interrupts."""
+    asked = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        asked.set()
+        signal.signal(number, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # Python lets only the main thread handle signals
+        return
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file that other processes see whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)

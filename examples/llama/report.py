@@ -1,11 +1,152 @@
-"""What a run leaves behind: metrics.jsonl, metrics.csv, loss.png, a closing table."""
+"""`Metrics`, `evaluate` and `describe`: all that a run says of itself.
 
+It leaves in its folder metrics.jsonl, metrics.csv, loss.png, config.json,
+selection.txt and, with `--compressed`, traffic.txt.
+"""
+
+import contextlib
 import csv
+import dataclasses
+import itertools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+import lowrank_optax as lro
+from examples.llama.batches import Batch, Cursor, Rows, as_batch
+from examples.llama.config import Resolved
+from examples.llama.corpus import Corpus
+from examples.llama.model import Params, count_params
+from examples.llama.placement import whole_axes
+from examples.llama.processes import is_first, write_whole
+
+_UNIGRAM_ROWS = 20_000
+
+
+def describe(
+    config: Resolved,
+    run_dir: pathlib.Path,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    corpus: Corpus,
+    mesh: Mesh | None,
+) -> None:
+    """Says what is about to run, and leaves the particulars in its folder."""
+    print(
+        f"{config.preset} ({count_params(params):,} parameters) with "
+        f"{config.optimizer}; corpus {corpus.name}: {len(corpus.paths)} "
+        f"shards, hash {corpus.fingerprint()}; writing to {run_dir}",
+        flush=True,
+    )
+    if mesh is not None:
+        print(f"mesh {config.mesh}", *whole_axes(mesh, params), sep="\n", flush=True)
+    if not is_first():
+        return
+    if config.compressed:
+        report = lro.distributed.traffic_report(optimizer, params)
+        print(f"gradients: {str(report).splitlines()[-1]}", flush=True)
+        write_whole(run_dir / "traffic.txt", f"{report}\n")
+    settings = json.dumps(dataclasses.asdict(config), indent=1)
+    write_whole(run_dir / "config.json", settings + "\n")
+    with contextlib.suppress(ValueError):  # an optimizer without a bracket
+        selection = lro.selection_report(optimizer, params)
+        write_whole(run_dir / "selection.txt", f"{selection}\n")
+
+
+def say_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Names the settings in which a resumed run differs from what was saved."""
+    free = {"resume", "run_dir", "stop_step", "cache_dir"}
+    changed = [
+        f"{name}: {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if name not in free and before.get(name) != value
+    ]
+    if changed:
+        print("changed since the run began: " + "; ".join(changed), flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean negative log likelihood per token, and the tokens it is a mean of."""
+
+    loss: float
+    tokens: int
+    compat_loss: float  # as GaLore's script reports it
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def compat_perplexity(self) -> float:
+        return perplexity(self.compat_loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite instead of an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def eval_batches(
+    rows: Iterable[Sequence[int]], size: int, seq_len: int
+) -> Iterator[Batch]:
+    """All rows in batches of one shape; the last one is filled up and masked."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield as_batch(batch, size, seq_len)
+
+
+def evaluate(
+    eval_step: Callable[[Params, Any], Any],
+    params: Params,
+    batches: Iterable[Batch],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Token-weighted mean over all batches; None when it was told to stop.
+
+    The device sums over a row, the host over rows in float64: how rows are put into
+    batches does not change the result. GaLore's script takes the mean of batch means
+    and starts its count of batches at 1, so it divides n of them by n + 1.
+    """
+    total, tokens, batch_means = 0.0, 0.0, []
+    for batch in batches:
+        if should_stop():
+            return None
+        losses, counts = (np.asarray(x, np.float64) for x in eval_step(params, batch))
+        total, tokens = total + losses.sum(), tokens + counts.sum()
+        batch_means.append(losses.sum() / max(counts.sum(), 1))
+    compat = sum(batch_means) / (len(batch_means) + 1)
+    return Evaluation(float(total / max(tokens, 1)), int(tokens), float(compat))
+
+
+def unigram_perplexity(
+    train_rows: Iterable[Sequence[int]],
+    eval_rows: Iterable[Sequence[int]],
+    vocab_size: int,
+) -> float:
+    """Perplexity of tokens drawn independently with the training text's frequencies."""
+
+    def count(rows: Iterable[Sequence[int]]) -> np.ndarray:
+        targets = np.concatenate([np.asarray(row[1:], np.int64) for row in rows])
+        return np.bincount(targets, minlength=vocab_size)
+
+    known, seen = count(train_rows) + 1.0, count(eval_rows)
+    losses = -np.log(known / known.sum())
+    return perplexity(float((seen * losses).sum() / max(seen.sum(), 1)))
+
+
+def unigram(rows: Rows, validation: Sequence[Any], vocab_size: int) -> float:
+    """The perplexity of knowing only how frequent each token of the text is."""
+    block, _ = rows.block(Cursor())
+    known = itertools.islice(block, _UNIGRAM_ROWS)
+    return unigram_perplexity(known, validation, vocab_size)
 
 
 class Metrics:
@@ -78,6 +219,11 @@ def _plot(lines: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def finite(number: float) -> float | None:
+    """The number, if JSON has a word for it."""
+    return number if math.isfinite(number) else None
 
 
 def readable_bytes(number: float) -> str:

@@ -1,4 +1,4 @@
-"""One optimizer step and one validation batch as pure, compiled functions."""
+"""`make_steps` compiles one optimizer step and one validation batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from examples.llama.activations import Wrap
+import lowrank_optax as lro
 from examples.llama.config import Resolved
-from examples.llama.model import Params
-from examples.llama.weights import PLAIN, Weights
+from examples.llama.model import Params, Wrap
 
 # Names in the compiled program, which say whose a collective is.
 MODEL, OPTIMIZER = "model", "optimizer"
+PLAIN = lro.weight_storage("plain")
 
 
 class Steps(NamedTuple):
@@ -84,7 +84,7 @@ def mean_gradient(
 def make_steps(
     definition: Any,
     tx: optax.GradientTransformation,
-    weights: Weights = PLAIN,
+    weights: lro.WeightStorage = PLAIN,
     wrap_layer: Wrap | None = None,
     layout: Layout | None = None,
 ) -> Steps:

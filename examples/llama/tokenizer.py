@@ -1,7 +1,6 @@
 """Bytes, or a byte-level BPE that is trained on the corpus and kept on disk."""
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Protocol
@@ -11,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from examples.llama.config import UsageError
 from examples.llama.corpus import Corpus
+from examples.llama.processes import write_whole
 
 _TRAINING_CHARACTERS = 100_000_000
 
@@ -108,11 +108,3 @@ def load_tokenizer(
             f"tokenizer {path} has {tokenizer.size} tokens, the model {vocab_size}"
         )
     return tokenizer
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file that other processes see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)

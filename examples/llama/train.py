@@ -1,43 +1,339 @@
-"""Train a LLaMA on real text: `python -m examples.llama.train --help`.
+"""`Trainer` trains a LLaMA on real text: `python -m examples.llama.train --help`.
 
 Exit codes: 0 the run ended, or was asked to stop and saved; 1 training cannot go on;
 2 the command, the data or the checkpoint needs mending (nothing was overwritten).
 """
 
-import itertools
+import dataclasses
+import functools
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import optax
+import tqdm
 import tyro
 
+import lowrank_optax as lro
 from examples.llama import optimizers
-from examples.llama.batches import Cursor
-from examples.llama.checkpoint import say
-from examples.llama.config import TrainConfig, UsageError
-from examples.llama.evaluate import Evaluation, unigram_perplexity
-from examples.llama.model import count_params
+from examples.llama.batches import (
+    Batch,
+    Position,
+    Rows,
+    prefetched,
+    training_batches,
+    validation_rows,
+)
+from examples.llama.budget import planned_train, saved_plan, write_plan
+from examples.llama.checkpoint import (
+    Checkpoints,
+    Store,
+    choose_run_dir,
+    find_start,
+    on_device,
+    say,
+)
+from examples.llama.choose_steps import choose_steps, laid_out, layers_outermost
+from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
+from examples.llama.corpus import Counts, load_corpora
+from examples.llama.model import ACTIVATIONS, abstract_model, count_params
+from examples.llama.placement import choose_placement, fresh_state
 from examples.llama.processes import (
     any_of,
+    found_by_first,
     is_first,
     only_first_prints,
     start_processes,
+    stop_on_signals,
+    write_whole,
 )
-from examples.llama.report import closing_table, readable_bytes
-from examples.llama.rundir import stop_on_signals
-from examples.llama.trainer import Trainer, TrainingStopped
+from examples.llama.report import (
+    Evaluation,
+    Metrics,
+    closing_table,
+    describe,
+    eval_batches,
+    evaluate,
+    finite,
+    readable_bytes,
+    say_changes,
+    unigram,
+)
+from examples.llama.step import split_rows
+from examples.llama.tokenizer import BPETokenizer, load_tokenizer
 
-_UNIGRAM_ROWS = 20_000
+
+class TrainingStopped(Exception):
+    """The run cannot go on; what was saved before stays."""
 
 
-def unigram(trainer: Trainer) -> float:
-    """What knowing only how frequent each token is would reach on the same text."""
-    block, _ = trainer.rows(True).block(Cursor())
-    rows = itertools.islice(block, _UNIGRAM_ROWS)
-    vocabulary = trainer.model_config.vocab_size
-    return unigram_perplexity(rows, trainer.validation, vocabulary)
+class Trainer:
+    """`Trainer(config).run(should_stop)`, on all devices or those given.
+
+    It is made in the order of the methods below: flags and devices, optimizer, text,
+    steps, and a state that is fresh or restored. `run` is the loop over steps, with
+    validation and checkpoints between them; `close` writes the reports.
+    """
+
+    def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None):
+        # The flags. All that can refuse them comes before text is read and tokenized.
+        config, self.model = resolve(config)
+        self.placement = choose_placement(config, devices)
+        self.config = config = dataclasses.replace(config, mesh=self.placement.name)
+        self._make_optimizer()
+        run_dir = found_by_first(lambda: str(choose_run_dir(config)))
+        self.run_dir = pathlib.Path(run_dir)
+        self._read_text()
+        self._make_steps()
+        self._start()
+
+    def _make_optimizer(self) -> None:
+        """The optimizer for the shapes of the model's parameters; nothing is made."""
+        _, self.abstract_params = abstract_model(self.model)
+        places = self.placement.params(self.abstract_params)
+        on_mesh = places if self.placement.mesh else None
+        self.optimizer = optimizers.build_optimizer(self.config, on_mesh)
+        self.tx = optimizers.guarded(self.config, self.optimizer)
+        self.learning_rate = jax.jit(optimizers.learning_rate(self.config))
+
+    def _read_text(self) -> None:
+        """The corpora, their tokenizer and the rows to validate on."""
+        config = self.config
+        self.train_text, self.val_text = load_corpora(
+            config.data, config.val_data, config.text_key
+        )
+        own = self.run_dir / "tokenizer.json" if config.resume else None
+        size = self.model.vocab_size
+        self.tokenizer = load_tokenizer(
+            config.tokenizer, size, self.train_text, config.cache_dir, own
+        )
+        self.validation = list(validation_rows(self.rows(False), config.eval_tokens))
+        if not self.validation:
+            raise UsageError(
+                f"corpus {self.val_text.name} holds no validation text: give more "
+                "files, or --val-data"
+            )
+
+    def rows(self, training: bool) -> Rows:
+        config = self.config
+        return Rows(
+            self.train_text if training else self.val_text,
+            self.tokenizer,
+            config.seq_len,
+            config.packing == "packed",
+            config.seed if training else None,
+        )
+
+    def _make_steps(self) -> None:
+        """Where parameters and state lie, and the compiled steps on them."""
+        config, params = self.config, self.abstract_params
+        self.weights = lro.weight_storage(
+            config.weights, config.param_dtype, layer_axis=0
+        )
+        self.layout = self.placement.layout(params, self.tx, self.weights)
+        if config.layerwise:
+            self.layout = layers_outermost(self.layout, self.tx, self.weights, params)
+        self.make_steps = functools.partial(
+            choose_steps, config, self.model, self.optimizer, self.weights, self.layout
+        )
+        self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
+        self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
+
+    def _start(self) -> None:
+        """A fresh state, or the newest good one of the run that goes on."""
+        config, store = self.config, Store(self.run_dir)
+        start = None
+        if config.resume:
+            start = found_by_first(lambda: find_start(store, self.identity()))
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(store, config.keep)
+        self.step, self.position, self.tokens = start or 0, Position(), 0
+        meta = None
+        if start is None:
+            # Committed to devices, as what is restored: both take the same program.
+            self.params, self.opt_state = fresh_state(
+                self.layout, self.model, config.seed, self.tx, self.weights
+            )
+        else:
+            meta = self._restore(start)
+            say_changes(meta["settings"], dataclasses.asdict(config))
+        describe(
+            config,
+            self.run_dir,
+            self.optimizer,
+            self.abstract_params,
+            self.train_text,
+            self.placement.mesh,
+        )
+        if isinstance(self.tokenizer, BPETokenizer) and is_first():
+            write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
+        self.metrics = Metrics(self.run_dir, self.step, is_first())
+        self.planner = None
+        if config.activation_budget:
+            self.planner = planned_train(
+                config,
+                self.model,
+                lambda wrap_layer: self.make_steps(wrap_layer).train,
+                jax.jit(self.weights.load),
+                self._log_plan,
+                saved_plan(meta, config) if meta else None,
+            )
+            self.steps = self.steps._replace(train=self.planner)
+
+    def _restore(self, start: int) -> dict[str, Any]:
+        """Takes the state saved at a step, and returns what was noted beside it."""
+        params = jax.eval_shape(self.weights.store, self.abstract_params)
+        opt_state = jax.eval_shape(self.tx.init, self.abstract_params)
+        abstract = {"params": params, "opt_state": opt_state}
+        places = {"params": self.layout.stored, "opt_state": self.layout.state}
+        state = self.checkpoints.restore(start, on_device(abstract, places))
+        state = laid_out(state, places)
+        self.params, self.opt_state = state["params"], state["opt_state"]
+        meta = self.checkpoints.store.meta(start)
+        self.position = Position.from_json(meta["position"])
+        self.tokens = meta["tokens"]
+        print(f"going on from step {start} in {self.run_dir}", flush=True)
+        return meta
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this run."""
+        side = self.config.side
+        if side == "auto":  # the state is another where a mesh leads to other sides
+            side = optimizers.sides(self.optimizer, self.abstract_params)
+        return {name: getattr(self.config, name) for name in IDENTITY} | {
+            **({"side": side} if side else {}),
+            "corpus_hash": self.train_text.fingerprint(),
+            "tokenizer_hash": self.tokenizer.fingerprint,
+            "model": dataclasses.asdict(self.model),
+        }
+
+    def run(self, should_stop: Callable[[], bool]) -> Evaluation | None:
+        """Trains to the last step; None when it was told to stop before."""
+        config = self.config
+        last = min(config.steps, config.stop_step or config.steps)
+        hidden = None if is_first() else True  # None: where nobody looks
+        batches = prefetched(
+            training_batches(self.rows(True), config.batch_size, self.position)
+        )
+        bar = tqdm.tqdm(
+            total=last, initial=self.step, unit="step", disable=hidden, smoothing=0.05
+        )
+        try:
+            while self.step < last and not should_stop():
+                self._step(next(batches), bar)
+                if due(self.step, config.eval_every) and self.step < last:
+                    if result := self.evaluate(should_stop):
+                        bar.write(
+                            f"step {self.step}: validation perplexity "
+                            f"{result.perplexity:.3f}"
+                        )
+                if due(self.step, config.checkpoint_every):
+                    self.save()
+        finally:
+            bar.close()
+            batches.close()
+        self.save()
+        return None if should_stop() else self.evaluate(should_stop)
+
+    def _step(self, item: tuple[Batch, Position], bar: Any) -> None:
+        batch, position = item
+        started = time.perf_counter()
+        micro = self.placement.batch(split_rows(batch, self.config.micro_batches))
+        key = lro.rounding_key(self.config.seed, self.step)
+        self.params, self.opt_state, metrics = self.steps.train(
+            self.params, self.opt_state, micro, key
+        )
+        values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - started
+        lr = float(self.learning_rate(self.step))
+        epoch = position.cursor.epoch + 1
+        if epoch > self.position.cursor.epoch + 1:
+            counts = Counts(dict(position.cursor.counts))
+            bar.write(f"step {self.step + 1}: epoch {epoch} of the corpus ({counts})")
+        self.step, self.position = self.step + 1, position
+        self.tokens += int(values["tokens"])
+        if not self.compiled:  # the first step's time is the compiler's
+            self.compiled = True
+        else:
+            self.timed_tokens += int(values["tokens"])
+            self.timed_seconds += seconds
+        self.metrics.add(
+            {
+                "step": self.step,
+                "loss": finite(values["loss"]),
+                "lr": lr,
+                "grad_norm": finite(values["grad_norm"]),
+                "tokens": self.tokens,
+                "epoch": epoch,
+                "skipped": values["skipped"],
+                "seconds": round(seconds, 4),
+            }
+        )
+        if values["skipped_in_a_row"] >= self.config.max_skips:
+            raise TrainingStopped(
+                f"step {self.step}: the gradient was not finite "
+                f"{values['skipped_in_a_row']} times in a row (--max-skips); "
+                "parameters are those before the first of them. A lower --lr, --clip "
+                "1 or --compute-dtype float32 may help"
+            )
+        bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s"
+        )
+        bar.update()
+
+    def tokens_per_second(self) -> float:
+        """Over this process's steps, without compilation and validation."""
+        return self.timed_tokens / max(self.timed_seconds, 1e-9)
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> Evaluation | None:
+        config = self.config
+        batches = eval_batches(self.validation, config.eval_batch_size, config.seq_len)
+        batches = map(self.placement.rows, batches)
+        result = evaluate(self.steps.evaluate, self.params, batches, should_stop)
+        if result is not None:
+            line = {
+                "step": self.step,
+                "val_loss": result.loss,
+                "val_perplexity": result.perplexity,
+                "val_tokens": result.tokens,
+            }
+            if config.galore_compat:
+                line["val_perplexity_galore_compat"] = result.compat_perplexity
+            self.metrics.add(line)
+        return result
+
+    def save(self) -> None:
+        """Saves the present step in the background, once."""
+        self.checkpoints.wait()
+        if self.step == self.checkpoints.last_saved:
+            return
+        state = {"params": self.params, "opt_state": self.opt_state}
+        meta = {
+            "identity": self.identity(),
+            "position": self.position.to_json(),
+            "tokens": self.tokens,
+            "settings": dataclasses.asdict(self.config),
+            "activation_plan": self.planner and self.planner.record(),
+        }
+        self.checkpoints.save(self.step, state, meta)
+
+    def _log_plan(self, line: dict[str, Any]) -> None:
+        """Every decision goes to the metrics, every plan that is used to the folder."""
+        self.metrics.add(line)
+        if self.planner is not None and line["activation_plan"] != "compiling":
+            write_plan(self.planner.plan, self.run_dir)
+
+    def close(self) -> list[pathlib.Path]:
+        """Completes the running save and writes the reports; returns the files."""
+        self.checkpoints.close()
+        return self.metrics.close()
+
+
+def due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def summary(
@@ -47,8 +343,9 @@ def summary(
     config, params = trainer.config, trainer.abstract_params
     state = optimizers.state_bytes(trainer.optimizer, params)
     adamw = optimizers.state_bytes(optax.adamw(1e-3), params)
-    weights = optimizers.tree_bytes(trainer.params)
+    weights = lro.bytes_per_device(trainer.params)
     kind = "byte" if config.tokenizer == "bytes" else "token"
+    guess = unigram(trainer.rows(True), trainer.validation, trainer.model.vocab_size)
     rows = [
         ("model", f"{config.preset}, {count_params(params):,} parameters"),
         (f"weights, {config.weights}", readable_bytes(weights)),
@@ -64,7 +361,7 @@ def summary(
             "validation perplexity",
             f"{result.perplexity:.3f} over {result.tokens:,} tokens",
         ),
-        (f"{kind}-unigram perplexity", f"{unigram(trainer):.3f} on the same tokens"),
+        (f"{kind}-unigram perplexity", f"{guess:.3f} on the same tokens"),
     ]
     if config.galore_compat:
         rows.append(("as GaLore's script counts", f"{result.compat_perplexity:.3f}"))

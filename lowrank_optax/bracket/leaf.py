@@ -8,14 +8,15 @@ shapes share one trace of either door, since the path enters as a number.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.bracket.state import Clock, Kept, Moments, Opened, Renewable
+from lowrank_optax.leaves.matrix import Matrix, refill, unbox
 from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors import At, Projector
@@ -23,81 +24,6 @@ from lowrank_optax.recovery import LeafView, Recovered, Recovery
 from lowrank_optax.transport import Transport
 
 PRNG = "threefry2x32"
-
-
-class Clock(NamedTuple):
-    """The bracket's time.
-
-    Attributes:
-      count: steps of the inner optimizer taken so far.
-      open: False in the middle of a gradient accumulation, when the sum under way
-        fixes the basis.
-      key_data: the bracket's key.
-      layer: which layer the first one of every stack is; 0 where stacks are whole.
-    """
-
-    count: Array
-    open: Array
-    key_data: Array
-    layer: Array | int
-
-
-class Kept(NamedTuple):
-    """What the bracket keeps of one leaf; ``()`` where there is nothing.
-
-    Attributes:
-      stored: what the projector stores, with leading batch axes.
-      pending: per matrix, whether a refresh is owed.
-      recovery: the recovery's state.
-    """
-
-    stored: Any = ()
-    pending: Any = ()
-    recovery: Any = ()
-
-
-class Renewable(NamedTuple):
-    """What a refresh may change of a matrix: of ``Kept``, and its moments."""
-
-    stored: Any
-    pending: Any
-    moments: Any
-
-
-class Opened(NamedTuple):
-    """A leaf on its way.
-
-    Attributes:
-      low: what the inner optimizer is given: ``R = P^T G``, or a full gradient.
-      low_weights: the parameter likewise, or None.
-      gradient: the gradient ``[*batch, m, n]``, with what the recovery added to it.
-      weights: the parameter likewise, or None.
-      basis: the basis of this step, None on full leaves.
-      previous: that of the step before, ``()`` where none is stored.
-      renewed: what is kept from here on, and the moments in the new coordinates.
-    """
-
-    low: Array
-    low_weights: Any
-    gradient: Operand
-    weights: Operand | None
-    basis: Any = None
-    previous: Any = None
-    renewed: Any = None
-
-
-class Moments(NamedTuple):
-    """One leaf's moments for a recovery, each a tuple of dictionaries by field.
-
-    Attributes:
-      after: after the inner update.
-      carried: before it, in the coordinates of this step's basis.
-      before: before transport, in those of the previous one.
-    """
-
-    after: Any = ()
-    carried: Any = ()
-    before: Any = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,20 +129,23 @@ class LowLeaf(Part):
         return jax.lax.pmax(flag.astype(jnp.int32), self._names) > 0
 
     def start(self) -> Kept:
-        """Returns what is kept before the first step; the recovery's is not here."""
+        """Returns what is kept of the basis before the first step."""
         batch = self.matrix.batch_shape
         one = self.projector.start(self.matrix)
         stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
         pending = jnp.ones(batch, jnp.bool_) if self.projector.stores_basis else ()
         return Kept(stored, pending)
 
-    def start_recovery(self) -> Any:
-        """Returns the state of a recovery that keeps numbers for each matrix."""
+    def start_recovery(self, leaf: Any) -> Any:
+        """Returns the recovery's first state for a leaf, in boxes like the leaf's."""
         if self.recovery is None:
             return ()
+        if self.recovery.whole:
+            zeros = jnp.zeros(unbox(leaf).shape, jnp.float32)
+            return self.recovery.start_whole(refill(leaf, zeros))
         if self.recovery.like_leaf:
-            return self.recovery.start(self.matrix)
-        batch, one = self.matrix.batch_shape, self.recovery.start(self.matrix)
+            return refill(leaf, self.recovery.start(self.matrix))
+        batch, one = self.matrix.batch_shape, self.recovery.start(self.matrix.single)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
 
     # Before the inner optimizer.
@@ -254,7 +183,7 @@ class LowLeaf(Part):
         key = jax.random.wrap_key_data(clock.key_data, impl=PRNG)
         key = jax.random.fold_in(key, self.path)
 
-        def one(layer: Array, shift: Array) -> At:
+        def one(layer: Any, shift: Any) -> At:
             epoch = (clock.count + shift) // self.projector.update_proj_gap
             own = jax.random.fold_in(jax.random.fold_in(key, layer), epoch)
             return At(own, epoch, layer, jnp.bool_(False), (), clock.count)
@@ -264,7 +193,7 @@ class LowLeaf(Part):
     def due(self, clock: Clock, stored: Any, pending: Any) -> Array:
         """Returns for every matrix whether its basis is renewed in this step."""
 
-        def one(stored: Any, shift: Array) -> Array:
+        def one(stored: Any, shift: Any) -> Array:
             return self.projector.is_due(stored, clock.count + shift)
 
         return clock.open & (self.lift(one, stored, self.shift) | pending)
@@ -434,7 +363,8 @@ class LowLeaf(Part):
             phi = stepped(recovered.phi, gain)
             terms.append(gradient.astype(phi.dtype).times(phi))
         if recovered.addend is not None:
-            terms.append(recovered.addend.map(lambda x: stepped(x, gain)))
+            addend = Operand.of(recovered.addend, self.matrix.transposed)
+            terms.append(addend.map(lambda x: stepped(x, gain)))
         total = functools.reduce(lambda a, b: a.map(jnp.add, b), terms)
         if recovered.outside is None:  # else one more term is to come
             total = total.map(lambda x: cast(x, self.update_dtype))

@@ -1,11 +1,10 @@
 """``Planner`` and ``Plan``: what happens to every leaf, decided once per structure."""
 
-import contextvars
 import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +14,9 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax._meshes import explicit_sharding
-from lowrank_optax.bracket.leaf import PRNG, Clock, FullLeaf, LowLeaf, cast
+from lowrank_optax.bracket.leaf import PRNG, FullLeaf, LowLeaf
 from lowrank_optax.bracket.selection import Selection, axis_parts
-from lowrank_optax.bracket.state import (
-    Bracket,
-    SubspaceState,
-    box_basis,
-    start_recovery,
-)
+from lowrank_optax.bracket.state import Bracket, Clock
 from lowrank_optax.leaves.matrix import (
     Matrix,
     Parts,
@@ -34,7 +28,6 @@ from lowrank_optax.leaves.matrix import (
     unbox,
     unbox_tree,
 )
-from lowrank_optax.leaves.moments import FIELDS, find
 from lowrank_optax.leaves.part import transformation
 from lowrank_optax.projectors import two_sided
 
@@ -121,7 +114,10 @@ class Plan:
 
     def arrays(self, tree: Any) -> list[Any]:
         """Returns the same out of their boxes."""
-        return [None if leaf is None else unbox_tree(leaf) for leaf in self.flat(tree)]
+        return [
+            leaf if leaf is None or isinstance(leaf, jax.Array) else unbox_tree(leaf)
+            for leaf in self.flat(tree)
+        ]
 
     def boxed(self, like: Any, leaves: list[Any]) -> Any:
         """Returns the leaves as one tree, each in boxes like those of ``like``."""
@@ -165,12 +161,11 @@ class Plan:
                 "Gradients and parameters must be trees of the same structure; got "
                 f"gradients {structure} and parameters {self.treedef}."
             )
-        for leaf, update in zip(self.leaves, self.flat(updates), strict=True):
-            if unbox(update).shape != leaf.shape:
+        for leaf, update in zip(self.leaves, self.arrays(updates), strict=True):
+            if update.shape != leaf.shape:
                 raise ValueError(
-                    f"The gradient of leaf {leaf.path!r} has shape "
-                    f"{unbox(update).shape}, its parameter {leaf.shape}; they must be "
-                    "the same."
+                    f"The gradient of leaf {leaf.path!r} has shape {update.shape}, its "
+                    f"parameter {leaf.shape}; they must be the same."
                 )
 
     def leaves_of(
@@ -245,7 +240,8 @@ class Planner:
           ValueError: if a leaf selected explicitly has too large a rank or no axes.
         """
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-        infos = tuple(_info(unbox(leaf), layers) for _, leaf in flat)
+        arrays = [x if isinstance(x, jax.Array) else unbox(x) for _, x in flat]
+        infos = tuple(_info(leaf, layers) for leaf in arrays)
         key = treedef, infos, layers
         if key not in self._plans:
             paths = [path_string(path) for path, _ in flat]
@@ -258,7 +254,7 @@ class Planner:
         numbers = self.selection.numbers(tree, treedef)
         shardings = self.selection.shardings(treedef)
         leaves = tuple(map(self._leaf, paths, infos, numbers, shardings))
-        shifts = _shifts(leaves, self.bracket.projector.update_proj_gap, self.stagger)
+        early = shifts(leaves, self.bracket.projector.update_proj_gap, self.stagger)
         if layers is not None:
             if self.stagger:
                 raise ValueError(
@@ -266,8 +262,8 @@ class Planner:
                     "layer-wise step sees one layer of it at a time. Use stagger=False."
                 )
             leaves = tuple(map(_of_one_layer, leaves))
-            shifts = tuple(shift[: len(shift) // layers] for shift in shifts)
-        return Plan(treedef, leaves, shifts, False)
+            early = tuple(shift[: len(shift) // layers] for shift in early)
+        return Plan(treedef, leaves, early, False)
 
     def _leaf(self, path: str, info: LeafInfo, numbers: Any, sharding: Any) -> LeafPlan:
         shape, selection = info.shape, self.selection
@@ -360,7 +356,7 @@ class Planner:
             kept = door.start()
             zeros = self.low_zeros(door, kept.stored)
             inner = transformation(bracket.inner).init(zeros)
-            return kept, inner, start_recovery(door, jnp.zeros(matrix.shape))
+            return kept, inner, door.start_recovery(jnp.zeros(matrix.shape))
 
         make = functools.partial(low, leaf) if isinstance(leaf, Matrix) else full
         shapes = jax.eval_shape(make)
@@ -398,8 +394,8 @@ def _of_one_layer(leaf: LeafPlan) -> LeafPlan:
     return dataclasses.replace(leaf, shape=shape, matrix=matrix, in_turn=False)
 
 
-def _shifts(
-    leaves: tuple[LeafPlan, ...], gap: int, stagger: bool
+def shifts(
+    leaves: Sequence[LeafPlan], gap: int, stagger: bool
 ) -> tuple[tuple[int, ...], ...]:
     """Spreads the refreshes of all matrices evenly over the gap, or not at all."""
     counts = [
@@ -413,87 +409,3 @@ def _shifts(
         )
         for start, count in zip(starts, counts, strict=False)
     )
-
-
-def start(planner: Planner, params: Any) -> Any:
-    """Returns the state of a fresh bracket."""
-    plan, bracket = planner.plan(params), planner.bracket
-    boxes, arrays = plan.flat(params), plan.arrays(params)
-    leaves = plan.leaves_of(bracket, arrays)
-    low: list[Any] = [cast(x, bracket.dtype) for x in arrays]
-    basis: list[Any] = [optax.MaskedNode()] * len(boxes)
-    pending, recovery = list(basis), list(basis)
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, LowLeaf):
-            first = leaf.start()
-            low[i] = planner.low_zeros(leaf, first.stored)
-            basis[i] = box_basis(boxes[i], first.stored, leaf)
-            pending[i] = first.pending
-            recovery[i] = start_recovery(leaf, boxes[i])
-    inner, full = plan.inner_trees(bracket, params, low)
-    inner_state = transformation(bracket.inner).init(inner)
-    if plan.matrices():
-        _check_moments(bracket, inner_state)
-    state = SubspaceState(
-        jnp.zeros([], jnp.int32),
-        planner.key_data(),
-        plan.treedef.unflatten(basis),
-        plan.treedef.unflatten(pending),
-        inner_state,
-        () if bracket.full is None else transformation(bracket.full).init(full),
-        () if bracket.recovery is None else plan.treedef.unflatten(recovery),
-    )
-    if _DESCRIBING.get():
-        return Described(state, plan, planner)
-    planner.structures.add(jax.tree.structure(state))
-    return state
-
-
-def _check_moments(bracket: Bracket, inner_state: Any) -> None:
-    """Raises if the parts want of the inner optimizer's state what it does not have."""
-    if bracket.transport.moves and not any(find(inner_state).groups):
-        raise ValueError(
-            "This transport moves moments, but the inner optimizer's state has none "
-            f"(no field {', '.join(FIELDS)}). Use an inner optimizer with "
-            "moments, such as optax.scale_by_adam(), or transport=lro.align_signs(). "
-            "A state type of your own can be named with lro.register_moments."
-        )
-    recovery = bracket.recovery
-    if recovery is None or recovery.accumulates:
-        return
-    if optax.tree_utils.tree_get(inner_state, "mini_step") is not None:
-        raise ValueError(
-            f"{type(recovery).__name__} does not work around an accumulation inside "
-            "the bracket. Put optax.MultiSteps around the whole optimizer instead."
-        )
-
-
-# Whether `init` describes its brackets: for reports, which look into any nesting of
-# transformations. What a step computes does not depend on it.
-_DESCRIBING = contextvars.ContextVar("describing", default=False)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """A bracket's state where it stands in an optimizer's, with its plan.
-
-    Attributes:
-      state: the state.
-      plan: what happens to every leaf.
-      planner: the bracket and its options.
-    """
-
-    state: SubspaceState
-    plan: Plan = dataclasses.field(metadata={"static": True})
-    planner: Planner = dataclasses.field(metadata={"static": True})
-
-
-def described(tx: Any, params: Any) -> Any:
-    """Returns the shapes of ``tx.init(params)``, a ``Described`` for every bracket."""
-    token = _DESCRIBING.set(True)
-    try:
-        # A function of its own: eval_shape remembers those that it has traced.
-        return jax.eval_shape(lambda params: tx.init(params), params)
-    finally:
-        _DESCRIBING.reset(token)

@@ -3,15 +3,11 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank_optax.bracket.leaf import LowLeaf
-from lowrank_optax.leaves.matrix import Axes, rebox, refill, unbox
 from lowrank_optax.leaves.part import Part
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors import Projector
-from lowrank_optax.quantization import is_quantized
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport
 
@@ -82,23 +78,76 @@ class SubspaceView(NamedTuple):
     matrices: Any
 
 
-def start_recovery(door: LowLeaf, leaf: Any) -> Any:
-    """Returns the recovery's first state for a leaf, in boxes like the leaf's own."""
-    if door.recovery is None:
-        return ()
-    if door.recovery.whole:
-        zeros = jnp.zeros(unbox(leaf).shape, jnp.float32)
-        return door.recovery.start_whole(refill(leaf, zeros))
-    state = door.start_recovery()
-    return refill(leaf, state) if door.recovery.like_leaf else state
+class Clock(NamedTuple):
+    """The bracket's time.
+
+    Attributes:
+      count: steps of the inner optimizer taken so far.
+      open: False in the middle of a gradient accumulation, when the sum under way
+        fixes the basis.
+      key_data: the bracket's key.
+      layer: which layer the first one of every stack is; 0 where stacks are whole.
+    """
+
+    count: Array
+    open: Array
+    key_data: Array
+    layer: Array | int
 
 
-def box_basis(leaf: Any, stored: Any, door: LowLeaf) -> Any:
-    """Puts boxes like the leaf's around what has axes in common with it."""
-    batch = door.matrix.batch_axes
+class Kept(NamedTuple):
+    """What the bracket keeps of one leaf; ``()`` where there is nothing.
 
-    def box(x: Any, axes: Axes) -> Any:
-        return x if is_quantized(x) or not any(axes) else rebox(leaf, x, batch + axes)
+    Attributes:
+      stored: what the projector stores, with leading batch axes.
+      pending: per matrix, whether a refresh is owed.
+      recovery: the recovery's state.
+    """
 
-    axes = door.projector.axes(door.matrix)
-    return jax.tree.map(box, stored, axes, is_leaf=is_quantized)
+    stored: Any = ()
+    pending: Any = ()
+    recovery: Any = ()
+
+
+class Renewable(NamedTuple):
+    """What a refresh may change of a matrix: of ``Kept``, and its moments."""
+
+    stored: Any
+    pending: Any
+    moments: Any
+
+
+class Opened(NamedTuple):
+    """A leaf on its way.
+
+    Attributes:
+      low: what the inner optimizer is given: ``R = P^T G``, or a full gradient.
+      low_weights: the parameter likewise, or None.
+      gradient: the gradient ``[*batch, m, n]``, with what the recovery added to it.
+      weights: the parameter likewise, or None.
+      basis: the basis of this step, None on full leaves.
+      previous: that of the step before, ``()`` where none is stored.
+      renewed: what is kept from here on, and the moments in the new coordinates.
+    """
+
+    low: Array
+    low_weights: Any
+    gradient: Operand
+    weights: Operand | None
+    basis: Any = None
+    previous: Any = None
+    renewed: Any = None
+
+
+class Moments(NamedTuple):
+    """One leaf's moments for a recovery, each a tuple of dictionaries by field.
+
+    Attributes:
+      after: after the inner update.
+      carried: before it, in the coordinates of this step's basis.
+      before: before transport, in those of the previous one.
+    """
+
+    after: Any = ()
+    carried: Any = ()
+    before: Any = ()

@@ -14,20 +14,21 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._meshes import explicit_like
-from lowrank_optax.bracket.leaf import (
+from lowrank_optax.bracket.leaf import cast, stepped, when
+from lowrank_optax.bracket.plan import Plan, Planner
+from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.bracket.start import start
+from lowrank_optax.bracket.state import (
+    Bracket,
     Clock,
     Kept,
     Moments,
     Opened,
-    cast,
-    stepped,
-    when,
+    SubspaceState,
+    SubspaceView,
 )
-from lowrank_optax.bracket.plan import Plan, Planner, start
-from lowrank_optax.bracket.selection import Selection
-from lowrank_optax.bracket.state import Bracket, SubspaceState, SubspaceView
 from lowrank_optax.leaves.matrix import refill, restore, unbox
-from lowrank_optax.leaves.moments import find, of_leaf, with_moments
+from lowrank_optax.leaves.moments import by_leaf, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
@@ -122,14 +123,15 @@ def subspace(
     )
     planner = Planner(bracket, selection or Selection(), stagger, seed)
 
-    def init(params: Any) -> SubspaceState:
+    def init(params: Any) -> Any:
         return start(planner, params)
 
     def update(updates, state, params=None, *, layer=None, **extra_args):
         layers = None if layer is None else layer.layers
         like = updates if params is None else params
         plan = planner.plan(like, layers)
-        plan.check(updates)
+        if params is not None:
+            plan.check(updates)
         if layer is None and jax.tree.structure(state) not in planner.structures:
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start(planner, like))
@@ -156,7 +158,7 @@ def step(
     moments carried over, itself projected. The inner optimizer runs on the results.
     Every leaf is closed: completed from outside the subspace, lifted, turned back.
     """
-    clock = _clock(state, layer)
+    clock = clock_of(state, layer)
     gradients, weights = plan.arrays(updates), plan.arrays(params)
     leaves = plan.leaves_of(bracket, gradients)
     kept, moments = _kept(plan, bracket, state), _moments(plan, bracket, state)
@@ -182,19 +184,22 @@ def step(
     new_updates, kept = _completed(plan, bracket, updates, closed, kept, gain, done)
 
     count = jnp.asarray(optax.safe_increment(state.count))
+    stored = [k.stored for k in kept]
+    pending = [k.pending for k in kept]
+    recovery = [k.recovery for k in kept]
     new_state = SubspaceState(
         count if done is None else jnp.where(done, count, state.count),
         state.key,
-        plan.boxed(state.basis, [k.stored for k in kept]),
-        plan.boxed(state.pending, [k.pending for k in kept]),
+        plan.boxed(state.basis, stored),
+        plan.boxed(state.pending, pending),
         inner_state,
         full_state,
-        plan.boxed(state.recovery_state, [k.recovery for k in kept]),
+        plan.boxed(state.recovery_state, recovery),
     )
     return new_updates, new_state
 
 
-def _clock(state: SubspaceState, layer: Any) -> Clock:
+def clock_of(state: SubspaceState, layer: Any = None) -> Clock:
     """Returns the bracket's time."""
     done = _is_summed(state.inner_state)
     is_open = jnp.bool_(True) if done is None else done
@@ -224,10 +229,9 @@ def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
 
 def _moments(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Any]:
     """Returns the moments that a refresh reads or moves, per leaf."""
-    reads = bracket.transport.moves or bracket.projector.reads_moments
-    return (
-        moments_by_leaf(state.inner_state, plan) if reads else [()] * len(plan.leaves)
-    )
+    if bracket.transport.moves or bracket.projector.reads_moments:
+        return by_leaf(state.inner_state, plan.treedef)
+    return [()] * len(plan.leaves)
 
 
 def _view(
@@ -238,11 +242,11 @@ def _view(
     if bracket.transport.moves:
         moved = {i: opened[i].renewed.moments for i, _ in plan.matrices()}
         carried = with_moments(carried, plan.treedef, moved)
-    weights = [o.weights and o.weights.array for o in opened]
+    weights = [None if o.weights is None else o.weights.array for o in opened]
     tree = plan.treedef.unflatten
     return SubspaceView(
         gradient=tree([o.gradient.array for o in opened]),
-        params=None if None in weights else tree(weights),
+        params=None if any(w is None for w in weights) else tree(weights),
         projected=tree([o.low for o in opened]),
         basis=tree([o.basis for o in opened]),
         previous_basis=tree([o.previous for o in opened]),
@@ -292,17 +296,8 @@ def _seen(
     if bracket.recovery is None:
         return [Moments()] * len(plan.leaves)
     states = inner_state, view.state_transported, view.state_before
-    found = (moments_by_leaf(state, plan, factors=True) for state in states)
+    found = (by_leaf(state, plan.treedef, factors=True) for state in states)
     return [Moments(*leaf) for leaf in zip(*found, strict=True)]
-
-
-def moments_by_leaf(state: Any, plan: Plan, factors: bool = False) -> list[Any]:
-    """Returns the decoded moments of every matrix, ``()`` for a full leaf."""
-    groups = find(state, factors).groups
-    return [
-        of_leaf(groups, plan.treedef, i) if leaf.matrix else ()
-        for i, leaf in enumerate(plan.leaves)
-    ]
 
 
 def _completed(

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.bracket.plan import LeafPlan, Record, recording
-from lowrank_optax.bracket.refresh import Clock, LeafBasis, Refresher
-from lowrank_optax.bracket.state import Bracket, SubspaceState, clock_of
-from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox, unbox_tree
-from lowrank_optax.linalg.products import gram, wide
+from lowrank_optax.bracket.leaf import LowLeaf
+from lowrank_optax.bracket.plan import LeafPlan, Planner, low_leaf
+from lowrank_optax.bracket.start import Described, described
+from lowrank_optax.bracket.state import Clock, SubspaceState
+from lowrank_optax.bracket.subspace import clock_of
+from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
+from lowrank_optax.linalg.products import Operand, gram, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,61 +53,63 @@ class Channel:
         is due for a refresh, or has lost its rank. None for never.
     """
 
-    def __init__(self, refresher: Refresher, clock: Clock, leaf: LeafBasis):
-        self._matrix, self._projector = refresher.matrix, refresher.projector
-        self._basis = refresher.basis(clock, leaf.stored)
-        self._factor = None
+    def __init__(self, leaf: LowLeaf, clock: Clock, stored: Any, pending: Any):
+        self._leaf, self._matrix = leaf, leaf.matrix
+        self._basis = leaf.basis(leaf.at(clock), stored)
+        self._factor = ()
         self.whole = None
-        if self._projector.stores_basis:
-            self.whole = refresher.due(clock, leaf)
-        if not self._projector.orthonormal:
-            self._factor = jnp.linalg.cholesky(gram(wide(self._basis)))
-            lost = ~jnp.all(jnp.isfinite(self._factor), (-2, -1)).reshape(-1)
+        if leaf.projector.stores_basis:
+            self.whole = leaf.due(clock, stored, pending)
+        if not leaf.projector.orthonormal:
+            factor = leaf.lift(
+                lambda p: jnp.linalg.cholesky(gram(wide(p))), self._basis
+            )
+            lost = ~jnp.all(jnp.isfinite(factor), (-2, -1))
             self.whole = lost if self.whole is None else self.whole | lost
+            self._factor = factor
 
     def down(self, gradient: Array) -> Array:
         """Returns ``R [*batch, r, n]`` of a gradient as stored, in its dtype."""
-        view = self._matrix.view(gradient)
-        low = self._projector.down(self._matrix, self._basis, view)
+
+        def one(basis: Any, x: Operand) -> Array:
+            return self._leaf.projector.down(self._matrix, basis, x)
+
+        low = self._leaf.lift(one, self._basis, self._matrix.operand(gradient))
         return low.astype(gradient.dtype)
 
     def up(self, low: Array) -> Array:
         """Returns G', as stored, in float32 or wider."""
-        return self._matrix.undo(self._up(self._basis, self._factor, wide(low)))
+        lifted = self._leaf.lift(self._up, self._basis, self._factor, wide(low))
+        return self._matrix.leaf(lifted)
 
     def either(self, low: Array, whole: Callable[[Array], Array], gradient: Array):
         """Returns ``whole(G)`` of the matrices that this step needs whole, else G'."""
         if self.whole is None:
             return self.up(low)
-        if not self._matrix.batch:
-            return jax.lax.cond(
-                self.whole[0], lambda: wide(whole(gradient)), lambda: self.up(low)
-            )
-        batch, flip = len(self._matrix.batch), self._matrix.flip
 
-        def each(args):
-            due, basis, factor, low, gradient = args
+        def one(due: Array, basis: Any, factor: Any, low: Array, x: Operand) -> Operand:
             return jax.lax.cond(
                 due,
-                lambda: wide(whole(gradient)),
-                lambda: flip(self._up(basis, factor, wide(low))),
+                lambda: x.map(lambda stored: wide(whole(stored))),
+                lambda: self._up(basis, factor, wide(low)),
             )
 
-        def stack() -> Array:
-            view = flip(self._matrix.view(gradient))  # a loop's operands are stored
-            trees = (self._basis, self._factor, low, view)
-            flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[batch:])), trees)
-            out = jax.lax.map(each, (self.whole, *flat))
-            return self._matrix.undo(flip(out.reshape(view.shape)))
+        def each() -> Array:
+            seen = self._matrix.operand(gradient)
+            trees = (self.whole, self._basis, self._factor, low, seen)
+            return self._matrix.leaf(self._leaf.one_by_one(one, *trees))
 
-        return jax.lax.cond(jnp.any(self.whole), stack, lambda: self.up(low))
+        if not self._matrix.batch:
+            return each()
+        # Each matrix is sent whole by itself, and only in steps that need one.
+        return jax.lax.cond(jnp.any(self.whole), each, lambda: self.up(low))
 
-    def _up(self, basis: Any, factor: Array | None, low: Array) -> Array:
-        if factor is not None:
+    def _up(self, basis: Any, factor: Any, low: Array) -> Operand:
+        if not isinstance(factor, tuple):
             solve = jax.lax.linalg.triangular_solve
             half = solve(factor, low, left_side=True, lower=True)
             low = solve(factor, half, left_side=True, lower=True, transpose_a=True)
-        return self._projector.up(self._matrix, basis, low)
+        return self._leaf.projector.up(self._matrix, basis, low)
 
 
 class Compression:
@@ -116,12 +120,20 @@ class Compression:
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any):
-        self._records = _records(tx, params)
+        self._state = described(tx, params)
+        self._brackets = _brackets(self._state)
+        if not self._brackets:
+            raise ValueError(
+                "lro.distributed found no low-rank bracket in this optimizer, so there "
+                "is nothing to compress; expected one built by lro.chain, lro.subspace "
+                "or a method of lro. For any other, take jax.lax.pmean of the "
+                "gradients."
+            )
         self._where: dict[str, tuple[int, int]] = {}
         self.rows: dict[str, LeafTraffic] = {}
         plans: dict[str, list[tuple[int, int, LeafPlan]]] = {}
-        for k, record in enumerate(self._records):
-            for i, leaf in enumerate(record.plan.leaves):
+        for k, bracket in enumerate(self._brackets):
+            for i, leaf in enumerate(bracket.plan.leaves):
                 plans.setdefault(leaf.path, []).append((k, i, leaf))
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
             path, shape = path_string(keys), unbox(leaf).shape
@@ -133,39 +145,57 @@ class Compression:
                 reason = "several brackets project it"
             elif seen:
                 ((k, i, matrix),) = seen
-                reason, sent = _judge(self._records[k].bracket, matrix, size)
+                reason, sent = _judge(self._brackets[k].planner, matrix, size)
                 if sent < size:
                     self._where[path] = k, i
             self.rows[path] = LeafTraffic(path, shape, size, sent, reason)
 
     def channels(self, state: Any) -> dict[str, Channel]:
         """Returns the channel of every compressed leaf in this state, by path."""
-        states = _states(state)
-        if len(states) != len(self._records):
+        treedef = jax.tree.structure(self._state, is_leaf=_is_described)
+        try:
+            nodes = treedef.flatten_up_to(state)
+        except ValueError as error:
             raise ValueError(
-                f"Expected the state of this optimizer, with {len(self._records)} "
-                f"low-rank bracket(s) in it; got one with {len(states)}. Pass what "
-                "tx.init(params) or tx.update(...) returned."
-            )
-        pairs = list(zip(self._records, states, strict=True))
+                f"Expected the state of this optimizer, with {len(self._brackets)} "
+                "low-rank bracket(s) in it. Pass what tx.init(params) or "
+                f"tx.update(...) returned. {error}"
+            ) from error
+        described = jax.tree.leaves(self._state, is_leaf=_is_described)
+        states = [
+            state
+            for found, state in zip(described, nodes, strict=True)
+            if _is_described(found)
+        ]
         return {
-            path: _channel(*pairs[k], position)
+            path: _channel(self._brackets[k], states[k], position)
             for path, (k, position) in self._where.items()
         }
 
 
-def _channel(record: Record, state: SubspaceState, position: int) -> Channel:
-    plan, bracket, _ = record
-    stored = plan.treedef.flatten_up_to(state.basis)[position]
-    pending = plan.treedef.flatten_up_to(state.pending)[position]
-    refresher = bracket.refreshers(plan)[position]
-    return Channel(refresher, clock_of(state), LeafBasis(unbox_tree(stored), pending))
+def _is_described(node: Any) -> bool:
+    return isinstance(node, Described)
 
 
-def _judge(bracket: Bracket, matrix: Matrix, size: int) -> tuple[str, int]:
+def _brackets(state: Any) -> list[Described]:
+    nodes = jax.tree.leaves(state, is_leaf=_is_described)
+    return [node for node in nodes if isinstance(node, Described)]
+
+
+def _channel(found: Described, state: SubspaceState, position: int) -> Channel:
+    plan, bracket = found.plan, found.planner.bracket
+    (matrix,) = (matrix for i, matrix in plan.matrices() if i == position)
+    leaf = low_leaf(bracket, matrix, shift=plan.shifts[position])
+    stored = plan.arrays(state.basis)[position]
+    pending = plan.flat(state.pending)[position]
+    return Channel(leaf, clock_of(state), stored, pending)
+
+
+def _judge(planner: Planner, matrix: Matrix, size: int) -> tuple[str, int]:
     """Returns why a projected leaf is compressed or not, and its numbers sent."""
-    refresher = bracket.refresher(matrix)
-    projector = refresher.projector
+    bracket = planner.bracket
+    leaf = low_leaf(bracket, matrix)
+    projector = leaf.projector
     name = f"lro.{type(bracket.projector).__name__}"
     one_sided = matrix.side != "both"
     if bracket.recovery is not None:
@@ -179,7 +209,7 @@ def _judge(bracket: Bracket, matrix: Matrix, size: int) -> tuple[str, int]:
         return f'{name} keeps no orthonormal bases, and side="both" has two', size
 
     def low():
-        return bracket.low_zeros(refresher, refresher.init().stored)
+        return planner.low_zeros(leaf, leaf.start().stored)
 
     sent = jax.eval_shape(low).size
     if sent >= size:
@@ -187,31 +217,3 @@ def _judge(bracket: Bracket, matrix: Matrix, size: int) -> tuple[str, int]:
     if projector.stores_basis:
         return f"a projection between refreshes, {sent} of {size} numbers", sent
     return f"a projection at every step, {sent} of {size} numbers", sent
-
-
-def _states(tree: Any) -> list[SubspaceState]:
-    def is_state(x: Any) -> bool:
-        return isinstance(x, SubspaceState)
-
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
-
-
-def _records(tx: optax.GradientTransformation, params: Any) -> list[Record]:
-    """Returns the brackets of ``tx`` in the order in which its state has theirs."""
-    with recording() as records:
-        counts: list[Any] = []
-
-        def init(params):
-            state = tx.init(params)
-            counts.extend(bracket.count for bracket in _states(state))
-            return state
-
-        jax.eval_shape(init, params)
-    if not records:
-        raise ValueError(
-            "lro.distributed found no low-rank bracket in this optimizer, so there is "
-            "nothing to compress; expected one built by lro.chain, lro.subspace or a "
-            "method of lro. For any other, take jax.lax.pmean of the gradients."
-        )
-    owners = {id(record.state.count): record for record in records}
-    return [owners[id(count)] for count in counts]

@@ -52,7 +52,7 @@ def owners(paths: list[tuple[str, ...]], params: Any) -> list[int | None]:
     That is the one whose own path they end with, the longest if there are several.
     """
     pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-    known = {_names(path): i for i, (path, _) in enumerate(pairs)}
+    known = {names_of(path): i for i, (path, _) in enumerate(pairs)}
 
     def owner(names: tuple[str, ...]) -> int | None:
         ends = (names[start:] for start in range(len(names) + 1))
@@ -73,8 +73,9 @@ def _flatten(state: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
     pairs, structure = jax.tree_util.tree_flatten_with_path(
         state, is_leaf=lambda x: is_quantized(x) or is_box(x)
     )
-    return [(_names(path), unbox(leaf)) for path, leaf in pairs], structure
+    return [(names_of(path), unbox(leaf)) for path, leaf in pairs], structure
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns a key path as names."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -139,6 +139,17 @@ class Matrix:
     def _size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
 
+    @functools.cached_property
+    def single(self) -> "Matrix":
+        """One matrix of the stack, without the batch axes."""
+        kept = [axis for axis in range(len(self.shape)) if axis not in self.batch]
+        moved = {
+            field: tuple(kept.index(axis) for axis in getattr(self, field))
+            for field in ("rows", "columns", "shared")
+        }
+        shape = tuple(self.shape[axis] for axis in kept)
+        return dataclasses.replace(self, shape=shape, batch=(), **moved)
+
     def seen_from(self, side: str) -> "Matrix":
         """Returns the same matrix with its basis on another side."""
         return dataclasses.replace(self, side=side)

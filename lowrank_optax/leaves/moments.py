@@ -136,22 +136,21 @@ def weight_seen(decay: Any, steps: Array) -> Array:
     return -jnp.expm1(steps * rate)
 
 
-def of_leaf(
-    groups: tuple[Group, ...], treedef: Any, position: int
-) -> tuple[Group, ...]:
-    """Picks one leaf's moments out of every group's trees, decoded (arrays only)."""
+def by_leaf(state: Any, treedef: Any, factors: bool = False) -> list[tuple[Group, ...]]:
+    """Returns the moments of every leaf, decoded: one dict of arrays per group."""
 
-    def pick(tree: Any) -> Any:
-        return dequantize(unbox_tree(treedef.flatten_up_to(tree)[position]))
+    def decoded(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array)
+        return leaf if is_array else dequantize(unbox_tree(leaf))
 
-    return tuple(
-        {
-            field: leaf
-            for field, tree in group.items()
-            if isinstance(leaf := pick(tree), jax.Array)
-        }
-        for group in groups
-    )
+    leaves: list[tuple[Group, ...]] = [()] * treedef.num_leaves
+    for group in find(state, factors).groups:
+        fields = {name: treedef.flatten_up_to(tree) for name, tree in group.items()}
+        for i, groups in enumerate(leaves):
+            own = {name: decoded(flat[i]) for name, flat in fields.items()}
+            arrays = {k: x for k, x in own.items() if isinstance(x, jax.Array)}
+            leaves[i] = (*groups, arrays)
+    return leaves
 
 
 def with_moments(state: Any, treedef: Any, leaves: dict[int, tuple[Group, ...]]) -> Any:
@@ -173,6 +172,8 @@ def with_moments(state: Any, treedef: Any, leaves: dict[int, tuple[Group, ...]])
 
 def _refilled(leaf: Any, moment: Array) -> Any:
     """Puts a moment where another was: in its box, encoded as that was."""
+    if isinstance(leaf, jax.Array):
+        return moment
     if is_quantized(leaf):
         return refill_tree(leaf, unbox_tree(leaf).encode(moment))
     return refill(leaf, moment)

@@ -6,7 +6,7 @@ as arguments, and two parts without arrays share a trace if their fields are equ
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -18,9 +18,8 @@ class Part:
     """A piece of a bracket, not a transformation; subclasses are frozen dataclasses.
 
     A field is a child in the pytree if it holds arrays: an array, a mapping, or another
-    part. Everything else is static and must be hashable; so a Python number is a
-    constant of the program, and an array (as ``optax.inject_hyperparams`` passes) an
-    argument of it.
+    part. Everything else is static: a Python number is a constant of the program, and
+    an array (as ``optax.inject_hyperparams`` passes) an argument of it.
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -34,6 +33,7 @@ class Part:
         # Not through the constructor: children may be anything while a tree is mapped.
         part = object.__new__(cls)
         for name, value in (*zip(names, children, strict=True), *values):
+            value = value.value if isinstance(value, _Itself) else value
             object.__setattr__(part, name, value)
         object.__setattr__(part, "_children", names)
         return part
@@ -57,8 +57,25 @@ def _flatten(part: Any) -> tuple[list[Any], Any]:
     if names is None:
         names = tuple(name for name, value in fields.items() if _holds_arrays(value))
     children = [(jax.tree_util.GetAttrKey(name), fields[name]) for name in names]
-    static = tuple((k, v) for k, v in fields.items() if k not in names)
+    static = tuple(
+        (k, v if isinstance(v, Hashable) else _Itself(v))
+        for k, v in fields.items()
+        if k not in names
+    )
     return children, (names, static)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Itself:
+    """A value that can change, such as a list: equal to nothing but itself."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _holds_arrays(value: Any) -> bool:

@@ -1,16 +1,24 @@
 """``cholesky_qr`` and ``block_power``: orthonormal bases from matrix products alone.
 
-Beside them stand the exact singular vectors, the one basis here that needs an SVD.
+Beside them stand the exact singular vectors, the one basis here that needs an SVD, and
+``Rotation``, the change from one basis to another in the coordinates of moments.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
-from lowrank_optax.linalg.products import HIGHEST, Operand, gram, outer, unit_peak
+from lowrank_optax.linalg.products import (
+    HIGHEST,
+    Operand,
+    by_blocks,
+    gram,
+    outer,
+    unit_peak,
+)
 
 # Multiples of eps * trace(Y^T Y) added to the Gram matrix in each sweep. The first
 # shift exceeds the Gram matrix' own rounding error, so that its Cholesky factor
@@ -137,3 +145,37 @@ def left_singular_vectors(
     scaled, _ = unit_peak(gradient)
     left, values, _ = jnp.linalg.svd(scaled, full_matrices=False)
     return left, values
+
+
+class Rotation(NamedTuple):
+    """A change of basis in coordinates: ``R_new = left R_old (right^T)``."""
+
+    left: Array
+    right: Array | None = None
+
+    def apply(self, low: Array) -> Array:
+        """Rotates ``[r, n]`` coordinates."""
+        low = jnp.matmul(self.left, low, precision=HIGHEST)
+        if self.right is None:
+            return low
+        return by_blocks(low, self.right.T, HIGHEST)
+
+    def diagonal(self, low: Array) -> Array:
+        """Returns the factors with which coordinates like ``low`` stay in place."""
+        left = jnp.diagonal(self.left)[:, None]
+        if self.right is None:
+            return left
+        blocks = low.shape[-1] // self.right.shape[-1]
+        return left * jnp.tile(jnp.diagonal(self.right), blocks)
+
+    def apply_rest(self, low: Array) -> Array:
+        """Returns ``apply(low) - diagonal * low``, without cancellation on one side."""
+        if self.right is not None:
+            return self.apply(low) - self.diagonal(low) * low
+        rest = self.left - jnp.diag(jnp.diagonal(self.left))
+        return jnp.matmul(rest, low, precision=HIGHEST)
+
+    def squared(self) -> "Rotation":
+        """Returns the rotation with squared entries, for variances."""
+        right = None if self.right is None else self.right**2
+        return Rotation(self.left**2, right)

@@ -54,6 +54,12 @@ class Operand:
         return -1 if self.transposed else -2
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix' shape, ``(*batch, m, n)``."""
+        *batch, a, b = self.stored.shape
+        return (*batch, b, a) if self.transposed else (*batch, a, b)
+
+    @property
     def dtype(self) -> Any:
         """The entries' dtype."""
         return self.stored.dtype

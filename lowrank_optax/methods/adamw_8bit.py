@@ -1,14 +1,17 @@
-"""AdamW with moments in eight bits."""
+"""``adamw_8bit``: AdamW with moments in eight bits, for leaves of any shape."""
 
 from typing import Any
 
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.methods import _recipe
+from lowrank_optax.methods._method import method
+from lowrank_optax.methods._shared import Transformation
+from lowrank_optax.quantization import Codec, blockwise_int8
 from lowrank_optax.transforms import quantize_state
 
 
+@method("8-bit AdamW", "2110.02861", "Dettmers et al. (2021)")
 def adamw_8bit(
     learning_rate: optax.ScalarOrSchedule,
     b1: float | Array = 0.9,
@@ -19,51 +22,47 @@ def adamw_8bit(
     *,
     block: int = 256,
     min_size: int = 4096,
-) -> optax.GradientTransformation:
-    r"""AdamW with moments in eight bits, for leaves of any shape.
+) -> Transformation:
+    """AdamW with moments in eight bits, for leaves of any shape.
 
     ``optax.adamw`` around ``lro.quantize_state(optax.scale_by_adam())``: N elements
     take ``2 N + 8 ceil(N / block)`` bytes of state (by rows of the last axis) in place
-    of 8 N.
+    of 8 N. The defaults are those of bitsandbytes, the decay that of ``optax.adamw``.
 
     Args:
-      learning_rate: a number or an Optax schedule.
-      b1: decay of the first moment (bitsandbytes: 0.9).
-      b2: decay of the second moment (bitsandbytes: 0.999).
-      eps: added to the corrected root (bitsandbytes: 1e-8).
-      weight_decay: decoupled decay per unit of learning rate (``optax.adamw``: 1e-4);
-        None has no such stage.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the corrected root.
+      weight_decay: decoupled decay per unit of learning rate; None has no such stage.
       mask: leaves to decay, as in ``optax.masked``.
-      block: elements per scale (bitsandbytes: 256).
-      min_size: matrices and vectors with fewer elements keep float32 moments
-        (bitsandbytes: 4096).
-
-    Returns:
-      The transformation.
-
-    Raises:
-      TypeError: if ``block`` or ``min_size`` is no Python int.
+      block: elements per scale.
+      min_size: matrices and vectors with fewer elements keep float32 moments.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import lowrank_optax as lro
+      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"kernel": jnp.ones((64, 256))}
       >>> lro.state_bytes(lro.adamw_8bit(1e-3), params).by_role["mu"] - 64 * 256
       256
 
-    References:
-      Dettmers et al., 8-bit Optimizers via Block-wise Quantization (2021),
-      https://arxiv.org/abs/2110.02861
-
     Differences from the authors' code:
       * Those of ``lro.quantize_state``.
     """
-    mu, nu = _recipe.eight_bit(block, authors=False)
-    stages: list[Any] = [
-        quantize_state(
-            optax.scale_by_adam(b1, b2, eps), mu, nu, min_size, leafwise=True
-        )
-    ]
+    mu, nu = codecs(block)
+    adam = optax.scale_by_adam(b1, b2, eps)
+    stages: list[Any] = [quantize_state(adam, mu, nu, min_size, leafwise=True)]
     if weight_decay is not None:
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*stages, optax.scale_by_learning_rate(learning_rate))
+
+
+def codecs(block: int, authors: bool = False) -> tuple[Codec, Codec]:
+    """Returns the 8-bit codecs of first and second moments."""
+    if authors:
+        return (
+            blockwise_int8(block, signed=True, blocks="flat"),
+            blockwise_int8(block, signed=False, blocks="flat", keep_nonzero=False),
+        )
+    return (
+        blockwise_int8(block, signed=True, signed_scale=True, exact=False),
+        blockwise_int8(block, signed=False, exact=False),
+    )

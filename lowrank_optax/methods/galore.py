@@ -1,99 +1,49 @@
-"""GaLore: gradient low-rank projection."""
+"""``galore``: Adam, Adafactor, or Adam in eight bits, in the gradient's subspace."""
 
-import dataclasses
 from typing import Any, Unpack
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.bracket.chain import backproject, chain, project
-from lowrank_optax.methods import _recipe
-from lowrank_optax.methods._options import ProjectOptions, takes_project_options
+from lowrank_optax.bracket.chain import backproject, chain
+from lowrank_optax.leaves.part import made
+from lowrank_optax.methods import _shared as has
+from lowrank_optax.methods._method import direction, method, recipe_of
+from lowrank_optax.methods._shared import Options, Recipe, Transformation
+from lowrank_optax.methods.adamw_8bit import codecs
 from lowrank_optax.projectors import Projector, power, svd
-from lowrank_optax.transport import Transport, keep_moments
+from lowrank_optax.transforms import (
+    clip_by_matrix_rms,
+    quantize_state,
+    scale_by_matrix_factored_rms,
+    scale_by_parameter_rms,
+)
 
 
-@takes_project_options
-def scale_by_galore(
-    rank: Any = 128,
-    *,
-    update_proj_gap: int = 200,
-    scale: float | Array = 0.25,
-    b1: float | Array = 0.9,
-    b2: float | Array = 0.999,
-    eps: float | Array | None = None,
-    base_optimizer: optax.GradientTransformation | None = None,
-    projector: Projector | None = None,
-    transport: Transport | None = None,
-    mu_dtype: Any = None,
-    nu_dtype: Any = None,
-    basis_dtype: Any = None,
-    conventions: str = "optax",
-    **options: Unpack[ProjectOptions],
-) -> optax.GradientTransformationExtraArgs:
-    """The direction of GaLore, without learning rate and weight decay.
-
-    Args:
-      rank: see ``lro.galore``, like every other argument.
-      update_proj_gap: steps from one basis to the next.
-      scale: factor on the lifted direction.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      base_optimizer: the inner transformation in place of Adam.
-      projector: how bases are formed.
-      transport: what a new basis does to the moments.
-      mu_dtype: storage dtype of the first moment.
-      nu_dtype: storage dtype of the second moment.
-      basis_dtype: storage dtype of the basis.
-      conventions: "optax" or "authors".
-      **options: as in ``lro.project``.
-
-    Returns:
-      The transformation.
-
-    Raises:
-      TypeError: as ``lro.galore``.
-      ValueError: as ``lro.galore``.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import lowrank_optax as lro
-      >>> tx = optax.chain(lro.scale_by_galore(rank=4), optax.scale(-1e-2))
-      >>> state = tx.init({"kernel": jnp.ones((64, 32))})
-      >>> state[0].inner_state.nu["kernel"].shape
-      (4, 64)
-    """
-    authors = _recipe.is_authors(conventions)
-    bracket = open_bracket(
-        rank, update_proj_gap, projector, transport, basis_dtype, authors, options
-    )
-    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors)
-    return chain(bracket, inner, backproject(scale))
+class _Adafactor(
+    has.Base, has.Gap, has.Given, has.Transported, has.Stored, has.Conventions
+): ...
 
 
-@takes_project_options
+class _Encoded(
+    has.Encoded,
+    has.Gap,
+    has.Adam,
+    has.Given,
+    has.Transported,
+    has.Stored,
+    has.Conventions,
+): ...
+
+
+@method("GaLore", "2403.03507", "Zhao et al. (2024)")
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,
-    *,
-    update_proj_gap: int = 200,
-    scale: float | Array = 0.25,
-    b1: float | Array = 0.9,
-    b2: float | Array = 0.999,
-    eps: float | Array | None = None,
-    weight_decay: float | Array | None = None,
-    mask: Any = None,
-    base_optimizer: optax.GradientTransformation | None = None,
-    projector: Projector | None = None,
-    transport: Transport | None = None,
-    mu_dtype: Any = None,
-    nu_dtype: Any = None,
-    basis_dtype: Any = None,
-    conventions: str = "optax",
-    **options: Unpack[ProjectOptions],
-) -> optax.GradientTransformationExtraArgs:
-    r"""GaLore: Adam on the gradient's leading singular subspace.
+    **options: Unpack[Options],
+) -> Transformation:
+    """GaLore: Adam on the gradient's leading singular subspace.
 
     For a matrix ``W [m, n]`` (m its shorter side) with gradient ``G``, every
     ``update_proj_gap`` steps ``P [m, r]`` becomes the leading left singular basis of
@@ -106,60 +56,15 @@ def galore(
         W <- W - lr (scale * P N + weight_decay * W)
 
     Moments take ``2 r n`` elements in place of ``2 m n``, the basis ``m r``. Leaves
-    that are not projected get Adam itself. The learning rate is applied to ``N``,
-    where it costs r/m of what it would on the lifted update.
-
-    Args:
-      learning_rate: a number or an Optax schedule (0.01 in the paper's pretraining
-        from 60M to 1B, 0.005 at 7B; full leaves get the same).
-      rank: basis vectors r: an int, a fraction of min(m, n), or a callable of the
-        leaf's path. The paper uses a quarter of the hidden size.
-      update_proj_gap: steps from one basis to the next, from step 0 (paper: 200;
-        500 at 7B).
-      scale: factor on the lifted direction, not on full leaves (paper: 0.25).
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root; None is 1e-8, or the released code's 1e-6 with
-        ``conventions="authors"``.
-      weight_decay: decoupled decay per unit of learning rate; None has no such stage.
-      mask: leaves to decay, as in ``optax.masked``.
-      base_optimizer: the inner transformation in place of Adam: any Optax direction
-        that treats leading axes as batch (``optax.scale_by_lion()``, ...).
-      projector: how bases are formed, in place of ``lro.power(rank,
-        update_proj_gap)`` (``lro.svd`` in authors' mode); it then brings its own
-        rank and gap.
-      transport: what a new basis does to the moments; None aligns the basis' signs
-        with the old basis (nothing in authors' mode).
-      mu_dtype: storage dtype of the first moment; None is float32.
-      nu_dtype: storage dtype of the second moment; None is float32.
-      basis_dtype: storage dtype of the basis; None is float32.
-      conventions: "optax", or "authors" to reproduce the released code.
-      **options: which leaves are projected and from which side: ``side``, ``select``,
-        ``min_size``, ``weight_dimension_numbers``, ``layer_axis``, ``clip_rank``,
-        ``param_shardings``, ``full``, ``dtype``, ``stagger`` and ``seed``, as in
-        ``lro.project``.
-
-    Returns:
-      The transformation.
-
-    Raises:
-      TypeError: if ``rank`` or ``update_proj_gap`` is not a Python number.
-      ValueError: if one is out of range, ``side`` or ``conventions`` is unknown, or
-        (at init) a leaf selected explicitly cannot be projected.
+    that are not projected get Adam itself.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import lowrank_optax as lro
+      >>> import jax.numpy as jnp, optax, lowrank_optax as lro
       >>> params = {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}
       >>> tx = lro.galore(learning_rate=1e-2, rank=4)
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(params, state, params)
+      >>> updates, state = tx.update(params, tx.init(params), params)
       >>> optax.tree_utils.tree_get(state, "mu")["kernel"].shape
       (4, 64)
-
-    References:
-      Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
-      Projection (2024), https://arxiv.org/abs/2403.03507
 
     Differences from the authors' code:
       * The default basis comes from block power steps, not from an SVD.
@@ -173,29 +78,157 @@ def galore(
       * A square matrix is projected on its input axis (a torch weight's right side,
         a Flax kernel's left).
     """
-    authors = _recipe.is_authors(conventions)
-    bracket = open_bracket(
-        rank, update_proj_gap, projector, transport, basis_dtype, authors, options
-    )
-    inner = _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors)
-    tx = chain(bracket, inner, backproject(scale, learning_rate))
-    return _recipe.decay(tx, learning_rate, weight_decay, mask, conventions)
-
-
-def open_bracket(
-    rank, update_proj_gap, projector, transport, basis_dtype, authors: bool, options
-) -> project:
-    """Opens a bracket on the gradient's leading singular subspace."""
-    if projector is None:
-        projector = (svd if authors else power)(rank, update_proj_gap)
-    if basis_dtype is not None:
-        projector = dataclasses.replace(projector, basis_dtype=basis_dtype)
-    if transport is None and authors:
-        transport = keep_moments()
-    return project(projector, transport=transport, **options)
-
-
-def _inner(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors: bool):
+    its = Recipe(**options)
     # Nothing limits the direction, so its bias is corrected inside, where it is small.
-    inner = _recipe.adam(base_optimizer, b1, b2, eps, mu_dtype, nu_dtype, authors)
-    return _recipe.correct_bias(inner, base_optimizer, b1, b2, authors)
+    tx = chain(
+        its.open(leading(its, rank)),
+        its.corrected_adam(),
+        backproject(its.scale, learning_rate),
+    )
+    return its.decayed(tx, learning_rate)
+
+
+scale_by_galore = direction(galore)
+
+
+def leading(its: Recipe, rank: Any) -> Projector:
+    """Returns GaLore's projector: the gradient's leading singular basis."""
+    return its.bases(svd if its.authors else power, rank, its.update_proj_gap)
+
+
+@method(
+    "8-bit GaLore",
+    "2403.03507",
+    "Zhao et al. (2024)",
+    defaults={"eps": 1e-8, "basis_dtype": jnp.bfloat16},
+)
+def galore_8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Any = 128,
+    *,
+    block: int = 256,
+    min_size: int = 4096,
+    **options: Unpack[_Encoded],
+) -> Transformation:
+    """8-bit GaLore: ``lro.galore`` with moments in eight bits, a bfloat16 basis.
+
+    The update is GaLore's. The moments of a projected matrix, and of every full leaf,
+    are stored as codes of bitsandbytes' dynamic maps with a float32 scale per block
+    (``lro.quantize_state``)::
+
+        state of an m x n matrix:  2 r n + 2 * 4 r ceil(n / block) + 2 m r   bytes
+        (Adam in bfloat16:         4 m n)
+
+    Args:
+      eps: added to the corrected root.
+      block: elements per scale (256 in bitsandbytes today, 2048 in the paper).
+      min_size: matrices with fewer moments keep them in float32.
+      base_optimizer: the inner transformation in place of Adam, encoded likewise.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> layer = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
+      >>> used = lro.state_bytes(lro.galore_8bit(1e-2, rank=1024), layer)
+      >>> used.by_role["mu"] == 1024 * 4096 + 4 * 1024 * 4096 // 256
+      True
+
+    References:
+      Dettmers et al., 8-bit Optimizers via Block-wise Quantization (2021),
+      https://arxiv.org/abs/2110.02861
+
+    Differences from the authors' code:
+      * Those of ``lro.galore`` and ``lro.quantize_state``.
+      * The released class passes bitsandbytes' arguments by position, which in current
+        versions stops matrices below ``min_size`` from moving at all.
+      * ``conventions="authors"`` has the SVD with its signs, blocks over the row-major
+        order of the whole matrix, second moments that may vanish, and decay after the
+        step.
+    """
+    its = Recipe(**options)
+    mu, nu = codecs(block, its.authors)
+    inner: Any = its.base_optimizer
+    if inner is None:
+        inner = made(optax.scale_by_adam, its.b1, its.b2, its.eps)
+    # Adam treats every leaf by itself, so only one is decoded at a time.
+    alone = its.base_optimizer is None
+    inner = made(quantize_state, inner, mu, nu, min_size, leafwise=alone)
+    options["base_optimizer"] = inner
+    return recipe_of(galore)(learning_rate, rank, **options)
+
+
+scale_by_galore_8bit = direction(galore_8bit)
+
+
+@method(
+    "GaLore with Adafactor",
+    "1804.04235",
+    "Shazeer and Stern, Adafactor (2018)",
+    ignored=("min_parameter_scale without multiply_by_parameter_scale",),
+)
+def galore_adafactor(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    rank: Any = 128,
+    *,
+    decay_rate: float | Array = 0.8,
+    eps: float | Array = 1e-30,
+    clipping_threshold: float | Array = 1.0,
+    momentum: float | Array | None = 0.9,
+    multiply_by_parameter_scale: bool = False,
+    min_parameter_scale: float | Array = 1e-3,
+    **options: Unpack[_Adafactor],
+) -> Transformation:
+    """GaLore on Adafactor: moments of ``r + n`` numbers per matrix, and the basis.
+
+    With ``R = P^T G`` (see ``lro.galore``), ``S = R^2 + eps`` and
+    ``b = 1 - t^(-decay_rate)``::
+
+        row = b row + (1 - b) mean_n(S)     col = b col + (1 - b) mean_r(S)
+        U  = R / sqrt(row / mean(row)) / sqrt(col)
+        U  = lr * U / max(1, rms(U) / clipping_threshold)
+        mu = momentum mu + (1 - momentum) U;   U = mu          (if momentum)
+        W <- W - lr weight_decay W - scale * P U
+
+    Args:
+      learning_rate: a number or a schedule; None is Adafactor's relative step,
+        ``min(0.01, 1 / sqrt(t))``.
+      decay_rate: exponent of the second moment's decay.
+      eps: added to the squared gradient.
+      clipping_threshold: largest rms of the low-rank update.
+      momentum: decay of the first moment of the scaled updates; None has none.
+        Adafactor without momentum keeps less than a basis takes, so the default
+        selection then leaves every leaf full: say ``select`` to project anyway.
+      multiply_by_parameter_scale: multiply by ``max(min_parameter_scale, rms(W))``
+        of the full parameter (the update then needs ``params``).
+      min_parameter_scale: smallest such factor.
+
+    Examples:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.galore_adafactor(1e-2, rank=4)
+      >>> tx.init({"kernel": jnp.ones((64, 32))}).inner_state[0].col["kernel"].shape
+      (64,)
+
+    References:
+      Zhao et al. (2024), https://arxiv.org/abs/2403.03507
+
+    Differences from the authors' code:
+      * The default basis comes from block power steps and keeps its signs;
+        ``conventions="authors"`` restores the SVD.
+      * Every matrix of a stack has its own factors and its own clipping.
+    """
+    its = Recipe(**options)
+    rate: Any = _relative_step if learning_rate is None else learning_rate
+    inner = [
+        made(scale_by_matrix_factored_rms, decay_rate, eps),
+        made(clip_by_matrix_rms, clipping_threshold),
+    ]
+    if multiply_by_parameter_scale:
+        inner.append(made(scale_by_parameter_rms, min_parameter_scale))
+    inner.append(made(optax.scale_by_learning_rate, rate))
+    if momentum is not None:
+        inner.append(made(optax.ema, momentum, debias=False))
+    tx = chain(its.open(leading(its, rank)), *inner, backproject(its.scale))
+    return its.decayed(tx, rate, authors=False)
+
+
+def _relative_step(count: Array) -> Array:
+    return jnp.minimum(1e-2, 1.0 / jnp.sqrt(count.astype(jnp.float32) + 1.0))

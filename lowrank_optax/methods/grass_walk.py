@@ -1,70 +1,33 @@
-"""GrassWalk: SubTrack++ with a random walk in place of tracking."""
+"""``grass_walk`` and ``grass_jump``: SubTrack++ with random moves of the subspace."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.methods import _recipe
-from lowrank_optax.methods._options import takes
-from lowrank_optax.methods._tracked import tracked
+from lowrank_optax.methods._method import direction, method
+from lowrank_optax.methods._shared import Recipe, Transformation
+from lowrank_optax.methods.subtrack import TURNED, TrackedOptions, tracked
 from lowrank_optax.projectors import grassmann
 
 
-@takes(tracked)
-def _bracket(
-    learning_rate: optax.ScalarOrSchedule | None,
-    rank: Any,
-    *,
-    update_proj_gap: int = 200,
-    step: str | float | Array = 0.1,
-    basis_dtype: Any = jnp.float32,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    walk = grassmann(rank, update_proj_gap, basis_dtype, step=step, move="walk")
-    return tracked(walk, learning_rate, **options)
-
-
-@takes(_bracket)
-def scale_by_grass_walk(
-    rank: Any = 128, **options: Any
-) -> optax.GradientTransformationExtraArgs:
-    """The direction of GrassWalk, without learning rate and weight decay.
-
-    Args:
-      rank: see ``lro.grass_walk``, like all others.
-      **options: as in ``lro.grass_walk``.
-
-    Returns:
-      The transformation.
-
-    Raises:
-      TypeError: as ``lro.grass_walk``.
-      ValueError: as ``lro.grass_walk``.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import lowrank_optax as lro
-      >>> tx = optax.chain(lro.scale_by_grass_walk(rank=4), optax.scale(-1e-2))
-      >>> state = tx.init({"kernel": jnp.ones((64, 32))})
-      >>> state[0].basis["kernel"].shape
-      (32, 4)
-    """
-    return _bracket(None, rank, **options)
-
-
-@takes(_bracket)
+@method(
+    "GrassWalk",
+    "2510.01878",
+    "Randomized Gradient Subspaces (2025)",
+    defaults={"basis_dtype": jnp.float32},
+    ignored=(TURNED,),
+)
 def grass_walk(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,
     *,
-    weight_decay: float | Array | None = None,
-    mask: Any = None,
-    conventions: str = "optax",
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    r"""GrassWalk: the subspace walks at random, moments and residual as SubTrack++.
+    step: str | float | Array = 0.1,
+    growth_limit: float | Array | None = 1.01,
+    **options: Unpack[TrackedOptions],
+) -> Transformation:
+    """GrassWalk: the subspace walks at random, moments and residual as SubTrack++.
 
     ``lro.subtrack`` with another move of the basis: from the gradient's leading
     subspace, every ``update_proj_gap`` steps all directions turn by the angle ``step``
@@ -77,38 +40,61 @@ def grass_walk(
     follow by ``C = S_new^T S_old = cos(a) I``.
 
     Args:
-      learning_rate: a number or an Optax schedule.
-      rank: basis vectors r, as in ``lro.galore``.
-      weight_decay: decoupled decay per unit of learning rate; None has no such stage.
-      mask: leaves to decay, as in ``optax.masked``.
-      conventions: "optax" or "authors", as in ``lro.subtrack``.
-      update_proj_gap: steps from one turn to the next.
       step: angle of a turn in radians (0.1 is ours: no code was published), or
         "line_search" for the best angle along the random geodesic.
-      basis_dtype: storage dtype of the basis.
-      **options: as in ``lro.subtrack``, without those of its projector.
-
-    Returns:
-      The transformation.
-
-    Raises:
-      TypeError: as ``lro.subtrack``.
-      ValueError: as ``lro.subtrack``.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
+      >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> tx = lro.grass_walk(learning_rate=1e-3, rank=4, step=0.3)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-
-    References:
-      Randomized Gradient Subspaces for Efficient Large Language Model Training (2025),
-      https://arxiv.org/abs/2510.01878
+      >>> tx.init({"kernel": jnp.ones((64, 32))}).basis["kernel"].shape
+      (32, 4)
 
     Differences from the authors' code:
       * None is known: no code was published. A Gaussian tangent's singular values are
         taken as equal, which they are in the limit of m much larger than r.
     """
-    tx = _bracket(learning_rate, rank, conventions=conventions, **options)
-    return _recipe.decay(tx, learning_rate, weight_decay, mask, conventions)
+    its = Recipe(**options)
+    walk = its.bases(grassmann, rank, its.update_proj_gap, step=step, move="walk")
+    return tracked(its, learning_rate, walk, growth_limit)
+
+
+scale_by_grass_walk = direction(grass_walk)
+
+
+@method(
+    "GrassJump",
+    "2510.01878",
+    "Randomized Gradient Subspaces (2025)",
+    defaults={"basis_dtype": jnp.float32},
+    ignored=(TURNED,),
+)
+def grass_jump(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Any = 128,
+    *,
+    growth_limit: float | Array | None = 1.01,
+    **options: Unpack[TrackedOptions],
+) -> Transformation:
+    """GrassJump: a new random subspace at every refresh, the rest as SubTrack++.
+
+    ``lro.subtrack`` with another move of the basis: every ``update_proj_gap`` steps,
+    the first included, ``S = orth(X)`` for a Gaussian ``X [m, r]``. Moments follow by
+    ``C = S_new^T S_old``, whose entries are of size ``1 / sqrt(m)``: most of the
+    momentum is forgotten, and of the second moment all but a share of about r / m, so
+    that the steps after a jump are longer.
+
+    Examples:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.grass_jump(learning_rate=1e-3, rank=4)
+      >>> tx.init({"kernel": jnp.ones((64, 32))}).basis["kernel"].shape
+      (32, 4)
+
+    Differences from the authors' code:
+      * None is known: no code was published.
+    """
+    its = Recipe(**options)
+    jump = its.bases(grassmann, rank, its.update_proj_gap, move="jump")
+    return tracked(its, learning_rate, jump, growth_limit)
+
+
+scale_by_grass_jump = direction(grass_jump)

@@ -7,8 +7,8 @@ import jax
 from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.linalg.bases import Rotation
 from lowrank_optax.linalg.products import Operand, back_by_blocks, by_blocks
-from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 
 

@@ -24,8 +24,7 @@ from lowrank_optax.linalg.products import (
     unit_peak,
     wide,
 )
-from lowrank_optax.projectors._protocol import At, Projector
-from lowrank_optax.projectors._tracking import TrackingProjector
+from lowrank_optax.projectors._protocol import At, Projector, TrackingProjector
 from lowrank_optax.projectors._two_sided import TwoSided, TwoSidedBasis
 
 

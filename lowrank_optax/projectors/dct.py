@@ -8,9 +8,9 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.linalg.bases import Rotation
 from lowrank_optax.linalg.dct import KINDS, dct_columns, dct_matrix
 from lowrank_optax.linalg.products import Operand, unit_peak, wide
-from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 
 

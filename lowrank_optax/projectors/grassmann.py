@@ -12,8 +12,11 @@ from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg import grassmann as geometry
 from lowrank_optax.linalg.bases import cholesky_qr, newton_schulz
 from lowrank_optax.linalg.products import Operand
-from lowrank_optax.projectors._protocol import At, OrthonormalProjector
-from lowrank_optax.projectors._tracking import TrackingProjector
+from lowrank_optax.projectors._protocol import (
+    At,
+    OrthonormalProjector,
+    TrackingProjector,
+)
 
 MOVES = ("track", "walk", "jump")
 

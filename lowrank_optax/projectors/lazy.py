@@ -9,9 +9,8 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Axes, Matrix
-from lowrank_optax.linalg.bases import block_power
+from lowrank_optax.linalg.bases import Rotation, block_power
 from lowrank_optax.linalg.products import HIGHEST, Operand, wide
-from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 from lowrank_optax.projectors._wrapped import Wrapped, check_basis
 

@@ -14,8 +14,7 @@ from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.bases import cholesky_qr, random_start
 from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient
 from lowrank_optax.linalg.products import Operand, wide
-from lowrank_optax.projectors._protocol import At
-from lowrank_optax.projectors._tracking import TrackingProjector
+from lowrank_optax.projectors._protocol import At, TrackingProjector
 
 NEVER = 2**31 - 1
 LEARNING_RATE = 0.005

@@ -10,8 +10,11 @@ from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.moments import weight_seen
 from lowrank_optax.linalg.bases import cholesky_qr, independence
 from lowrank_optax.linalg.products import HIGHEST, Operand, outer, wide
-from lowrank_optax.projectors._protocol import At, OrthonormalProjector
-from lowrank_optax.projectors._tracking import TrackingProjector
+from lowrank_optax.projectors._protocol import (
+    At,
+    OrthonormalProjector,
+    TrackingProjector,
+)
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.linalg.bases import Rotation
 from lowrank_optax.linalg.products import Operand
-from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.projectors._protocol import At, Projector
 from lowrank_optax.projectors._wrapped import Wrapped, check_basis
 from lowrank_optax.quantization import (

@@ -1,4 +1,4 @@
-"""The interface of a codec: an array as codes with a scale per block, and back."""
+"""``Codec``: an array as codes with a scale per block, and back, on any mesh."""
 
 import dataclasses
 import math
@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lowrank_optax.quantization import explicit, packing
-from lowrank_optax.quantization.blocks import Cut
+from lowrank_optax._meshes import with_auto_axes
+from lowrank_optax.quantization.blocks import Cut, pack, unpack
 from lowrank_optax.quantization.rounding import uniform
+
+Axes = tuple[Any, ...]  # the mesh axes that each axis of an array is cut over
 
 
 class Encoded(NamedTuple):
@@ -44,8 +47,8 @@ class Codec:
     (``symmetric``, made for activations, decodes their whole group to NaN instead).
     Numbers below 1.2e-38 in magnitude count as zero where the backend flushes them.
 
-    A subclass finds the scales of blocks (``fit``) and says what the code of an entry
-    is (``code``) and what that stands for (``value``), given its block's scale.
+    A subclass finds the scales of blocks (``fit``), and given its block's scale turns
+    an entry into a code (``code``) and a code into a number (``value``).
     """
 
     has_zeros = False  # whether blocks differ in the code of 0.0
@@ -86,7 +89,7 @@ class Codec:
         raise NotImplementedError
 
     def value(self, codes: Array, scale: Array, zero: Any) -> Array:
-        """Returns what codes stand for, in float32."""
+        """Returns the numbers that codes stand for, in float32."""
         raise NotImplementedError
 
     def encode(self, x: Any, key: Any = None) -> Encoded:
@@ -101,17 +104,24 @@ class Codec:
           ValueError: if a key is given to a codec that rounds to the nearest only.
         """
         x = jnp.asarray(x).astype(jnp.float32)
-        if key is not None:
-            self._check_stochastic()
-        axes = explicit.axes_of(x)
+        if key is not None and not self.stochastic:
+            raise ValueError(
+                f"{type(self).__name__} rounds to the nearest and takes no `key`. For "
+                "stochastic rounding use affine(bits=...) or linear_int4()."
+            )
+        axes = _axes_of(x)
         if axes is None:
             return Encoded(*self._parts(x, key))
+        # A block may lie on several devices, and then no type says how its array is
+        # cut: the compiler finds a way between the layouts at both ends.
+        mesh = jax.typeof(x).sharding.mesh
         blocks, codes = self._block_shape(x.shape), self.code_shape(x.shape)
-        scales = explicit.rows_of(x, axes, len(blocks) - 1, blocks)
+        scales = _rows_of(mesh, axes, len(blocks) - 1, blocks)
         if self.bits != 8:
-            axes = explicit.rows_of(x, axes, len(codes) - 1, codes)
+            axes = _rows_of(mesh, axes, len(codes) - 1, codes)
         out = [axes, scales, scales] if self.has_zeros else [axes, scales]
-        return Encoded(*explicit.with_axes(self._parts, x, out, x, key))
+        places = tuple(NamedSharding(mesh, PartitionSpec(*each)) for each in out)
+        return Encoded(*with_auto_axes(mesh, places, self._parts, x, key))
 
     def _parts(self, x: Array, key: Any) -> tuple[Any, ...]:
         """Returns codes, scales and, if there are any, zeros."""
@@ -122,12 +132,12 @@ class Codec:
         fits = [self.fit(piece) for piece in self._pieces(rows)]
         scales = self.cut.join([scale for scale, _ in fits])
         zeros = self.cut.join([zero for _, zero in fits]) if self.has_zeros else ()
-        # Entry by entry, not block by block: what follows is one pass, and where the
-        # last block is short nothing is joined.
+        # Entry by entry, not block by block: the rest is one pass, and where the last
+        # block is short nothing is joined.
         spread = self._spread(scales, zeros, rows.shape[-1])
         codes = self.code(rows, *spread, draws)
         if self.bits == 4:
-            packed = [packing.pack(p, self.empty_code) for p in self._pieces(codes)]
+            packed = [pack(p, self.empty_code) for p in self._pieces(codes)]
             codes = self.cut.join(packed)
         codes = codes.reshape(self.code_shape(x.shape))
         return (codes, scales, zeros) if self.has_zeros else (codes, scales)
@@ -144,18 +154,14 @@ class Codec:
                 f"`shape` must be that of the array that was encoded: {shape} has "
                 f"codes of shape {self.code_shape(shape)}, got {encoded.codes.shape}."
             )
-        axes = explicit.axes_of(encoded.codes)
+        axes = _axes_of(encoded.codes)
         if axes is None:
             return self._array(encoded, shape)
+        mesh = jax.typeof(encoded.codes).sharding.mesh
         if self.bits != 8:
-            batch = encoded.codes.ndim - 1
-            axes = explicit.rows_of(encoded.codes, axes, batch, shape)
-
-        def array(encoded: Encoded) -> tuple[Array]:
-            return (self._array(encoded, shape),)
-
-        found = explicit.with_axes(array, encoded.codes, [axes], encoded)
-        return found[0]
+            axes = _rows_of(mesh, axes, encoded.codes.ndim - 1, shape)
+        place = NamedSharding(mesh, PartitionSpec(*axes))
+        return with_auto_axes(mesh, place, lambda e: self._array(e, shape), encoded)
 
     def _array(self, encoded: Encoded, shape: tuple[int, ...]) -> Array:
         rows = self.cut.row_shape(shape)
@@ -163,7 +169,7 @@ class Codec:
         if self.bits == 4:
             sizes = [size for _, size in self.cut.pieces(n)]
             pieces = zip(self.cut.split(codes, n, self._width), sizes, strict=True)
-            codes = self.cut.join([packing.unpack(*piece) for piece in pieces])
+            codes = self.cut.join([unpack(*piece) for piece in pieces])
         spread = self._spread(encoded.scales, encoded.zeros, n)
         return self.value(codes.reshape(rows), *spread).reshape(shape)
 
@@ -175,7 +181,7 @@ class Codec:
         )
 
     def zeros(self, shape: Sequence[int]) -> Encoded:
-        """Returns what zeros of this shape are encoded as."""
+        """Returns the encoded form of zeros of this shape."""
         blocks = self._block_shape(shape)
         return Encoded(
             jnp.full(self.code_shape(shape), self.zero_code, self.code_dtype),
@@ -211,9 +217,29 @@ class Codec:
         *batch, n = self.cut.row_shape(shape)
         return (*batch, self.cut.length(n, self._width))
 
-    def _check_stochastic(self):
-        if not self.stochastic:
-            raise ValueError(
-                f"{type(self).__name__} rounds to the nearest and takes no `key`. For "
-                "stochastic rounding use affine(bits=...) or linear_int4()."
-            )
+
+def _axes_of(x: Any) -> Axes | None:
+    """Returns the axes of an array, None if it is on no Explicit mesh."""
+    sharding = jax.typeof(x).sharding
+    if not sharding.mesh.explicit_axes:
+        return None
+    return (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+
+
+def _rows_of(mesh: Any, axes: Axes, batch: int, shape: Sequence[int]) -> Axes:
+    """Returns the axes of an array with as many batch axes, and rows, as another.
+
+    Args:
+      mesh: an Explicit one.
+      axes: those of the other array.
+      batch: how many axes come before rows.
+      shape: the array's own; rows that the devices do not divide are whole.
+    """
+    out = [*axes[:batch], *[None] * (len(shape) - batch)]
+    # With blocks="flat" a row is a whole matrix, across any cut of its columns.
+    if len(axes) == len(shape) == batch + 1:
+        last = axes[-1] or ()
+        names = (last,) if isinstance(last, str) else last
+        if shape[-1] % math.prod(mesh.shape[name] for name in names) == 0:
+            out[-1] = axes[-1]
+    return tuple(out)

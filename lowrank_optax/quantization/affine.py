@@ -1,4 +1,4 @@
-"""Groups of even steps between a group's smallest and largest entry."""
+"""``affine``: even steps between a group's smallest and largest entry."""
 
 import dataclasses
 from typing import Any
@@ -95,6 +95,7 @@ class affine(Codec):
         """Returns codes, those of 4 bits not yet packed."""
         q = scaling.divided(x, _divisor(scale))
         q = jnp.round(q) if draws is None else round_with(q, draws)
+        # NaN becomes the code of 0; the clip takes care of infinities.
         q = jnp.where(jnp.isnan(q), 0.0, q) + zero.astype(jnp.float32)
         return jnp.clip(q, 0, self._levels).astype(jnp.uint8)
 

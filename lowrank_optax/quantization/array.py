@@ -1,4 +1,4 @@
-"""An array that is stored encoded: codes and scales that know their codec."""
+"""``QuantizedArray``: codes and scales that know their codec, in an array's place."""
 
 import dataclasses
 from typing import Any
@@ -14,14 +14,14 @@ from lowrank_optax.quantization._protocol import Codec, Encoded
 class QuantizedArray:
     """Stands in an array's place in a tree; its leaves are the arrays it is made of.
 
-    Codec and shape are static, so that whoever meets one can decode it. Leading axes
-    may be added or taken away, as ``jax.vmap`` and ``jax.lax.map`` do.
+    Codec and shape are static, so that the array can be decoded wherever it is met.
+    Leading axes may be added or taken away, as ``jax.vmap`` and ``jax.lax.map`` do.
 
     Attributes:
       codes: see ``Encoded``, like scales and zeros.
       scales: one per block.
       zeros: one per block, or ``()``.
-      codec: what encoded it.
+      codec: the one that encoded it.
       tail: the last two sizes of the array (the only one of a vector).
     """
 
@@ -34,6 +34,7 @@ class QuantizedArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array behind it."""
+        # Only the last two sizes are stored: `jax.vmap` changes the others silently.
         batch = self.codes.ndim - len(self.codec.code_shape(self.tail))
         return (*self.codes.shape[:batch], *self.tail)
 

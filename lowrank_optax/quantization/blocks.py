@@ -1,11 +1,11 @@
-"""Where blocks lie in an array: cut into blocks, and join what was made of them."""
+"""``Cut``: where blocks lie in an array; 4-bit codes of a block, two to a byte."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, UInt8
 
 from lowrank_optax import _checks
 
@@ -13,7 +13,7 @@ Width = Callable[[int], int]
 
 
 def one(size: int) -> int:
-    """The width of what a block has one of."""
+    """The width of scales and zeros, of which a block has one."""
     del size
     return 1
 
@@ -27,7 +27,7 @@ class Cut:
     batch axes either way; a vector or a scalar is one row. Where ``size`` divides the
     last axis both rules form the same blocks.
 
-    What is cut never grows: a row whose length ``size`` does not divide is taken in two
+    Arrays never grow: a row whose length ``size`` does not divide is taken in two
     pieces, the full blocks and the short one, not padded.
 
     Args:
@@ -59,10 +59,11 @@ class Cut:
         """Returns how a row of n elements is taken: ``(blocks, block size)`` each."""
         full, rest = divmod(n, self.size)
         found = [(full, self.size), (1, rest)]
+        # One empty block for an empty row, so that `join` has something to join.
         return [(count, size) for count, size in found if count and size] or [(1, 0)]
 
     def length(self, n: int, width: Width = one) -> int:
-        """Returns the length of a row's worth of what has ``width(size)`` per block."""
+        """Returns the length of a row of n elements with ``width(size)`` per block."""
         return sum(count * width(size) for count, size in self.pieces(n))
 
     def split(self, rows: Array, n: int, width: Width) -> list[Array]:
@@ -76,7 +77,8 @@ class Cut:
         return out
 
     def spread(self, per_block: Array, n: int) -> Array:
-        """Returns ``[*batch, n]``: of what there is one per block, every entry's."""
+        """Returns ``[*batch, n]``: each block's number for each of its entries."""
+        # A short block's numbers are spread like those of a full one, then cut off.
         *batch, count = per_block.shape
         size = min(self.size, n)
         wide = jnp.broadcast_to(per_block[..., None], (*batch, count, size))
@@ -86,3 +88,23 @@ class Cut:
         """Inverse of ``split``."""
         rows = [p.reshape((*p.shape[:-2], p.shape[-2] * p.shape[-1])) for p in pieces]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, -1)
+
+
+def pack(codes: UInt8[Array, "*b k size"], fill: int = 0) -> UInt8[Array, "*b k bytes"]:
+    """Packs each block's first half into low nibbles and its second into high ones.
+
+    Halves of a block, not neighbors: they are contiguous, and a shard that holds whole
+    blocks holds whole bytes. A block of odd size has ``fill`` in its last high nibble.
+    """
+    half = (codes.shape[-1] + 1) // 2
+    low, high = codes[..., :half], codes[..., half:]
+    if high.shape[-1] < half:
+        last = jnp.full((*codes.shape[:-1], 1), fill, jnp.uint8)
+        high = jnp.concatenate([high, last], -1)
+    return low | (high << 4)
+
+
+def unpack(packed: UInt8[Array, "*b k bytes"], size: int) -> UInt8[Array, "*b k size"]:
+    """Inverse of ``pack`` for blocks of ``size`` codes."""
+    both = jnp.concatenate([packed & 15, packed >> 4], -1)
+    return both[..., :size]

@@ -1,4 +1,4 @@
-"""Blocks of 8-bit floats."""
+"""``float8``: blocks of 8-bit floats with a float32 scale."""
 
 import dataclasses
 from typing import Any
@@ -86,6 +86,7 @@ class float8(Codec):
         """Returns the nearest codes."""
         del zero, draws
         format_ = jnp.finfo(self.code_dtype)
+        # At most the format's largest number: e4m3 has no infinity to overflow to.
         codes = scaling.normalized(x, scale) * jnp.float32(format_.max)
         if self.keep_nonzero:
             least = jnp.float32(format_.smallest_subnormal)

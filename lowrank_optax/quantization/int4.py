@@ -1,4 +1,4 @@
-"""Blocks of 4-bit codes with even steps."""
+"""``linear_int4``: blocks of 4-bit codes with even steps, two to a byte."""
 
 import dataclasses
 from typing import Any

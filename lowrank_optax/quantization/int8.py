@@ -1,4 +1,4 @@
-"""Blocks of 8-bit codes of a dynamic map."""
+"""``blockwise_int8``: blocks of 8-bit codes of a dynamic map."""
 
 import dataclasses
 from typing import Any

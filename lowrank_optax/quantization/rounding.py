@@ -37,7 +37,7 @@ def stochastic_round(x: Any, key: Any) -> Float[Array, "..."]:
     """Rounds to an integer at random, without bias.
 
     ``floor(x) + [u < x - floor(x)]`` with u uniform in [0, 1), so that the mean over
-    draws is x. Integers, infinities and NaN stay what they are.
+    draws is x. Integers, infinities and NaN do not change.
 
     Args:
       x: floats of any shape; computed in float32.
@@ -66,8 +66,8 @@ def stochastic_round_to_bfloat16(x: Any, key: Any) -> BFloat16[Array, "..."]:
 
     A bfloat16 is the upper half of a float32: 16 random bits are added to the lower
     half, then the upper one is kept, so the carry comes with a probability of the lower
-    half times ``2^-16``. What a bfloat16 holds exactly stays; infinities and NaN stay;
-    numbers beyond the largest bfloat16 become that, not infinity.
+    half times ``2^-16``. Numbers that a bfloat16 holds exactly stay; infinities and NaN
+    stay; numbers beyond the largest bfloat16 become that, not infinity.
 
     Args:
       x: floats of any shape; computed in float32.
@@ -89,6 +89,7 @@ def stochastic_round_to_bfloat16(x: Any, key: Any) -> BFloat16[Array, "..."]:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     up = ((bits + noise) >> 16).astype(jnp.uint16)
     down = (bits >> 16).astype(jnp.uint16)
+    # A carry out of the largest exponent would make an infinity.
     kept = jnp.where((up & _EXPONENT) == _EXPONENT, down, up)
     rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))

@@ -1,4 +1,4 @@
-"""A block's scale, and its entries divided by it; entries that are not finite."""
+"""A block's scale, its entries divided by it, and entries that are not finite."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def _reduced(pick: Any) -> Any:
 
 
 def _finite(x: Array) -> Array:
-    """Returns x with zeros for what is not finite."""
+    """Returns x with zeros for entries that are not finite."""
     return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.zeros_like(x))
 
 
@@ -53,11 +53,12 @@ def _most(x: Blocks, of: Any, pick: Any, whole: Any) -> Scales:
     """Returns ``whole`` of each block of ``of(x)``; ``of(of(v)) == of(v)``.
 
     XLA on CPU writes ``of(x)``, as large as x, out before it reduces. There runs of 16
-    are reduced first, to one of their entries, by a function that contains ``of``. Of
-    runs that lie inside one shard each, that is all. Where shards are smaller, XLA
-    would join their parts by a collective with that function, which a CPU does not
-    have. Parts of two results it gathers instead and joins by any function, so there
-    is a second result, which says nothing and which the barrier keeps.
+    are reduced first, to one of their entries, by a function that contains ``of``,
+    which is enough where every run lies inside one shard. Where shards are smaller, XLA
+    would join the parts of a run by a collective with that function, which a CPU does
+    not have. The parts of a reduction with two results XLA gathers instead and joins by
+    any function, so the reduction has a second result without meaning, which the
+    barrier keeps.
     """
 
     def by_runs(x: Array) -> Array:
@@ -66,6 +67,7 @@ def _most(x: Blocks, of: Any, pick: Any, whole: Any) -> Scales:
         def both(a: Any, b: Any) -> Any:
             return pick(of(a[0]), of(b[0])), a[1] | b[1]
 
+        # The second result of the docstring.
         nothing = jnp.zeros_like(runs, bool)
         start = np.float32(0), np.False_
         found = jax.lax.reduce((runs, nothing), start, both, (x.ndim,))
@@ -89,6 +91,7 @@ def normalized(x: Float[Array, "..."], scale: Array) -> Float[Array, "..."]:
     size = jnp.abs(scale)
     factor = jnp.where(size > 2.0**100, jnp.float32(2.0**-64), 1.0)
     empty = size < 2.0**-126
+    # Both sides of a `where` are computed: without the inner one, 0 would divide.
     reciprocal = jnp.where(empty, 0.0, 1.0) / jnp.where(empty, 1.0, scale * factor)
     out = x * factor * reciprocal
     return jnp.clip(jnp.where(jnp.isnan(out), 0.0, out), -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Groups of even steps about zero with a bfloat16 step."""
+"""``symmetric``: even steps about zero, one bfloat16 step per group."""
 
 import dataclasses
 from typing import Any

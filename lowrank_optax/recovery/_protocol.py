@@ -52,7 +52,7 @@ class Recovered(NamedTuple):
 
     low: Array | None = None
     phi: Array | None = None
-    addend: Operand | None = None
+    addend: Any = None
     outside: Operand | None = None
 
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from lowrank_optax.bracket.plan import Described, LeafPlan, described
+from lowrank_optax.bracket.plan import LeafPlan
+from lowrank_optax.bracket.start import Described, described
 
 
 class SideCost(NamedTuple):

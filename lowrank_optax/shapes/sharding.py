@@ -1,19 +1,26 @@
-"""Shardings of an optimizer state, derived from those of the parameters."""
+"""``state_shardings``: a sharding for every array of a state, from the parameters'."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_optax.bracket.plan import abstract_init, recording
+from lowrank_optax.bracket.leaf import LowLeaf
 from lowrank_optax.bracket.selection import broadcast_prefix, mesh_axes
-from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
-from lowrank_optax.shapes.memory import ENCODED, owned_leaves
+from lowrank_optax.bracket.start import Described, described, outside_brackets
+from lowrank_optax.leaves.layout import axes_of_state, names_of, owners
+from lowrank_optax.leaves.matrix import Axes, is_box, path_string, unbox
+from lowrank_optax.leaves.part import transformation
+from lowrank_optax.quantization import is_quantized
 
-Axes = tuple[tuple[int, ...], ...]
+# A piece of a state: an array or an encoded one, the position of the parameter that it
+# belongs to, and the axes of that parameter behind its own.
+Piece = tuple[Any, int | None, Axes]
 
 
 def state_shardings(
@@ -56,110 +63,149 @@ def state_shardings(
       >>> specs.inner_state.mu["kernel"] == P(None, "data")
       True
     """
-    with recording() as records:
-        state = abstract_init(tx, params)
-    matrices = {
-        matrix.path: matrix
-        for record in records
-        for _, matrix in record.plan.matrices()
-    }
-    shapes, shardings = _by_path(params, param_shardings)
-    like = next(iter(shardings.values()), PartitionSpec())
-    out = []
-    for keys, owner, leaf in owned_leaves(state, params):
-        spec = PartitionSpec()
-        if owner is not None:
-            encoded = bool(set(keys[-1:]) & set(ENCODED))
-            within = keys[:-1] if encoded else keys
-            side = within[-1] if within[-1:] in (("left",), ("right",)) else None
-            whole = "recovery_state" in keys  # as error feedback: the leaf's own shape
-            matrix = (
-                None if whole and leaf.shape == shapes[owner] else matrices.get(owner)
-            )
-            stored = "basis" in keys
-            candidates = _layouts(shapes[owner], matrix, side, stored)
-            axes = _agreed(_fitting(list(candidates), leaf.shape, encoded))
-            spec = _spec(axes, leaf.shape, shapes[owner], shardings[owner])
-            if owner in matrices:
-                spec = _spread(spec, leaf.shape, shardings[owner])
-        out.append(_place(spec, like))
-    return jax.tree.unflatten(jax.tree.structure(state), out)
-
-
-def _by_path(params: Any, param_shardings: Any):
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-    given = broadcast_prefix(param_shardings, treedef, "param_shardings")
     paths = [path_string(path) for path, _ in flat]
+    shardings = _declared(paths, treedef, param_shardings)
+    shapes = [unbox(leaf).shape for _, leaf in flat]
+    own = treedef.unflatten(_own_axes(shape) for shape in shapes)
+    outside = iter(_pieces(outside_brackets(tx), params, own))
+    specs, like = [], next(iter(shardings), PartitionSpec())
+
+    def add(piece: Any, owner: int | None, axes: Axes, projected: bool) -> None:
+        for array, behind in _arrays(piece, axes):
+            spec = PartitionSpec()
+            if owner is not None:
+                spec = _spec(behind, array.shape, shapes[owner], shardings[owner])
+                if projected:
+                    spec = _spread(spec, array.shape, shardings[owner])
+            specs.append(_place(spec, like))
+
+    state = described(tx, params)
+    for node in jax.tree.leaves(state, is_leaf=_is_piece):
+        if isinstance(node, Described):
+            places = [paths.index(leaf.path) for leaf in node.plan.leaves]
+            for piece, owner, axes in _of_bracket(node):
+                projected = owner is not None and bool(node.plan.leaves[owner].matrix)
+                add(piece, None if owner is None else places[owner], axes, projected)
+        else:
+            add(*next(outside), projected=False)
+    structure = jax.tree.structure(jax.eval_shape(lambda p: tx.init(p), params))
+    return jax.tree.unflatten(structure, specs)
+
+
+def _declared(paths: list[str], treedef: Any, param_shardings: Any) -> list[Any]:
+    given = broadcast_prefix(param_shardings, treedef, "param_shardings")
     missing = [
-        path for path, sharding in zip(paths, given, strict=True) if not _ok(sharding)
+        path
+        for path, sharding in zip(paths, given, strict=True)
+        if not isinstance(sharding, NamedSharding | PartitionSpec)
     ]
     if missing:
         raise ValueError(
             "state_shardings expected a NamedSharding or PartitionSpec for every "
             f"parameter; there is none for {missing}."
         )
-    shapes = {
-        path: unbox(leaf).shape for path, (_, leaf) in zip(paths, flat, strict=True)
-    }
-    return shapes, dict(zip(paths, given, strict=True))
+    return given
 
 
-def _ok(sharding: Any) -> bool:
-    return isinstance(sharding, NamedSharding | PartitionSpec)
+def _own_axes(shape: tuple[int, ...]) -> Axes:
+    return Axes((axis,) for axis in range(len(shape)))
 
 
-def _layouts(
-    shape: tuple[int, ...], matrix: Matrix | None, side: str | None, stored: bool
-) -> Iterator[tuple[tuple[int, ...], Axes]]:
-    """Yields the shapes a state array of a parameter may have, and their axes.
+def _is_piece(node: Any) -> bool:
+    return isinstance(node, Described) or is_quantized(node) or is_box(node)
 
-    ``stored``: whether it belongs to the basis, as its optimizer's moments do.
+
+def _of_bracket(node: Described) -> list[Piece]:
+    """Returns the pieces of a bracket's state, in the order of its leaves.
+
+    Every part says what the axes of its arrays mean; of the inner transformation, which
+    may be any, `axes_of_state` asks the init.
     """
-    if matrix is None:
-        yield from _factors(shape, tuple((axis,) for axis in range(len(shape))))
-        return
-    batch = matrix.batch_shape
-    if stored:
-        seen = matrix if side is None else matrix.seen_from(side)
-        yield from _factors((*batch, seen.m, seen.rank), seen.basis_axes)
-    else:
-        kept = matrix.blocks * matrix.rank if matrix.side == "both" else matrix.n
-        yield from _factors((*batch, matrix.rank, kept), matrix.low_axes)
-    yield batch, matrix.basis_axes[: len(batch)]
+    plan, bracket, state = node.plan, node.planner.bracket, node.state
+    infos = [jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in plan.leaves]
+    leaves = plan.leaves_of(bracket, infos)
+    low: list[Any] = list(infos)
+    axes = [_own_axes(info.shape) for info in infos]
+    basis, pending, recovery = [], [], []
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, LowLeaf):
+            continue
+        batch, stored = leaf.matrix.batch_axes, plan.flat(state.basis)[i]
+        meanings = leaf.projector.axes(leaf.matrix)
+        basis += _meant(stored, i, batch, jax.tree.leaves(meanings))
+        pending += _meant(plan.flat(state.pending)[i], i, batch, [Axes()])
+        kept = plan.flat(state.recovery_state)[i]
+        if leaf.recovery is not None and leaf.recovery.whole:
+            pieces = _pieces(leaf.recovery.start_whole, infos[i], axes[i])
+            recovery += [(piece, i, found) for piece, _, found in pieces]
+        elif leaf.recovery is not None and leaf.recovery.like_leaf:
+            recovery += _meant(kept, i, axes[i], [Axes()])
+        else:
+            none = [Axes(((),) * (x.ndim - len(batch))) for x in jax.tree.leaves(kept)]
+            recovery += _meant(kept, i, batch, none)
+        low[i] = jax.eval_shape(
+            functools.partial(node.planner.low_zeros, leaf), _unboxed(stored)
+        )
+        axes[i] = batch + leaf.matrix.low_axes
+    # As the inner transformation and `full` see them; boxes hold the same arrays.
+    plain = dataclasses.replace(plan, has_boxes=False)
+    numbers = list(range(len(low)))
+    split = [
+        plain.inner_trees(bracket, None, leaves) for leaves in (low, axes, numbers)
+    ]
+    inner = []
+    for tx, *trees in zip((bracket.inner, bracket.full), *split, strict=True):
+        if tx is not None:
+            tree, meanings, places = trees
+            positions = jax.tree.leaves(places)
+            for piece, owner, found in _pieces(transformation(tx).init, tree, meanings):
+                inner.append(
+                    (piece, None if owner is None else positions[owner], found)
+                )
+    clock = [(state.count, None, Axes()), (state.key, None, Axes(((),)))]
+    return [*clock, *basis, *pending, *inner, *recovery]
 
 
-def _factors(shape: tuple[int, ...], axes: Axes) -> Iterator[tuple[tuple, Axes]]:
-    """Yields the array itself and its factors over the last two axes."""
-    yield shape, axes
-    if len(shape) >= 2:
-        yield shape[:-1], axes[:-1]
-        yield (*shape[:-2], shape[-1]), (*axes[:-2], axes[-1])
+def _meant(kept: Any, owner: int, first: Axes, meanings: list[Axes]) -> list[Piece]:
+    """Pairs what is kept of a leaf with what its axes mean, ``first`` in front."""
+    pieces = jax.tree.leaves(kept, is_leaf=_is_piece)
+    if not pieces:
+        return []
+    return [
+        (unbox(piece), owner, first + axes)
+        for piece, axes in zip(pieces, meanings, strict=True)
+    ]
 
 
-def _fitting(
-    candidates: list[tuple[tuple, Axes]], shape: tuple[int, ...], encoded: bool
-) -> list[Axes]:
-    """Returns the axes of the layouts that have this shape.
-
-    The scales and the packed codes of an encoded array have fewer columns, or a row for
-    each of its batch axes alone.
-    """
-    fits = [axes for other, axes in candidates if other == shape]
-    if fits or not encoded or not shape:
-        return fits
-    lead = shape[:-1]
-    fits = [axes for other, axes in candidates if other[:-1] == lead and other]
-    return fits or [(*axes, ()) for other, axes in candidates if other == lead]
+def _unboxed(tree: Any) -> Any:
+    return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
-def _agreed(candidates: list[Axes]) -> Axes:
-    """Keeps the axes on which all layouts of the same shape agree."""
-    if not candidates:
-        return ()
-    return tuple(
-        groups[0] if len(set(groups)) == 1 else ()
-        for groups in zip(*candidates, strict=True)
+def _pieces(init: Any, params: Any, axes: Any) -> list[Piece]:
+    """Returns the pieces of ``init(params)`` with their owners and axes."""
+    found = jax.tree.leaves(axes_of_state(init, params, axes))
+    pairs = jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(init, params), is_leaf=_is_piece
     )
+    owner = owners([names_of(path) for path, _ in pairs], params)
+    return [
+        (unbox(piece), i, behind)
+        for (_, piece), i, behind in zip(pairs, owner, found, strict=True)
+    ]
+
+
+def _arrays(piece: Any, axes: Axes) -> list[tuple[Any, Axes]]:
+    """Returns the arrays of a piece with the axes behind theirs.
+
+    Scales, and codes that share bytes, have a shorter last axis, or a row for each
+    batch axis alone.
+    """
+    if not is_quantized(piece):
+        return [(piece, axes)]
+    arrays = jax.tree.leaves(_unboxed(piece))
+    flat = Axes((*axes[:-2], ()))
+    return [(x, axes if x.ndim == len(axes) else flat) for x in arrays]
 
 
 def _spec(

@@ -10,6 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax.testing._programs import (
+    Names,
+    Step,
+    by_path,
+    called_in,
+    expressions,
+    plain_names,
+    whole_step,
+)
+
 STEPS = 5
 
 
@@ -75,7 +85,69 @@ class Subject:
     @functools.cached_property
     def run(self) -> list[tuple[Any, Any]]:
         """(params, state) before the first step and after each."""
-        return self.trajectory(self.step, self.tx.init(self.params))
+        return self.trajectory(self.step, self.start[1])
+
+    @functools.cached_property
+    def start(self) -> tuple[Any, Any, Any]:
+        """(params, state, gradient) of the first step."""
+        return self.params, self.tx.init(self.params), self.gradients[0]
+
+    @functools.cached_property
+    def written(self) -> list[str]:
+        """What the plain step computes: an expression for every leaf it returns."""
+        jaxpr = jax.make_jaxpr(whole_step(self.tx))(*self.start)
+        return expressions(jaxpr, plain_names(self.start))
+
+    @functools.cached_property
+    def guarded(self) -> tuple[Callable, Any]:
+        """The step under ``optax.apply_if_finite``, compiled, and its first state."""
+        tx = optax.apply_if_finite(self.make(), max_consecutive_errors=3)
+        return jax.jit(step_of(tx)), tx.init(self.params)
+
+    def beside(
+        self,
+        tx: optax.GradientTransformation,
+        arguments: Any = None,
+        match: Names = by_path,
+        without: int | None = None,
+    ) -> Step:
+        """Returns the step of another transformation beside the plain one.
+
+        Args:
+          tx: the other transformation, usually the plain one in a wrapper.
+          arguments: its (params, state, gradient); None is the plain ones with its own
+            state.
+          match: says which of its leaves is which of the plain ones.
+          without: a leaf of the parameters that the wrapper takes away.
+        """
+        if arguments is None:
+            arguments = self.params, tx.init(self.params), self.gradients[0]
+        ignore = () if without is None else (without,)
+        return Step((self.start, self.written), tx, arguments, match, ignore)
+
+    def is_scanned_by(self, scan: Callable, arguments: Any) -> bool:
+        """Whether one turn of a ``lax.scan`` is shown to be the plain step.
+
+        Args:
+          scan: (params, state, gradients) -> (params, state), the scan and no more.
+          arguments: its arguments.
+        """
+        jaxpr = jax.make_jaxpr(scan)(*arguments)
+        turn = expressions(jaxpr, plain_names(self.start), ("jit", "pjit", "scan"))
+        return turn == self.written[: len(jax.tree.leaves(self.start[:2]))]
+
+    def is_called_by(self, function: Callable, arguments: Any, name: str) -> bool:
+        """Whether what ``function`` calls by a name is shown to be the plain step.
+
+        Args:
+          function: calls something of that name under ``jit``, on what takes the place
+            of (params, state, gradient).
+          arguments: its arguments.
+          name: the name.
+        """
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+        called = called_in(jaxpr, name, plain_names(self.start))
+        return called == self.written[: len(jax.tree.leaves(self.start[:2]))]
 
     @property
     def final(self) -> Any:

@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from lowrank_optax.leaves.moments import Group
 from lowrank_optax.leaves.part import Part
-from lowrank_optax.linalg.rotation import Rotation
+from lowrank_optax.linalg.bases import Rotation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax.leaves.moments import Group
-from lowrank_optax.linalg.rotation import Rotation
+from lowrank_optax.linalg.bases import Rotation
 from lowrank_optax.transport._protocol import Transport
 
 

@@ -7,8 +7,8 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.moments import Group, weight_seen
+from lowrank_optax.linalg.bases import Rotation
 from lowrank_optax.linalg.products import wide
-from lowrank_optax.linalg.rotation import Rotation
 from lowrank_optax.transport._protocol import Transport
 
 

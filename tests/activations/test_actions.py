@@ -9,8 +9,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
-from lowrank_optax.activations import actions as module
-from lowrank_optax.activations import roles
+from lowrank_optax.activations.checkpoint import actions as module
+from lowrank_optax.activations.checkpoint import policy as policies
 from tests.activations.model import TAGS, block, inputs
 
 Quantize, Policy = activations.Quantize, activations.Policy
@@ -119,7 +119,7 @@ def test_roles():
     params = jax.tree.map(lambda p: p[0], params)
     found = activations.tagged_values(block, params, x)
     assert [value.tag for value in found] == list(TAGS)
-    assert set(roles.TRANSFORMER_TAGS) == set(TAGS)
+    assert set(policies.TRANSFORMER_TAGS) == set(TAGS)
     compress(block, policy)(params, x)  # every tag occurs
 
 

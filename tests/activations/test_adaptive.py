@@ -10,7 +10,9 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
-from lowrank_optax.activations import AdaptivePlanner, probe
+from lowrank_optax.activations import AdaptivePlanner
+from lowrank_optax.activations.planner import probes
+from tests.activations.model import QUICK
 
 LAYERS, WIDTH = 3, 128
 
@@ -38,7 +40,7 @@ def step_under(plan):
         value, grads = jax.value_and_grad(loss)(params, x)
         return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), value
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
 
 
 class Builder:
@@ -73,7 +75,7 @@ def measured(monkeypatch):
                 found[tag, action] = rough * table["scale"]
         return found
 
-    monkeypatch.setattr(probe, "probe_errors", errors)
+    monkeypatch.setattr(probes, "probe_errors", errors)
     return table
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lowrank_optax import activations
-from lowrank_optax.activations.hardware import HARDWARE
+from lowrank_optax.activations.planner.hardware import HARDWARE
 
 
 def test_the_profiles():

@@ -7,8 +7,8 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from lowrank_optax.activations import planner
-from lowrank_optax.activations._tables import Tables
+from lowrank_optax.activations.planner import milp
+from lowrank_optax.activations.planner.milp import Tables
 
 
 @st.composite
@@ -57,7 +57,7 @@ def test_the_solver_finds_what_exhaustive_search_finds(problem):
         for _, (nbytes, time, error) in every_assignment(tables)
         if nbytes <= budget and error <= error2
     ]
-    found = planner.solve(tables, budget, error2)
+    found = milp.solve(tables, budget, error2)
     if not fits:
         assert found is None
         return
@@ -65,7 +65,7 @@ def test_the_solver_finds_what_exhaustive_search_finds(problem):
     nbytes, time, error = tables.total(found)
     assert nbytes <= budget and error <= error2
     assert (time, nbytes) == min(fits)
-    least = planner.smallest(tables, tables.nbytes, math.inf)
+    least = milp.smallest(tables, tables.nbytes, math.inf)
     assert least is not None
     assert tables.total(least)[0] == min(n for _, (n, _, _) in every_assignment(tables))
 
@@ -74,4 +74,4 @@ def test_ties_go_to_the_action_that_stands_first():
     same = np.ones((3, 4))
     tables = Tables((2, 2), same, same, same, same > 0, np.zeros(4, bool))
     for _ in range(3):
-        np.testing.assert_array_equal(planner.solve(tables, 99.0, 99.0), 0)
+        np.testing.assert_array_equal(milp.solve(tables, 99.0, 99.0), 0)

@@ -9,7 +9,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from examples.llama.collectives import collectives
 
 AXES = ("data", "model")
 RANK, GAP, STEPS = 4, 2, 5  # refreshes at steps 0, 2 and 4
@@ -145,7 +144,7 @@ class Sharded:
 
     def collectives(self):
         """Lists what the compiled step sends between devices."""
-        return collectives(self.compiled.as_text())
+        return lro.collectives(self.compiled.as_text())
 
 
 def per_device_bytes(tree):

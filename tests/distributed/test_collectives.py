@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from examples.llama.collectives import collectives
 from tests.distributed.cases import (
     PARAMS,
     PROJECTORS,
@@ -44,7 +43,7 @@ def test_a_loop_multiplies_and_a_branch_is_told_apart():
     )
     xs = jax.ShapeDtypeStruct((3, 128), jnp.float32, sharding=NamedSharding(mesh, P()))
     hlo = jax.jit(mapped).lower(jnp.bool_(True), xs).compile().as_text()
-    found = {item.op: item for item in collectives(hlo)}
+    found = {item.op: item for item in lro.collectives(hlo)}
     reduce, gather = found["all-reduce"], found["all-gather"]
     assert len(found) == 2
     assert (reduce.times, reduce.bytes, reduce.conditional) == (3, 64, False)

@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from examples.llama.collectives import collectives
 from tests.distributed.cases import (
     GAP,
     PARAMS,
@@ -210,7 +209,7 @@ def test_the_step_is_that_of_the_plain_mean(name):
 
 def sent(step):
     """All-reduces of a step: bytes of those in no branch, shapes of the others."""
-    found = collectives(step.as_text(), by_channel=False)
+    found = lro.collectives(step.as_text(), by_channel=False)
     assert {item.op for item in found} <= {"all-reduce"}
     always = [item for item in found if not item.conditional]
     return sum(x.total for x in always), [x.shapes for x in found if x.conditional]
@@ -431,7 +430,7 @@ def test_parameters_sharded_over_another_axis(kind):
     assert jax.tree.map(lambda x: x.sharding, state) == layout
     # A device sends its shard of what is whole, and of R; the products with the sharded
     # rows of dense are more sums, over fsdp. Plainly it would be half of NUMBERS.
-    found = collectives(str(step.as_text()), by_channel=False)
+    found = lro.collectives(str(step.as_text()), by_channel=False)
     reduced = [x for x in found if x.op == "all-reduce" and not x.conditional]
     assert sum(x.total for x in reduced) < 4 * sum(NUMBERS.values()) / 2 / 2
 

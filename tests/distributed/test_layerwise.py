@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from examples.llama.collectives import collectives
 from tests.distributed.cases import AXES, MESHES, named
 from tests.test_layerwise import batches, block, embed, head, make_params, plain_step
 
@@ -71,7 +70,7 @@ def test_on_a_mesh(mesh):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     # What is gathered is one layer's at most, never a stack of all.
     stack = LAYERS * WIDTH * 2 * WIDTH
-    found = collectives(compiled.as_text())
+    found = lro.collectives(compiled.as_text())
     assert found
     for item in found:
         assert max(math.prod(shape) for shape in item.shapes) < stack, item

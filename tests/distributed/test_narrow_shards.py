@@ -8,8 +8,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from examples.llama.placement import stored_shardings
-from examples.llama.weights import WEIGHTS
 from lowrank_optax.quantization import (
     affine,
     blockwise_int8,
@@ -97,7 +95,7 @@ def test_blocks_that_no_explicit_type_cuts(codec):
 
 
 def test_weights():
-    weights = WEIGHTS["int8"]("float32")
+    weights = lro.weight_storage("int8", layer_axis=0)
     params, update = gradients(PARAMS, 2)
     key = jax.random.key(1)
 
@@ -107,7 +105,7 @@ def test_weights():
 
     places = named(auto_mesh(), SPECS)
     stored = jax.eval_shape(weights.store, params)
-    out = jax.tree.map(stored_shardings, places, params, stored)
+    out = lro.weight_shardings(stored, params, places)
     cut = jax.device_put((params, update), (places, places))
     found = jax.jit(step, out_shardings=(out, out))(*cut)
     jax.tree.map(np.testing.assert_array_equal, found, jax.jit(step)(params, update))

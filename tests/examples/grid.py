@@ -10,11 +10,15 @@ from jax.sharding import AxisType
 from examples.llama import optimizers
 from examples.llama.batches import as_batch
 from examples.llama.config import TrainConfig, resolve
-from examples.llama.mesh import make_mesh, parse_mesh
 from examples.llama.model import ModelConfig, abstract_model
-from examples.llama.placement import Placement, fresh_state
-from examples.llama.step import Layout, make_steps, mean_gradient, split_rows
-from examples.llama.weights import PLAIN
+from examples.llama.placement import Placement, fresh_state, make_mesh, parse_mesh
+from examples.llama.step import (
+    PLAIN,
+    Layout,
+    make_steps,
+    mean_gradient,
+    split_rows,
+)
 
 STEPS = 20
 METHODS = ("adamw", "galore", "subtrack", "gwt", "galore_8bit")

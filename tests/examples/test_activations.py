@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from examples.llama import train
-from examples.llama.activations import ACTIVATIONS
 from examples.llama.batches import as_batch
 from examples.llama.config import TrainConfig, UsageError, resolve
-from examples.llama.model import abstract_model, init_params
+from examples.llama.model import ACTIVATIONS, abstract_model, init_params
 from examples.llama.step import make_steps, split_rows
 from lowrank_optax import activations
 

@@ -9,18 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from examples.llama import optimizers, placement, train
-from examples.llama.choose_steps import traffic
+from examples.llama import choose_steps, optimizers, train
+from examples.llama.choose_steps import laid_out, layers_outermost, traffic
 from examples.llama.config import SENDS, TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model
-from examples.llama.placement import (
-    choose_placement,
-    fresh_state,
-    laid_out,
-    layers_outermost,
-)
-from examples.llama.trainer import Trainer
-from examples.llama.weights import PLAIN
+from examples.llama.placement import choose_placement, fresh_state
+from examples.llama.step import PLAIN
+from examples.llama.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("micro_preset", "programs")
 # Adam divides by roots of 1e-12 or less without it, and makes much of rounding.
@@ -55,7 +50,7 @@ def test_layerwise_goes_on_with_a_plain_run_and_back(metrics, tmp_path, monkeypa
 
     With the layouts that a TPU is given.
     """
-    monkeypatch.setattr(placement, "PADDING", {"cpu"})
+    monkeypatch.setattr(choose_steps, "PADDING", {"cpu"})
     flags = {"micro_batches": 2, "clip": 0.5, "eval_every": 0, "keep": 9}
     plain = losses(metrics("plain", checkpoint_every=3, **flags))
     assert len(plain) == 9
@@ -79,7 +74,7 @@ def test_layerwise_layouts(monkeypatch):
     tx = optimizers.build_optimizer(config)
     plain = one.layout(params, tx, PLAIN)
     assert layers_outermost(plain, tx, PLAIN, params) is plain
-    monkeypatch.setattr(placement, "PADDING", {"cpu"})
+    monkeypatch.setattr(choose_steps, "PADDING", {"cpu"})
     layout = layers_outermost(plain, tx, PLAIN, params)
     made = fresh_state(layout, model, 0, tx, PLAIN)
     old = fresh_state(plain, model, 0, tx, PLAIN)

@@ -6,9 +6,9 @@ import optax
 
 import lowrank_optax as lro
 from examples.llama.batches import as_batch
-from examples.llama.compressed import make_compressed_steps
-from examples.llama.mesh import make_mesh, parse_mesh
+from examples.llama.choose_steps import make_compressed_steps
 from examples.llama.model import abstract_model, init_params
+from examples.llama.placement import make_mesh, parse_mesh
 from examples.llama.step import make_steps, split_rows
 
 

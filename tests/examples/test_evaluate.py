@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from examples.llama.evaluate import (
+from examples.llama.model import abstract_model, init_params
+from examples.llama.report import (
     eval_batches,
     evaluate,
     perplexity,
     unigram_perplexity,
 )
-from examples.llama.model import abstract_model, init_params
 from examples.llama.step import token_losses
 
 SEQ_LEN = 16

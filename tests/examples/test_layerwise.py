@@ -7,7 +7,7 @@ import pytest
 
 import lowrank_optax as lro
 from examples.llama.batches import as_batch
-from examples.llama.layerwise import make_layerwise_steps
+from examples.llama.choose_steps import make_layerwise_steps
 from examples.llama.model import abstract_model, init_params
 from examples.llama.step import make_steps, split_rows
 

@@ -7,18 +7,25 @@ import jax
 import numpy as np
 import pytest
 
+import lowrank_optax as lro
 from examples.llama import config as configs
 from examples.llama import optimizers
 from examples.llama.batches import as_batch
 from examples.llama.checkpoint import Checkpoints, Store, on_device
 from examples.llama.config import TrainConfig, UsageError, resolve
-from examples.llama.mesh import check_rows, make_mesh, parse_mesh, whole_axes
 from examples.llama.model import abstract_model
-from examples.llama.placement import Placement, choose_placement, fresh_state
+from examples.llama.placement import (
+    Placement,
+    check_rows,
+    choose_placement,
+    fresh_state,
+    make_mesh,
+    parse_mesh,
+    whole_axes,
+)
 from examples.llama.presets import Preset
 from examples.llama.step import make_steps, split_rows
-from examples.llama.trainer import Trainer
-from examples.llama.weights import WEIGHTS
+from examples.llama.train import Trainer
 
 STEPS = 5
 # Sums over rows and columns are added in another order, and Adam divides by their
@@ -113,7 +120,7 @@ def build(optimizer: str, mesh: str, devices: int, weights: str = "plain"):
     placement = choose_placement(config, jax.devices()[:devices])
     tx = optimizers.guarded(config, optimizers.build_optimizer(config))
     definition, params = abstract_model(model)
-    codec = WEIGHTS[weights](config.param_dtype)
+    codec = lro.weight_storage(weights, config.param_dtype, layer_axis=0)
     layout = placement.layout(params, tx, codec)
     on_mesh = layout if placement.mesh else None
     steps = make_steps(definition, tx, codec, layout=on_mesh)

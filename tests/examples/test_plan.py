@@ -1,7 +1,8 @@
-"""`python -m examples.llama.plan`: bytes from shapes, and what is said of them."""
+"""`python -m examples.plan`: bytes from shapes, and what is said of them."""
 
 import dataclasses
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,56 +12,35 @@ import jax.numpy as jnp
 import pytest
 
 import lowrank_optax as lro
-from examples.llama import optimizers, plan
-from examples.llama.aot import Compiled, NoRoom
-from examples.llama.config import TrainConfig, UsageError, resolve
-from examples.llama.estimate import (
-    abstract_mesh,
-    estimate,
-    larger,
-    parse_topology,
-    state_bytes,
-)
-from examples.llama.mesh import make_mesh, param_shardings
+from examples.llama import optimizers
+from examples.llama.config import TrainConfig, resolve
 from examples.llama.model import abstract_model, init_params
+from examples.llama.placement import make_mesh, param_shardings
+from examples.plan import plan
+from examples.plan.compiled import Compiled, NoRoom
+from examples.plan.estimate import estimate, memory_bytes, state_bytes
 from lowrank_optax import activations
 
 FEW = ("adamw", "galore", "subtrack", "gwt", "galore_8bit")
+ROOT = pathlib.Path(__file__).parents[2]
 MESHES = ({"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
 @pytest.mark.parametrize(
-    ("text", "profile", "devices", "gib"),
+    ("text", "gib"),
     [
-        ("v5e:16x16", "v5e", 256, 16),
-        ("v4:4x4x8", "v4", 128, 32),  # a chip is one device
-        ("v5p:2x2x2", "v5p", 8, 95),
-        ("v6e:4x8", "v6e", 32, 32),
+        ("v5e:16x16", 16),
+        ("v4:4x4x8", 32),
+        ("v5p:2x2x2", 95),
+        ("v6e:4x8", 32),
     ],
 )
-def test_topologies(text, profile, devices, gib):
-    found = parse_topology(text)
-    assert (found.profile, found.devices) == (profile, devices)
-    assert found.memory_bytes == gib * 2**30
+def test_memory_of_devices(text, gib):
+    assert memory_bytes(lro.parse_topology(text)) == gib * 2**30
 
 
-def test_gpus_are_a_number():
-    found = parse_topology("h100:8")
-    assert (found.devices, found.memory_bytes) == (8, 80 * 10**9)
-
-
-@pytest.mark.parametrize(
-    "text", ["v9:2x2", "v5e", "v5e:3x5", "h100:2x2", "v5e:axb", "v4:8", "v5p:2x2x0"]
-)
-def test_unknown_topologies_name_the_known(text):
-    with pytest.raises(UsageError, match=r"v5e or v6e .*4x8.* v4 or v5p .*h100:8"):
-        parse_topology(text)
-
-
-def test_larger_slices():
-    assert list(larger("v5e:8x8")) == ["v5e:8x16", "v5e:16x16"]
-    assert list(larger("v4:2x2x4"))[:3] == ["v4:2x4x4", "v4:4x4x4", "v4:4x4x8"]
-    assert next(larger("h100:8")) == "h100:16"
+def test_memory_of_gpus():
+    assert memory_bytes(lro.parse_topology("h100:8")) == 80 * 10**9
 
 
 def config_of(optimizer, **flags):
@@ -109,7 +89,7 @@ def of_layers(optimizer, devices, **flags):
     _, params = abstract_model(model)
     kernels = {"layers": {name: params["layers"][name] for name in ("attn", "mlp")}}
     places = param_shardings(
-        abstract_mesh({"data": 1, "fsdp": devices, "tensor": 1}), kernels
+        lro.abstract_mesh({"data": 1, "fsdp": devices, "tensor": 1}), kernels
     )
     return state_bytes(optimizers.build_optimizer(config, places), kernels, places)
 
@@ -130,7 +110,7 @@ def test_galore_on_the_long_side():
     tree = abstract_model(model)[1]["layers"]
     kernels = {"layers": {name: tree[name] for name in ("attn", "mlp")}}
     places = param_shardings(
-        abstract_mesh({"data": 1, "fsdp": 16, "tensor": 1}), kernels
+        lro.abstract_mesh({"data": 1, "fsdp": 16, "tensor": 1}), kernels
     )
     for dtype in (jnp.float32, jnp.bfloat16):
         tx = lro.galore(1e-2, r, side="long", basis_dtype=dtype, layer_axis=0)
@@ -177,6 +157,8 @@ def test_where_one_change_is_not_enough_two_are_named(capsys):
 
 
 def test_bad_plans(capsys):
+    code, _, err = run(capsys, "--topology", "v9:2x2")
+    assert code == 2 and "unknown topology 'v9:2x2': expected v5e or v6e" in err
     code, _, err = run(capsys, "--topology", "v5e:2x2", "--mesh", "fsdp=3")
     assert code == 2 and "names 3 devices, and there are 4" in err
     code, _, err = run(capsys, "--topology", "v5e:16x16")
@@ -215,7 +197,7 @@ def test_the_compiler_decides(capsys, monkeypatch):
 @pytest.mark.tpu_aot
 def test_the_compiled_step_takes_what_was_estimated():
     pytest.importorskip("libtpu")
-    command = [sys.executable, "-m", "examples.llama.plan", "--preset", "60m"]
+    command = [sys.executable, "-m", "examples.plan", "--preset", "60m"]
     options = "--topology v5e:2x2 --batch 64 --seq 512 --rank 64 --compile".split()
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu"}
@@ -240,3 +222,9 @@ def test_a_budget_is_planned_for_the_rows_of_one_device():
         tx = optimizers.guarded(config, optimizers.build_optimizer(config))
         kept.append(estimate(config, model, tx, sizes, "v5e").kept)
     assert kept[0] == 2 * kept[1] > 0
+
+
+def test_the_trainer_does_without_the_planner():
+    files = list((ROOT / "examples" / "llama").glob("*.py"))
+    assert len(files) > 10
+    assert not [path.name for path in files if "examples.plan" in path.read_text()]

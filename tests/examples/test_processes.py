@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # The program with a model that compiles fast. Process 1 sends itself SIGNAL at STEP.
 PROGRAM = """
 import os, sys
-from examples.llama import presets, train, trainer
+from examples.llama import presets, train
 from examples.llama.model import ModelConfig
 
 recipe = presets.Recipe(
@@ -31,14 +31,14 @@ recipe = presets.Recipe(
 model = ModelConfig(vocab_size=264, width=32, ff_width=48, layers=2, heads=2)
 presets.PRESETS["micro"] = presets.Preset(model, recipe)
 number, at = int(os.environ["SIGNAL"]), int(os.environ["STEP"])
-plain = trainer.Trainer._step
+plain = train.Trainer._step
 
 def step(self, item, bar):
     if number and self.step == at and os.environ["JAX_PROCESS_ID"] == "1":
         os.kill(os.getpid(), number)
     plain(self, item, bar)
 
-trainer.Trainer._step = step
+train.Trainer._step = step
 sys.exit(train.main(["--preset", "micro", *sys.argv[1:]]))
 """
 

@@ -10,14 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
+import lowrank_optax as lro
 from examples.llama import train
 from examples.llama.batches import as_batch
-from examples.llama.config import TrainConfig, UsageError, resolve
+from examples.llama.config import WEIGHTS, TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model
 from examples.llama.report import readable_bytes
 from examples.llama.step import make_steps, split_rows
-from examples.llama.trainer import Trainer
-from examples.llama.weights import WEIGHTS, step_key
+from examples.llama.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("programs")
 ROUNDED = [kind for kind in WEIGHTS if kind != "plain"]  # test_train.py trains that
@@ -102,7 +102,7 @@ def test_training_and_going_on(kind, config, tmp_path, capsys):
 def test_the_model_and_the_optimizer_see_the_parameters_type(kind, dtype, config):
     flags = {"weights": kind, "param_dtype": dtype}
     resolved, model = resolve(dataclasses.replace(config, **flags))
-    weights = WEIGHTS[resolved.weights](resolved.param_dtype)
+    weights = lro.weight_storage(resolved.weights, resolved.param_dtype, layer_axis=0)
     params = abstract_model(model)[1]
     stored = jax.eval_shape(weights.store, params)
     assert jax.eval_shape(weights.load, stored) == params
@@ -125,7 +125,7 @@ class Bigram(nnx.Module):
 
 def start(kind: str, tx: Any, dtype: str = "float32", kernel: Any = 1.0):
     """The step, the stored parameters and the state of a bigram model."""
-    weights = WEIGHTS[kind](dtype)
+    weights = lro.weight_storage(kind, dtype, layer_axis=0)
     tx = optax.apply_if_finite(tx, 100)
     params = {"kernel": jnp.broadcast_to(jnp.asarray(kernel, dtype), (264, 264))}
     train = make_steps(nnx.graphdef(Bigram()), tx, weights).train
@@ -139,13 +139,13 @@ def test_a_skipped_step_changes_no_bit(kind, batch):
     tx = optax.adamw(1e-2, weight_decay=0.1)
     train, stored, state = start(kind, tx, kernel=kernel)
     for step in range(3):
-        stored, state, _ = train(stored, state, batch, step_key(0, step))
+        stored, state, _ = train(stored, state, batch, lro.rounding_key(0, step))
     before, moments = bits(stored), bits(state.inner_state)
     bad = batch | {"mask": batch["mask"] * np.float32(np.nan)}
-    stored, state, metrics = train(stored, state, bad, step_key(0, 3))
+    stored, state, metrics = train(stored, state, bad, lro.rounding_key(0, 3))
     assert int(metrics["skipped"]) == 1
     assert bits(stored) == before and bits(state.inner_state) == moments
-    stored, _, _ = train(stored, state, batch, step_key(0, 4))
+    stored, _, _ = train(stored, state, batch, lro.rounding_key(0, 4))
     assert bits(stored) != before
 
 
@@ -156,7 +156,7 @@ def test_steps_below_half_the_distance_to_the_next_number(batch):
 
     def stepped(kind, dtype):
         train, stored, state = start(kind, tx, dtype)
-        stored, *_ = train(stored, state, batch, step_key(0, 0))
+        stored, *_ = train(stored, state, batch, lro.rounding_key(0, 0))
         return np.asarray(stored["kernel"], np.float32)
 
     assert np.all(stepped("plain", "bfloat16") == 1)
@@ -180,11 +180,11 @@ def test_small_steps_are_made_in_the_mean(kind, batch):
     kernel = jnp.where(ends, jnp.where(np.arange(264) % 2, 1.0, -1.0), kernel)
     tx = optax.stateless(lambda updates, params: {"kernel": size})
     size = jnp.broadcast_to(jnp.where(ends, 0.0, 2.0**-12), kernel.shape)
-    weights = WEIGHTS[kind]("float32")
+    weights = lro.weight_storage(kind, layer_axis=0)
     train, stored, state = start(kind, tx, kernel=kernel)
     before = weights.load(stored)["kernel"]
     for step in range(20):
-        stored, state, _ = train(stored, state, batch, step_key(0, step))
+        stored, state, _ = train(stored, state, batch, lro.rounding_key(0, step))
     moved = (weights.load(stored)["kernel"] - before)[:, ~ends]
     # An entry's rounding spreads by at most half of the 2/255 between two codes; the
     # mean of 264 x 260 of them over twenty steps by 7e-5: four of those.
@@ -192,7 +192,7 @@ def test_small_steps_are_made_in_the_mean(kind, batch):
 
 
 def test_keys_differ_by_step_and_seed():
-    keys = [step_key(*pair) for pair in [(0, 0), (0, 1), (1, 0), (1, 1)]]
+    keys = [lro.rounding_key(*pair) for pair in [(0, 0), (0, 1), (1, 0), (1, 1)]]
     assert len({str(bits(jax.random.key_data(key))) for key in keys}) == len(keys)
 
 

@@ -27,13 +27,17 @@ class replayed(lro.correlation):
     sketches: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
     used: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
 
-    def compute(self, matrix, gradient, old, at):
-        sketch = jnp.asarray(self.sketches[matrix.path])
+    def for_leaf(self, path):
+        own = {"": self.sketches[path]}, {"": self.used[path]}
+        return dataclasses.replace(self, sketches=own[0], used=own[1])
+
+    def renew(self, matrix, gradient, old, at):
+        sketch = jnp.asarray(self.sketches[""])
         old = jnp.where(at.cold, sketch, old)
         # The first basis is a decomposition like the later ones.
         later = at._replace(cold=jnp.bool_(False))
-        new = super().compute(matrix, gradient, old, later)
-        recorded = jnp.asarray(self.used[matrix.path])[at.count]
+        new = super().renew(matrix, gradient, old, later)
+        recorded = jnp.asarray(self.used[""])[at.count]
         agreement = jnp.sum(new * recorded, axis=0)
         return new * jnp.where(agreement < 0, -1.0, 1.0)
 

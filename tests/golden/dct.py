@@ -52,6 +52,9 @@ class recorded_slots(released_phase):
 
     indices: Any = None
 
+    def for_leaf(self, path):
+        return dataclasses.replace(self, indices={"": self.indices[path]})
+
     def start(self, matrix):
         """Stores both, for the tests to compare."""
         first = super().start(matrix)
@@ -59,7 +62,7 @@ class recorded_slots(released_phase):
 
     def refresh(self, matrix, gradient, stored, at):
         """Looks the step's indices up, and chooses beside them."""
-        used = jnp.asarray(self.indices[matrix.path], jnp.int32)[at.count]
+        used = jnp.asarray(self.indices[""], jnp.int32)[at.count]
         return Slots(used, super().refresh(matrix, gradient, stored.own, at))
 
     def basis(self, matrix, stored: Any, at):

@@ -62,9 +62,12 @@ class started(lro.online_pca):
 
     first: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
 
+    def for_leaf(self, path):
+        return dataclasses.replace(self, first={"": self.first[path]})
+
     def find(self, matrix, gradient, at):
-        best = leading_singular_vectors(gradient, matrix.rank)
-        first = jnp.asarray(self.first[matrix.path], gradient.dtype)
+        best = leading_singular_vectors(gradient.array, matrix.rank)
+        first = jnp.asarray(self.first[""], gradient.dtype)
         # It is the SVD's: the same span, to 1e-4 of a vector.
         same = jnp.abs(jnp.abs(jnp.sum(best * first, 0)) - 1).max() < 1e-4
         return jnp.where(same, first, jnp.nan)

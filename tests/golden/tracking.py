@@ -172,7 +172,7 @@ class svd_of_momentum(lro.power_iteration):
     def follow(self, matrix, gradient, old, at):
         momentum = self._momentum(at, jnp.ones([]))
         assert momentum is not None
-        mixture = old @ momentum + (1.0 - self.rho) * gradient
+        mixture = old @ momentum + (1.0 - self.rho) * gradient.array
         return leading_singular_vectors(mixture, matrix.rank)
 
 

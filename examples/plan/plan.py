@@ -1,0 +1,257 @@
+"""`report` says whether a run fits: `python -m examples.plan --help`; nothing is made.
+
+Exit codes: 0 it fits; 1 it does not, with what would; 2 the command needs mending. With
+--compile the compiler decides, without it the estimate.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import optax
+import tyro
+
+import lowrank_optax as lro
+from examples.llama import optimizers
+from examples.llama.config import (
+    NO_SIDE,
+    Resolved,
+    TrainConfig,
+    UsageError,
+    resolve,
+)
+from examples.llama.model import ModelConfig, abstract_model, count_params
+from examples.llama.placement import AXES, ROWS, param_shardings, parse_mesh
+from examples.plan.compiled import NoRoom, beside, compile_run, require_compiler
+from examples.plan.estimate import Parts, estimate, memory_bytes, state_bytes
+
+MIB = 2**20
+# Rows of the table of what fits, beside the optimizer that was asked for.
+COMPARED = (
+    "adamw", "adamw_8bit", "galore", "galore_8bit", "q_galore", "subtrack",
+    "apollo", "apollo_mini", "gwt",
+)  # fmt: skip
+NO_RANK = ("adamw", "adamw_8bit", "apollo_mini", "gwt")
+# The estimate is within a tenth of what the TPU's compiler takes (docs/pods.md).
+MARGIN = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Say whether a training run fits on a TPU slice or on GPUs, before renting it."""
+
+    preset: str = "7b"
+    """model, as for training"""
+    optimizer: str = "galore"
+    """name, as for training"""
+    rank: int | None = None
+    """of the projection; left out: the preset's"""
+    side: str = ""
+    """which side of a matrix its basis lies on, as for training"""
+    topology: str = "v5e:16x16"
+    """a TPU and its extent (v5e:16x16, v4:4x4x8, v5p:2x2x2, v6e:4x4), or a GPU and a
+    number (h100:8)"""
+    mesh: str = "fsdp=-1"
+    """sizes of data, fsdp, tensor, as for training"""
+    batch: int = 512
+    """rows per optimizer step, on all devices together"""
+    seq: int = 2048
+    """length of a row, tokens"""
+    micro_batches: int = 1
+    """parts that the rows of one step are computed in, one after another"""
+    param_dtype: str = "bfloat16"
+    """of parameters, gradients and moments"""
+    activation_policy: str = "full"
+    """none, full, names or adacc, as for training"""
+    activation_budget: str = ""
+    """a percentage or bytes, as for training; it takes the place of the policy"""
+    compile: bool = False
+    """also compile the step with the TPU's compiler (extra tpu; minutes)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is planned: the trainer's own configuration, model, mesh and optimizer."""
+
+    config: Resolved
+    model: ModelConfig
+    topology: lro.Topology
+    sizes: dict[str, int]
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer as the trainer has it, with clipping and guard."""
+        _, params = abstract_model(self.model)
+        places = param_shardings(lro.abstract_mesh(self.sizes), params)
+        optimizer = optimizers.build_optimizer(self.config, places)
+        return optimizers.guarded(self.config, optimizer)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one device."""
+        return memory_bytes(self.topology)
+
+    def parts(self) -> Parts:
+        return estimate(
+            self.config, self.model, self.tx, self.sizes, self.topology.chip
+        )
+
+    def state(self) -> int:
+        _, params = abstract_model(self.model)
+        places = param_shardings(lro.abstract_mesh(self.sizes), params)
+        return state_bytes(self.tx, params, places)
+
+
+def plan_run(plan: PlanConfig, **changes: Any) -> Run:
+    """The run that the flags, or the flags with changes, describe."""
+    plan = dataclasses.replace(plan, **changes)
+    config, model = resolve(
+        TrainConfig(
+            preset=plan.preset,
+            optimizer=plan.optimizer,
+            rank=plan.rank,
+            side="" if plan.optimizer in NO_SIDE else plan.side,
+            batch_size=plan.batch,
+            seq_len=plan.seq,
+            micro_batches=plan.micro_batches,
+            param_dtype=plan.param_dtype,
+            compute_dtype="bfloat16",
+            activation_policy="none"
+            if plan.activation_budget
+            else plan.activation_policy,
+            activation_budget=plan.activation_budget,
+        )
+    )
+    try:
+        topology = lro.parse_topology(plan.topology)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    sizes = parse_mesh(plan.mesh, topology.devices)
+    parts = math.prod(sizes[axis] for axis in ROWS) * config.micro_batches
+    if config.batch_size % parts:
+        raise UsageError(
+            f"{plan.batch} rows in {plan.micro_batches} micro-batches cannot be cut "
+            f"over data x fsdp = {parts // config.micro_batches} devices; the nearest "
+            f"that works is --batch {-(-plan.batch // parts) * parts}"
+        )
+    return Run(config, model, topology, sizes)
+
+
+def verdict(total: int, topology: lro.Topology) -> str:
+    """In words; an estimate close to what a device has decides nothing."""
+    room = memory_bytes(topology)
+    if total > room:
+        return "too much"
+    return "fits" if total <= MARGIN * room else "close: --compile"
+
+
+def breakdown(parts: Parts, topology: lro.Topology) -> str:
+    """A line for each part."""
+    rows = [*dataclasses.asdict(parts).items()]
+    rows += [("at the fullest", parts.total), ("a device has", memory_bytes(topology))]
+    return "\n".join(f"  {name:<14} {size / MIB:>12,.1f} MiB" for name, size in rows)
+
+
+def what_fits(plan: PlanConfig) -> Iterator[tuple[str, int | None, str, Parts]]:
+    """(optimizer, rank, type of parameters, parts) of the run under each of them."""
+    own = plan_run(plan, optimizer="galore").config.rank  # of the flag, or the preset
+    ranks = dict.fromkeys((own, max(own // 4, 1)))
+    for dtype in ("float32", "bfloat16"):
+        base = plan_run(plan, param_dtype=dtype).parts()  # all but the state is equal
+        for name in dict.fromkeys((plan.optimizer, *COMPARED)):
+            for rank in (None,) if name in NO_RANK else ranks:
+                run = plan_run(plan, optimizer=name, rank=rank, param_dtype=dtype)
+                yield name, rank, dtype, dataclasses.replace(base, state=run.state())
+
+
+def ways_out(plan: PlanConfig) -> Iterator[str]:
+    """Changes, each alone, with which the run would fit."""
+    changes: list[tuple[str, dict[str, Any]]] = [
+        (f"--activation-policy {name}", {"activation_policy": name})
+        for name in ("adacc", "full")
+        if name != plan.activation_policy and not plan.activation_budget
+    ]
+    number = plan.micro_batches
+    while plan.batch % (2 * number) == 0:
+        number *= 2
+        changes.append((f"--micro-batches {number}", {"micro_batches": number}))
+    changes += [
+        (f"--topology {name} --mesh fsdp=-1", {"topology": name, "mesh": "fsdp=-1"})
+        for name in lro.parse_topology(plan.topology).larger()
+    ]
+    found: set[str] = set()
+    for text, change in changes:
+        kind = text.split()[0]
+        if kind in found:  # the nearest of its kind is there
+            continue
+        with contextlib.suppress(UsageError):
+            run = plan_run(plan, **change)
+            total = run.parts().total
+            if total <= MARGIN * memory_bytes(run.topology):
+                found.add(kind)
+                yield f"{text} would take {total / MIB:,.0f} MiB"
+    run = plan_run(plan)
+    parts, room = run.parts(), MARGIN * memory_bytes(run.topology)
+    for name in COMPARED[1:]:
+        rank = None if name in NO_RANK else plan.rank
+        state = plan_run(plan, optimizer=name, rank=rank).state()
+        total = parts.total - parts.state + state
+        if total <= room:
+            yield f"--optimizer {name} would take {total / MIB:,.0f} MiB"
+
+
+def two_ways_out(plan: PlanConfig) -> Iterator[str]:
+    """Recomputation, and one change besides, with which the run would fit."""
+    full = dataclasses.replace(plan, activation_policy="full", activation_budget="")
+    yield from (f"--activation-policy full {way}" for way in ways_out(full))
+
+
+def report(plan: PlanConfig) -> bool:
+    """Prints the plan; whether it fits."""
+    run = plan_run(plan)
+    if plan.compile:
+        require_compiler(run.topology)
+    parts, topology = run.parts(), run.topology
+    _, params = abstract_model(run.model)
+    mesh = ", ".join(f"{axis} {run.sizes[axis]}" for axis in AXES)
+    rank = "" if plan.optimizer in NO_RANK else f", rank {run.config.rank}"
+    print(
+        f"{plan.preset} ({count_params(params):,} parameters) with "
+        f"{plan.optimizer}{rank}, on {topology.devices} devices of "
+        f"{plan.topology} ({mesh}); {plan.batch} rows of {plan.seq} tokens\n"
+        f"estimate for one device: {verdict(parts.total, topology)}\n"
+        f"{breakdown(parts, topology)}\nthe same run with:\n"
+        f"  {'optimizer':<14}{'rank':>6}{'parameters':>12}{'state':>16}{'all':>18}"
+    )
+    for name, number, dtype, row in what_fits(plan):
+        print(
+            f"  {name:<14}{number or '-':>6}{dtype:>12}{row.state / MIB:>12,.1f} MiB"
+            f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology)}"
+        )
+    room = memory_bytes(topology)
+    fits = parts.total <= room
+    if not fits:
+        ways = [*ways_out(plan)] or [*two_ways_out(plan)]
+        less = "fewer rows, more devices or a smaller --preset would"
+        print("it does not fit; " + ("; ".join(ways) or less))
+    if not plan.compile:
+        return fits
+    try:
+        found = compile_run(run)
+    except NoRoom as error:
+        print(error)
+        return False
+    print(beside(parts, found))
+    return found.total <= room
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    plan = tyro.cli(PlanConfig, prog="python -m examples.plan", args=args)
+    try:
+        return 0 if report(plan) else 1
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,385 @@
+"""``method``: turns a recipe into a public method, and enters it into ``METHODS``.
+
+A recipe is one function: the arguments of its own, ``**options`` for those of
+``_shared``, and a body that composes the stages. The decorator lists every argument in
+the signature and in the docstring, and refuses what the method would ignore.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array
+
+from lowrank_optax.bracket.chain import project
+from lowrank_optax.methods._shared import POSITIONAL, Arg
+
+F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What one argument takes over from others, in every method that has all of them.
+IGNORED = (
+    "rank, update_proj_gap, basis_dtype beside projector",
+    "b1, b2, eps beside base_optimizer",
+    "growth_limit beside recovery",
+    "mask without weight_decay",
+)
+# A scale_by_ form leaves these to its method.
+STEP = ("learning_rate", "weight_decay", "mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A published method.
+
+    Attributes:
+      name: of the function and of its card, ``docs/methods/<name>.md``.
+      title: the paper's name for it.
+      paper: number of the paper at arxiv.org.
+      reference: authors and title of the paper.
+      factory: the function, with learning rate and weight decay.
+      direction: its ``scale_by_`` form without these, None if there is none.
+    """
+
+    name: str
+    title: str
+    paper: str
+    reference: str
+    factory: Callable[..., Any]
+    direction: Callable[..., Any] | None = None
+
+
+_methods: dict[str, Method] = {}
+METHODS: Mapping[str, Method] = types.MappingProxyType(_methods)
+"""Every method, by name and in the order of the tables; see ``lro.Method``."""
+
+
+def method(
+    title: str,
+    paper: str,
+    reference: str,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    ignored: Iterable[str] = (),
+    uses: Iterable[str] = (),
+) -> Callable[[F], F]:
+    """Makes a public method of a recipe.
+
+    Args:
+      title: the paper's name for it.
+      paper: number of the paper at arxiv.org.
+      reference: authors and title of the paper, for the docstring.
+      defaults: of shared arguments, where they are not the shared ones.
+      ignored: which arguments would have no effect, as "b1, b2 beside base_optimizer,
+        transport" (where both are given) or "mask without weight_decay". A rule of
+        ``IGNORED`` does not hold for an argument that stands here.
+      uses: arguments that no rule of ``IGNORED`` holds for.
+
+    Returns:
+      A decorator.
+    """
+
+    def decorate(recipe: F) -> F:
+        name = recipe.__name__
+        signature, texts = _complete(recipe, defaults or {})
+        rules = _rules(signature, ignored, uses)
+        make = _checked(recipe, f"lro.{name}", signature, rules)
+        source = f"{reference}, https://arxiv.org/abs/{paper}"
+        make.__doc__ = _document(recipe.__doc__ or "", signature, texts, source)
+        make._rules = rules
+        _methods[name] = Method(name, title, paper, reference, make)
+        return make
+
+    return decorate
+
+
+def direction(
+    method: Callable[Concatenate[Any, P], T],
+) -> Callable[P, T]:
+    """Returns the ``scale_by_`` form of a method: no learning rate, no decay."""
+    full: Any = method
+    name = f"scale_by_{full.__name__}"
+    every = inspect.signature(full)
+    kept = [p for n, p in every.parameters.items() if n not in STEP]
+
+    def recipe(*args: Any, **options: Any) -> Any:
+        left_out = {n: None for n in STEP[1:] if n in every.parameters}
+        return full.__wrapped__(None, *args, **left_out, **options)
+
+    recipe.__name__ = recipe.__qualname__ = name
+    recipe.__module__ = full.__module__
+    signature = every.replace(parameters=kept)
+    make = _checked(recipe, f"lro.{name}", signature, full._rules)
+    del make.__wrapped__
+    title = _methods[full.__name__].title
+    make.__doc__ = (
+        f"The direction of {title}: ``lro.{full.__name__}`` without its learning rate "
+        "and weight decay.\n\nThe arguments are those of "
+        f"``lro.{full.__name__}``, to be read there. The result is not negated: "
+        "``optax.scale_by_learning_rate`` stands behind it in an ``optax.chain``.\n"
+    )
+    _methods[full.__name__] = dataclasses.replace(
+        _methods[full.__name__], direction=make
+    )
+    return make
+
+
+def recipe_of(method: F) -> F:
+    """Returns a method's recipe, for another to build on: nothing is checked twice."""
+    return typing.cast(Any, method).__wrapped__
+
+
+# --- signature and checks ----------------------------------------------------------
+
+
+def _complete(
+    recipe: Callable[..., Any], defaults: Mapping[str, Any]
+) -> tuple[inspect.Signature, dict[str, str]]:
+    """Lists the shared arguments in place of ``**options``, and their texts."""
+    own = inspect.signature(recipe)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    texts = dict(POSITIONAL)
+    given = [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
+    if given:
+        (shared,) = typing.get_args(given[0].annotation)
+        hints = typing.get_type_hints(shared, include_extras=True)
+        parts = inspect.signature(project).parameters
+        texts |= _entries(_sections(project.__doc__ or "")["Args"])
+        # Those of ``lro.project`` come last.
+        for name, hint in sorted(hints.items(), key=lambda pair: pair[0] in parts):
+            default = parts[name].default if name in parts else None
+            if typing.get_origin(hint) is typing.Annotated:
+                hint, (arg,) = hint.__origin__, hint.__metadata__
+                assert isinstance(arg, Arg)
+                default, texts[name] = arg.default, arg.text
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=defaults.get(name, default),
+                    annotation=hint,
+                )
+            )
+    return own.replace(parameters=parameters), texts
+
+
+def _rules(
+    signature: inspect.Signature, ignored: Iterable[str], uses: Iterable[str]
+) -> list[tuple[str, str, list[str]]]:
+    """Returns (argument, "beside" or "without", others) for what may be ignored."""
+    found, settled = [], set(uses)
+    for rules in (ignored, IGNORED):
+        for rule in rules:
+            arguments, word, others = re.split(r" (beside|without) ", rule)
+            for argument in arguments.split(", "):
+                names = others.split(", ")
+                if {argument, *names} <= set(signature.parameters):
+                    if argument not in settled or rules is not IGNORED:
+                        found.append((argument, word, names))
+        settled |= {argument for argument, *_ in found}
+    return found
+
+
+def _checked(
+    recipe: Callable[..., Any],
+    called: str,
+    signature: inspect.Signature,
+    rules: list[tuple[str, str, list[str]]],
+) -> Any:
+    @functools.wraps(recipe)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        if unknown:
+            raise TypeError(_unknown(called, unknown[0], signature))
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{called}: {error}.") from None
+        for argument, word, others in rules:
+            if not {argument, *others} <= set(signature.parameters):
+                continue
+            given = [_given(bound, name) for name in others]
+            if not _given(bound, argument):
+                continue
+            names = " and ".join(f"`{name}`" for name in others)
+            if word == "beside" and all(given):
+                raise TypeError(
+                    f"{called}: `{argument}` has no effect beside {names}. "
+                    f"Drop `{argument}`, or drop `{others[0]}`."
+                )
+            if word == "without" and not any(given):
+                raise TypeError(
+                    f"{called}: `{argument}` has no effect without {names}. "
+                    f"Drop `{argument}`, or give {names}."
+                )
+        bound.apply_defaults()
+        return recipe(*bound.args, **bound.kwargs)
+
+    make: Any = checked
+    make.__signature__ = signature
+    return make
+
+
+def _unknown(called: str, name: str, signature: inspect.Signature) -> str:
+    message = f"{called} has no argument `{name}`."
+    close = difflib.get_close_matches(name, signature.parameters, n=1)
+    if close:
+        return f"{message} Did you mean `{close[0]}`?"
+    having = [
+        f"lro.{other.name}"
+        for other in _methods.values()
+        if name in inspect.signature(other.factory).parameters
+    ]
+    if having:
+        return f"{message} It is one of {', '.join(having)}."
+    return f"{message} It takes: {', '.join(signature.parameters)}."
+
+
+def _given(bound: inspect.BoundArguments, name: str) -> bool:
+    """Whether an argument has another value than its default.
+
+    ``optax.inject_hyperparams`` passes the defaults of all arguments, the numbers as
+    arrays. A traced number's value is unknown: it counts as the default.
+    """
+    default = bound.signature.parameters[name].default
+    value = bound.arguments.get(name, default)
+    if isinstance(value, jax.Array) and isinstance(default, float | int):
+        if isinstance(value, Tracer):
+            return False
+        return bool(np.any(np.asarray(value) != np.asarray(default, value.dtype)))
+    if isinstance(value, jax.Array):
+        return True
+    return value is not default and bool(np.any(value != default))
+
+
+# --- docstrings --------------------------------------------------------------------
+
+_ORDER = (
+    "Args",
+    "Returns",
+    "Raises",
+    "Examples",
+    "References",
+    "Differences from the authors' code",
+)
+_RETURNS = "  The transformation."
+_RAISES = """\
+  TypeError: if an argument is unknown or would have no effect beside another, or one
+    that fixes shapes is not a Python number.
+  ValueError: if a number is out of range or a choice is unknown; at init, if a leaf
+    selected explicitly cannot be projected."""
+
+
+def _document(
+    doc: str, signature: inspect.Signature, texts: Mapping[str, str], source: str
+) -> str:
+    """Completes a docstring: all arguments in order, what follows, the paper."""
+    sections = _sections(doc)
+    own = _entries(sections.get("Args", ""))
+    lines = []
+    for name in signature.parameters:
+        text = " ".join((own.get(name) or texts.get(name, "")).split())
+        lines += textwrap.wrap(
+            f"{name}: {text}",
+            84,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    sections["Args"] = "\n".join(lines)
+    sections.setdefault("Returns", _RETURNS)
+    sections["Raises"] = "\n".join(filter(None, [_RAISES, sections.get("Raises")]))
+    paper = textwrap.fill(
+        source,
+        84,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    sections["References"] = "\n".join(
+        filter(None, [paper, sections.get("References")])
+    )
+    parts = [sections[""]]
+    parts += [f"{name}:\n{sections[name]}" for name in _ORDER if name in sections]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(doc: str) -> dict[str, str]:
+    """Returns the text before the first heading under "", and each section's."""
+    headings = "|".join(map(re.escape, _ORDER))
+    pieces = re.split(rf"^({headings}):\n", inspect.cleandoc(doc), flags=re.MULTILINE)
+    pairs = zip(["", *pieces[1::2]], pieces[::2], strict=True)
+    return {name: text.rstrip() for name, text in pairs}
+
+
+def _entries(section: str) -> dict[str, str]:
+    """Returns argument -> description of an ``Args`` section."""
+    entries = re.split(r"^(\w+): ", textwrap.dedent(section), flags=re.MULTILINE)
+    return dict(zip(entries[1::2], entries[2::2], strict=True))
+
+
+# --- static arguments --------------------------------------------------------------
+
+_NUMERIC = (
+    optax.ScalarOrSchedule,
+    optax.ScalarOrSchedule | None,
+    float | Array,
+    float | Array | None,
+    float,
+    float | None,
+    Array,
+    Array | None,
+)
+
+
+def static_args(fn: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the names of a function's arguments that are not numbers to tune.
+
+    ``optax.inject_hyperparams`` turns every number it is not told about into an
+    array, ranks included, and every callable into a schedule.
+
+    Args:
+      fn: a method of this library, such as ``lro.galore``, or a factory of your own.
+        Its arguments that are annotated as ``float``, an array, or
+        ``optax.ScalarOrSchedule`` are numbers to tune; so are those without annotation
+        whose default is a float, and a ``learning_rate``.
+
+    Returns:
+      The names for ``static_args``.
+
+    Examples:
+      >>> import optax
+      >>> import lowrank_optax as lro
+      >>> "rank" in lro.static_args(lro.galore), "scale" in lro.static_args(lro.galore)
+      (True, False)
+      >>> make = optax.inject_hyperparams(
+      ...     lro.galore, static_args=lro.static_args(lro.galore)
+      ... )
+      >>> tx = make(learning_rate=1e-3, rank=8)
+    """
+    try:
+        parameters = inspect.signature(fn, eval_str=True).parameters.values()
+    except (NameError, SyntaxError, TypeError):
+        parameters = inspect.signature(fn).parameters.values()
+    return tuple(p.name for p in parameters if not _is_numeric(p))
+
+
+def _is_numeric(parameter: inspect.Parameter) -> bool:
+    if parameter.annotation is inspect.Parameter.empty:
+        number = isinstance(parameter.default, float)
+        return number or parameter.name == "learning_rate"
+    return parameter.annotation in _NUMERIC

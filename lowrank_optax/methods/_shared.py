@@ -1,0 +1,273 @@
+"""``Recipe``: the arguments that methods share, and the stages that they make.
+
+Each shared argument stands here once, with its type, default and description. A method
+picks the groups that it takes, ``**options: Unpack[...]``, and the decorator ``method``
+completes its signature and its docstring from them.
+"""
+
+import dataclasses
+import types
+from typing import Annotated, Any, TypedDict
+
+import optax
+from jaxtyping import Array
+
+from lowrank_optax import _checks
+from lowrank_optax.bracket.chain import project
+from lowrank_optax.leaves.part import made
+from lowrank_optax.projectors import Projector
+from lowrank_optax.recovery import Recovery
+from lowrank_optax.transforms import (
+    cast_moments,
+    decay_after,
+    decay_before,
+    scale_by_bias_correction,
+    scale_by_raw_adam,
+)
+from lowrank_optax.transport import Transport, keep_moments
+
+Transformation = optax.GradientTransformationExtraArgs
+
+
+@dataclasses.dataclass(frozen=True)
+class Arg:
+    """Default and description of a shared argument."""
+
+    default: Any
+    text: str
+
+
+class AnySize(TypedDict, total=False):
+    """The options of ``lro.project``, where their defaults and descriptions stand."""
+
+    side: str
+    select: Any
+    weight_dimension_numbers: Any
+    layer_axis: int | None
+    clip_rank: bool
+    param_shardings: Any
+    full: Any
+    dtype: Any
+    stagger: bool
+    seed: int
+
+
+class Leaves(AnySize, total=False):
+    """All of them; ``min_size`` has another meaning where moments are encoded."""
+
+    min_size: int
+
+
+class Decay(TypedDict, total=False):
+    """Decoupled weight decay."""
+
+    weight_decay: Annotated[
+        float | Array | None,
+        Arg(None, "decoupled decay per unit of learning rate; None has no such stage."),
+    ]
+    mask: Annotated[Any, Arg(None, "leaves to decay, as in ``optax.masked``.")]
+
+
+class Scale(TypedDict, total=False):
+    """The factor of the bracket."""
+
+    scale: Annotated[
+        float | Array,
+        Arg(0.25, "factor on the lifted direction; full leaves are not scaled."),
+    ]
+
+
+class Gap(TypedDict, total=False):
+    """The schedule of the bases."""
+
+    update_proj_gap: Annotated[
+        int, Arg(200, "steps from one basis to the next, the first at step 0.")
+    ]
+
+
+class Moments(TypedDict, total=False):
+    """Adam's own arguments."""
+
+    b1: Annotated[float | Array, Arg(0.9, "decay of the first moment.")]
+    b2: Annotated[float | Array, Arg(0.999, "decay of the second moment.")]
+    eps: Annotated[
+        float | Array | None,
+        Arg(
+            None,
+            "added to the root of the second moment; None is 1e-8, or the released "
+            'code\'s 1e-6 with ``conventions="authors"`` where there are any.',
+        ),
+    ]
+    mu_dtype: Annotated[
+        Any, Arg(None, "storage dtype of the first moment; None is float32.")
+    ]
+    nu_dtype: Annotated[
+        Any, Arg(None, "storage dtype of the second moment; None is float32.")
+    ]
+
+
+class Adam(Moments, total=False):
+    """Adam, or another optimizer in its place."""
+
+    base_optimizer: Annotated[
+        optax.GradientTransformation | None,
+        Arg(
+            None,
+            "the inner transformation in place of Adam: any Optax direction that "
+            "treats leading axes as batch, such as ``optax.scale_by_lion()``.",
+        ),
+    ]
+
+
+class Given(TypedDict, total=False):
+    """A projector in place of the method's own."""
+
+    projector: Annotated[
+        Projector | None,
+        Arg(
+            None,
+            "how bases are formed, in place of the method's own way; it brings its own "
+            "rank, gap and dtype.",
+        ),
+    ]
+
+
+class Transported(TypedDict, total=False):
+    """The moments at a change of basis."""
+
+    transport: Annotated[
+        Transport | None,
+        Arg(
+            None,
+            "what a new basis does to the moments, in place of the method's own way; "
+            "unless it says otherwise, signs are aligned with the old basis (nothing "
+            'is done with ``conventions="authors"``).',
+        ),
+    ]
+
+
+class Stored(TypedDict, total=False):
+    """The storage of the bases."""
+
+    basis_dtype: Annotated[
+        Any, Arg(None, "storage dtype of the basis; None is float32.")
+    ]
+
+
+class Conventions(TypedDict, total=False):
+    """Optax's conventions or the authors'."""
+
+    conventions: Annotated[
+        str,
+        Arg(
+            "optax",
+            '"optax", or "authors" to reproduce the released code: see below.',
+        ),
+    ]
+
+
+class Recovered(TypedDict, total=False):
+    """The part of the gradient outside the subspace."""
+
+    recovery: Annotated[
+        Recovery | None,
+        Arg(None, "what the update gets from outside the subspace."),
+    ]
+
+
+class Base(Scale, Decay, Leaves):
+    """What every method with a bracket takes."""
+
+
+class Encoded(Scale, Decay, AnySize):
+    """What it takes if ``min_size`` counts the moments that are worth encoding."""
+
+
+class Options(Base, Gap, Adam, Given, Transported, Stored, Conventions):
+    """All that a method in GaLore's manner takes besides its own."""
+
+
+# Descriptions of what a method lists itself, unless its docstring has its own.
+POSITIONAL = {
+    "learning_rate": "a number or an Optax schedule.",
+    "rank": "basis vectors r: an int, a fraction of min(m, n), or a callable of the "
+    "leaf's path.",
+    "growth_limit": "largest ratio of a norm to that of the step before; None for no "
+    "limit. See ``lro.recover_scale`` for its reset.",
+}
+
+
+class Recipe(types.SimpleNamespace):
+    """The shared arguments of one call by name, and the stages that they make.
+
+    What stands inside a bracket is made where it is used, by ``made``: arrays among
+    the arguments then stay arguments of the compiled step.
+    """
+
+    @property
+    def authors(self) -> bool:
+        """Whether the released code is reproduced."""
+        chosen = getattr(self, "conventions", "optax")
+        return _checks.choice("conventions", chosen, ("optax", "authors")) == "authors"
+
+    def open(self, projector: Projector, transport: Transport | None = None) -> project:
+        """Opens the bracket; ``transport`` is the method's own, None aligns signs."""
+        given = getattr(self, "transport", None)
+        if given is None:
+            given = transport
+        if given is None and self.authors:
+            given = keep_moments()
+        names = Leaves.__annotations__.keys() & vars(self).keys()
+        leaves = {name: getattr(self, name) for name in names}
+        return project(projector, transport=given, **leaves)
+
+    def bases(self, factory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the user's projector, or the method's own with the chosen dtype."""
+        if getattr(self, "projector", None) is not None:
+            return self.projector
+        if getattr(self, "basis_dtype", None) is not None:
+            kwargs["basis_dtype"] = self.basis_dtype
+        return factory(*args, **kwargs)
+
+    def adam(self, authors: bool | None = None) -> Any:
+        """Returns what stands in the bracket: the user's choice, or Adam.
+
+        The authors' Adam does not correct its bias: ``correct`` does, behind the
+        bracket and so behind its limiter, or ``corrected_adam`` inside.
+        """
+        authors = self.authors if authors is None else authors
+        inner: Any = getattr(self, "base_optimizer", None)
+        if inner is None and authors:
+            eps = 1e-6 if self.eps is None else self.eps
+            inner = made(scale_by_raw_adam, self.b1, self.b2, eps)
+        elif inner is None:
+            eps = 1e-8 if self.eps is None else self.eps
+            inner = made(optax.scale_by_adam, self.b1, self.b2, eps)
+        if self.mu_dtype is not None or self.nu_dtype is not None:
+            inner = made(cast_moments, inner, self.mu_dtype, self.nu_dtype)
+        return inner
+
+    def corrected_adam(self) -> Any:
+        """Returns ``adam`` with its bias corrected inside, where it is small."""
+        return self._corrected(self.adam(), made)
+
+    def correct(self, tx: Transformation) -> Transformation:
+        """Corrects the authors' Adam behind the bracket."""
+        return self._corrected(tx, lambda factory, *args: factory(*args))
+
+    def _corrected(self, stage: Any, call: Any) -> Any:
+        if getattr(self, "base_optimizer", None) is not None or not self.authors:
+            return stage
+        return call(
+            optax.chain, stage, call(scale_by_bias_correction, self.b1, self.b2)
+        )
+
+    def decayed(
+        self, tx: Transformation, learning_rate: Any, authors: bool | None = None
+    ) -> Transformation:
+        """Adds the decay, if there is one, of the weights before or after the step."""
+        if self.weight_decay is None:
+            return tx
+        authors = self.authors if authors is None else authors
+        form = decay_after if authors else decay_before
+        return optax.chain(tx, form(learning_rate, self.weight_decay, self.mask))
