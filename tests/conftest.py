@@ -1,5 +1,6 @@
 """Set-up that must happen before JAX, or the package, is imported."""
 
+import atexit
 import gc
 import itertools
 import os
@@ -23,10 +24,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 # What one test or worker of a run has compiled, the others read: a folder for this run
 # alone, whose name the workers and the programs that tests start inherit.
-OWN_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    OWN_CACHE = tempfile.mkdtemp(prefix="lowrank_optax_programs_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
+    _programs = tempfile.mkdtemp(prefix="lowrank_optax_programs_")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -53,11 +54,6 @@ def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:Error reading persistent compilation cache entry"
     )
-
-
-def pytest_unconfigure():
-    if OWN_CACHE is not None:
-        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
