@@ -4,6 +4,7 @@ A method is one file, one card, one golden or reference test, and one line in
 ``methods/__init__.py``. The messages below say what a new one still lacks.
 """
 
+import doctest
 import importlib
 import inspect
 import pathlib
@@ -119,21 +120,44 @@ def test_a_direction_takes_what_its_method_takes(method):
     assert f"lro.{method.name}" in method.direction.__doc__
 
 
+@pytest.mark.parametrize("method", list(METHODS), ids=lambda m: m.name)
+def test_the_completed_docstring_has_an_example_that_runs(method):
+    text = inspect.getdoc(method.factory)
+    test = doctest.DocTestParser().get_doctest(text, {}, method.name, None, None)
+    assert test.examples
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+
+
 # --- nothing is ignored ------------------------------------------------------------
 
 SVD = lro.svd(rank=4)
 ADAM = optax.scale_by_adam()
 IGNORED = [
     (lro.galore, {"rank": 16, "projector": SVD}, "rank", "projector"),
-    (lro.galore, {"update_proj_gap": 7, "projector": SVD}, "gap", "projector"),
-    (lro.galore, {"basis_dtype": jnp.bfloat16, "projector": SVD}, "basis", "proj"),
+    (
+        lro.galore,
+        {"update_proj_gap": 7, "projector": SVD},
+        "update_proj_gap",
+        "projector",
+    ),
+    (
+        lro.galore,
+        {"basis_dtype": jnp.bfloat16, "projector": SVD},
+        "basis_dtype",
+        "projector",
+    ),
     (lro.galore, {"b1": 0.1, "base_optimizer": ADAM}, "b1", "base_optimizer"),
     (lro.galore, {"eps": 1.0, "base_optimizer": ADAM}, "eps", "base_optimizer"),
     (lro.galore, {"mask": lambda p: p}, "mask", "weight_decay"),
     (lro.adamw_8bit, {"weight_decay": None, "mask": bool}, "mask", "weight_decay"),
     (lro.galore_8bit, {"b2": 0.9, "base_optimizer": ADAM}, "b2", "base_optimizer"),
     (lro.q_galore, {"rank": 4, "projector": SVD}, "rank", "projector"),
-    (lro.galore_adafactor, {"min_parameter_scale": 1.0}, "min_par", "multiply_by"),
+    (
+        lro.galore_adafactor,
+        {"min_parameter_scale": 1.0},
+        "min_parameter_scale",
+        "multiply_by",
+    ),
     (lro.galore_plus, {"head": "mean"}, "head", "heads"),
     (lro.coap, {"normalize": True, "projector": SVD}, "normalize", "projector"),
     (lro.dct_adamw, {"kind": "dct2", "projector": SVD}, "kind", "projector"),
@@ -192,6 +216,7 @@ def test_an_argument_that_would_be_ignored_is_an_error(
 def test_what_serves_something_else_as_well_is_no_error():
     lro.subtrack(1e-3, b1=0.8, base_optimizer=ADAM)  # the moments turn by it
     lro.gwt(1e-3, b2=0.99, base_optimizer=ADAM)  # the details are divided by it
+    lro.adamw_8bit(1e-3, mask=bool)  # decays by default
     lro.galore(1e-3, mu_dtype=jnp.bfloat16, base_optimizer=ADAM)
     lro.galore(1e-3, rank=128, eps=None, projector=SVD, base_optimizer=ADAM)
 

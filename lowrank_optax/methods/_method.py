@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from lowrank_optax.bracket.chain import project
-from lowrank_optax.methods._shared import POSITIONAL, Arg
+from lowrank_optax.methods._shared import COMMON, Arg, Options
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -97,7 +97,7 @@ def method(
         rules = _rules(signature, ignored, uses)
         make = _checked(recipe, f"lro.{name}", signature, rules)
         source = f"{reference}, https://arxiv.org/abs/{paper}"
-        make.__doc__ = _document(recipe.__doc__ or "", signature, texts, source)
+        make.__doc__ = _document(name, recipe.__doc__ or "", signature, texts, source)
         make._rules = rules
         _methods[name] = Method(name, title, paper, reference, make)
         return make
@@ -116,12 +116,13 @@ def direction(
 
     def recipe(*args: Any, **options: Any) -> Any:
         left_out = {n: None for n in STEP[1:] if n in every.parameters}
-        return full.__wrapped__(None, *args, **left_out, **options)
+        return recipe_of(full)(None, *args, **left_out, **options)
 
     recipe.__name__ = recipe.__qualname__ = name
     recipe.__module__ = full.__module__
     signature = every.replace(parameters=kept)
-    make = _checked(recipe, f"lro.{name}", signature, full._rules)
+    rules = [rule for rule in full._rules if rule[0] not in STEP]
+    make = _checked(recipe, f"lro.{name}", signature, rules)
     del make.__wrapped__
     title = _methods[full.__name__].title
     make.__doc__ = (
@@ -138,7 +139,7 @@ def direction(
 
 def recipe_of(method: F) -> F:
     """Returns a method's recipe, for another to build on: nothing is checked twice."""
-    return typing.cast(Any, method).__wrapped__
+    return typing.cast(Any, inspect.unwrap(method))
 
 
 # --- signature and checks ----------------------------------------------------------
@@ -150,13 +151,16 @@ def _complete(
     """Lists the shared arguments in place of ``**options``, and their texts."""
     own = inspect.signature(recipe)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    texts = dict(POSITIONAL)
+    # First what the groups say, for a method that lists such an argument itself.
+    texts = _texts(Options) | COMMON
     given = [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
     if given:
         (shared,) = typing.get_args(given[0].annotation)
         hints = typing.get_type_hints(shared, include_extras=True)
         parts = inspect.signature(project).parameters
-        texts |= _entries(_sections(project.__doc__ or "")["Args"])
+        mine = {p.name for p in parameters}
+        told = _entries(_sections(project.__doc__ or "")["Args"])
+        texts |= {name: text for name, text in told.items() if name not in mine}
         # Those of ``lro.project`` come last.
         for name, hint in sorted(hints.items(), key=lambda pair: pair[0] in parts):
             default = parts[name].default if name in parts else None
@@ -173,6 +177,15 @@ def _complete(
                 )
             )
     return own.replace(parameters=parameters), texts
+
+
+def _texts(group: Any) -> dict[str, str]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    return {
+        name: arg.text
+        for name, hint in hints.items()
+        for arg in getattr(hint, "__metadata__", ())
+    }
 
 
 def _rules(
@@ -208,18 +221,15 @@ def _checked(
         except TypeError as error:
             raise TypeError(f"{called}: {error}.") from None
         for argument, word, others in rules:
-            if not {argument, *others} <= set(signature.parameters):
-                continue
-            given = [_given(bound, name) for name in others]
             if not _given(bound, argument):
                 continue
             names = " and ".join(f"`{name}`" for name in others)
-            if word == "beside" and all(given):
+            if word == "beside" and all(_given(bound, name) for name in others):
                 raise TypeError(
                     f"{called}: `{argument}` has no effect beside {names}. "
                     f"Drop `{argument}`, or drop `{others[0]}`."
                 )
-            if word == "without" and not any(given):
+            if word == "without" and not any(_acts(bound, name) for name in others):
                 raise TypeError(
                     f"{called}: `{argument}` has no effect without {names}. "
                     f"Drop `{argument}`, or give {names}."
@@ -264,6 +274,15 @@ def _given(bound: inspect.BoundArguments, name: str) -> bool:
     return value is not default and bool(np.any(value != default))
 
 
+def _acts(bound: inspect.BoundArguments, name: str) -> bool:
+    """Whether an argument does something: a float does at its default, too."""
+    default = bound.signature.parameters[name].default
+    value = bound.arguments.get(name, default)
+    if value is None or value is False:
+        return False
+    return isinstance(default, float) or _given(bound, name)
+
+
 # --- docstrings --------------------------------------------------------------------
 
 _ORDER = (
@@ -275,6 +294,11 @@ _ORDER = (
     "Differences from the authors' code",
 )
 _RETURNS = "  The transformation."
+_EXAMPLE = """\
+  >>> import jax.numpy as jnp, lowrank_optax as lro
+  >>> params = {{"kernel": jnp.ones((64, 32))}}
+  >>> tx = lro.{name}(learning_rate=1e-3{size})
+  >>> updates, state = tx.update(params, tx.init(params), params)"""
 _RAISES = """\
   TypeError: if an argument is unknown or would have no effect beside another, or one
     that fixes shapes is not a Python number.
@@ -283,16 +307,20 @@ _RAISES = """\
 
 
 def _document(
-    doc: str, signature: inspect.Signature, texts: Mapping[str, str], source: str
+    name: str,
+    doc: str,
+    signature: inspect.Signature,
+    texts: Mapping[str, str],
+    source: str,
 ) -> str:
     """Completes a docstring: all arguments in order, what follows, the paper."""
     sections = _sections(doc)
     own = _entries(sections.get("Args", ""))
     lines = []
-    for name in signature.parameters:
-        text = " ".join((own.get(name) or texts.get(name, "")).split())
+    for argument in signature.parameters:
+        text = " ".join((own.get(argument) or texts.get(argument, "")).split())
         lines += textwrap.wrap(
-            f"{name}: {text}",
+            f"{argument}: {text}",
             84,
             initial_indent="  ",
             subsequent_indent="    ",
@@ -301,6 +329,8 @@ def _document(
         )
     sections["Args"] = "\n".join(lines)
     sections.setdefault("Returns", _RETURNS)
+    size = ", rank=4" if "rank" in signature.parameters else ""
+    sections.setdefault("Examples", _EXAMPLE.format(name=name, size=size))
     sections["Raises"] = "\n".join(filter(None, [_RAISES, sections.get("Raises")]))
     paper = textwrap.fill(
         source,
@@ -314,7 +344,7 @@ def _document(
         filter(None, [paper, sections.get("References")])
     )
     parts = [sections[""]]
-    parts += [f"{name}:\n{sections[name]}" for name in _ORDER if name in sections]
+    parts += [f"{title}:\n{sections[title]}" for title in _ORDER if title in sections]
     return "\n\n".join(parts) + "\n"
 
 

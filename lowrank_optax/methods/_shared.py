@@ -179,19 +179,32 @@ class Base(Scale, Decay, Leaves):
     """What every method with a bracket takes."""
 
 
-class Encoded(Scale, Decay, AnySize):
-    """What it takes if ``min_size`` counts the moments that are worth encoding."""
+class Bases(Gap, Given, Transported, Stored):
+    """When, how and in what dtype bases are formed, and what they do to moments."""
 
 
-class Options(Base, Gap, Adam, Given, Transported, Stored, Conventions):
+class Usual(Base, Gap, Adam, Transported):
+    """What most methods take."""
+
+
+class Options(Usual, Given, Stored, Conventions):
     """All that a method in GaLore's manner takes besides its own."""
 
 
-# Descriptions of what a method lists itself, unless its docstring has its own.
-POSITIONAL = {
+class Encoded(Scale, Decay, AnySize, Gap, Adam, Given, Transported, Conventions):
+    """What it takes if ``min_size`` counts the moments that are worth encoding."""
+
+
+# Descriptions of what several methods list themselves; a docstring may say otherwise.
+COMMON = {
     "learning_rate": "a number or an Optax schedule.",
     "rank": "basis vectors r: an int, a fraction of min(m, n), or a callable of the "
     "leaf's path.",
+    "granularity": 'one step size per "column" of the matrix, or one for the whole, '
+    '"tensor".',
+    "error_dtype": "storage dtype of E; bfloat16 halves it.",
+    "block": "elements of a moment per scale.",
+    "min_size": "matrices with fewer moments keep them in float32.",
     "growth_limit": "largest ratio of a norm to that of the step before; None for no "
     "limit. See ``lro.recover_scale`` for its reset.",
 }

@@ -30,12 +30,6 @@ def adamw_8bit(
     of 8 N. The defaults are those of bitsandbytes, the decay that of ``optax.adamw``.
 
     Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the corrected root.
-      weight_decay: decoupled decay per unit of learning rate; None has no such stage.
-      mask: leaves to decay, as in ``optax.masked``.
-      block: elements per scale.
       min_size: matrices and vectors with fewer elements keep float32 moments.
 
     Examples:

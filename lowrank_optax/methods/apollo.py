@@ -13,9 +13,7 @@ from lowrank_optax.projectors import gaussian
 from lowrank_optax.recovery import recover_scale
 
 
-class _Options(
-    has.Base, has.Gap, has.Adam, has.Given, has.Transported, has.Conventions
-): ...
+class _Options(has.Usual, has.Given, has.Conventions): ...
 
 
 @method("APOLLO", "2412.05270", "Zhu et al. (2024)", defaults={"scale": 1.0})
@@ -45,18 +43,10 @@ def apollo(
     it is redrawn. State per matrix: ``2 r n`` numbers and one.
 
     Args:
-      granularity: phi per "column" (the paper's channels), or one per matrix: "tensor".
       scale: enters as its square root; full leaves are not scaled.
       projector: another projection in place of the Gaussian (``lro.svd(rank)`` is the
         paper's "APOLLO w. SVD"); it brings its own rank and gap, and is stored.
       transport: what a new basis does to the moments, for such a projector.
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> roles = lro.state_bytes(lro.apollo(1e-2, rank=4), params).by_role
-      >>> roles["mu"] == 4 * 4 * 64, roles["recovery"], "basis" in roles
-      (True, 4, False)
 
     Differences from the authors' code:
       * The code keeps P between two draws, ``m r`` numbers more per matrix.
@@ -108,12 +98,6 @@ def apollo_mini(
     Args:
       granularity: one phi per "tensor" (paper), or per "column".
       scale: enters as its square root; full leaves are not scaled.
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> lro.state_bytes(lro.apollo_mini(1e-2), params).by_role["mu"] == 4 * 64
-      True
 
     Differences from the authors' code:
       * Those of ``lro.apollo``.

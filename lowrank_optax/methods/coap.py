@@ -71,7 +71,6 @@ def coap(
       * ``eps`` stands on the bias-corrected root, and decay uses the weights before
         the step. ``conventions="authors"`` restores both.
       * A convolution has the same rank on both sides.
-      * A square matrix is projected on its input axis (see ``lro.galore``).
     """
     its = Recipe(**options)
     projector = its.bases(

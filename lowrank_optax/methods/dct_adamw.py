@@ -14,9 +14,7 @@ from lowrank_optax.recovery import error_feedback as feed_back
 from lowrank_optax.transport import align_signs, gather_moments
 
 
-class _Options(
-    has.Base, has.Gap, has.Adam, has.Given, has.Transported, has.Conventions
-): ...
+class _Options(has.Usual, has.Given, has.Conventions): ...
 
 
 @method(
@@ -49,17 +47,12 @@ def dct_adamw(
         W <- W - lr (scale P N + weight_decay W)
 
     State per matrix: ``2 r n`` numbers and r indices, **and m n more with error
-    feedback**. No basis is stored and nothing is factorized; each choice costs a
-    product of ``m x m`` with ``m x n``. With error feedback what a step left out is
-    what the next one sees, so it tends to choose other columns, and their moments start
-    anew.
+    feedback**. Each choice costs a product of ``m x m`` with ``m x n``.
 
     Args:
       kind: "dct3" or "dct2", see ``lro.dct`` (authors: both, two bases).
       norm: columns by their sum of magnitudes, 1 (authors), or of squares, 2.
       error_feedback: keep E (authors: optional).
-      error_dtype: storage dtype of E; bfloat16 halves it.
-      eps: added to the corrected root.
       transport: what a new choice does to the moments; None is ``lro.gather_moments()``
         (with another projector, align signs).
       conventions: "optax" and "authors" are the same here: the released code corrects

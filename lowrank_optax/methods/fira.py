@@ -34,15 +34,6 @@ def fira(
     The weights move at full rank with GaLore's state and one number per matrix. No
     residual is formed (``lro.recover_scale``).
 
-    Args:
-      granularity: phi per "column" (paper), or one per matrix: "tensor".
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> lro.state_bytes(lro.fira(1e-2, rank=4), params).by_role["recovery"]
-      4
-
     Differences from the authors' code:
       * The residual is the paper's ``G - P P^T G``; the code's ``G - scale P P^T G``
         still holds part of the gradient inside the subspace.

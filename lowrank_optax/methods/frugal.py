@@ -14,7 +14,7 @@ from lowrank_optax.recovery import complement
 from lowrank_optax.transport import rotate_moments
 
 
-class _Options(has.Base, has.Gap, has.Adam, has.Given, has.Transported, has.Stored): ...
+class _Options(has.Base, has.Adam, has.Bases): ...
 
 
 @method(
@@ -48,16 +48,9 @@ def frugal(
       state_free_scale: factor on its result: the ratio of the two learning rates.
       b1: decay of the first moment, of ``base_optimizer``'s as well.
       b2: decay of the second moment, likewise.
-      eps: added to the root.
       projector: as in ``lro.galore``; ``lro.sampled_svd`` and ``lro.dct`` suit it.
       transport: what a new basis does to the moments; None rotates them into it,
         ``lro.rotate_moments(b1, b2)``.
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.frugal(learning_rate=1e-3, rank=4)
-      >>> "recovery" in lro.state_bytes(tx, {"kernel": jnp.ones((64, 32))}).by_role
-      False
 
     Differences from the authors' code:
       * Written from the paper's description; its code was not read. The subspace is

@@ -21,20 +21,10 @@ from lowrank_optax.transforms import (
 )
 
 
-class _Adafactor(
-    has.Base, has.Gap, has.Given, has.Transported, has.Stored, has.Conventions
-): ...
+class _Adafactor(has.Base, has.Bases, has.Conventions): ...
 
 
-class _Encoded(
-    has.Encoded,
-    has.Gap,
-    has.Adam,
-    has.Given,
-    has.Transported,
-    has.Stored,
-    has.Conventions,
-): ...
+class _Encoded(has.Encoded, has.Stored): ...
 
 
 @method("GaLore", "2403.03507", "Zhao et al. (2024)")
@@ -120,9 +110,7 @@ def galore_8bit(
         (Adam in bfloat16:         4 m n)
 
     Args:
-      eps: added to the corrected root.
       block: elements per scale (256 in bitsandbytes today, 2048 in the paper).
-      min_size: matrices with fewer moments keep them in float32.
       base_optimizer: the inner transformation in place of Adam, encoded likewise.
 
     Examples:

@@ -12,7 +12,7 @@ from lowrank_optax.methods._shared import Recipe, Transformation
 from lowrank_optax.projectors import power
 
 
-class _Options(has.Base, has.Gap, has.Adam, has.Transported, has.Stored): ...
+class _Options(has.Usual, has.Stored): ...
 
 
 @method(
@@ -50,13 +50,6 @@ def galore_plus(
         else 1``. The heads must lie on the kept axis: give ``side="left"`` for kernels
         ``[embed, heads * head_dim]`` that are narrower than ``embed``.
       head: the basis is formed from the "first" part, or from the "mean" of all.
-      eps: added to the root.
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 64))}
-      >>> tx = lro.galore_plus(learning_rate=1e-2, rank=4, heads=8)
-      >>> updates, state = tx.update(params, tx.init(params), params)
 
     Differences from the authors' code:
       * No code was found: written from the paper's description. Its sparse storage of

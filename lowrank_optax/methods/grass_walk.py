@@ -43,12 +43,6 @@ def grass_walk(
       step: angle of a turn in radians (0.1 is ours: no code was published), or
         "line_search" for the best angle along the random geodesic.
 
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.grass_walk(learning_rate=1e-3, rank=4, step=0.3)
-      >>> tx.init({"kernel": jnp.ones((64, 32))}).basis["kernel"].shape
-      (32, 4)
-
     Differences from the authors' code:
       * None is known: no code was published. A Gaussian tangent's singular values are
         taken as equal, which they are in the limit of m much larger than r.
@@ -82,12 +76,6 @@ def grass_jump(
     ``C = S_new^T S_old``, whose entries are of size ``1 / sqrt(m)``: most of the
     momentum is forgotten, and of the second moment all but a share of about r / m, so
     that the steps after a jump are longer.
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.grass_jump(learning_rate=1e-3, rank=4)
-      >>> tx.init({"kernel": jnp.ones((64, 32))}).basis["kernel"].shape
-      (32, 4)
 
     Differences from the authors' code:
       * None is known: no code was published.

@@ -60,16 +60,7 @@ def gwt(
     the loss was lower for it, too (``python -m benchmarks.detail_clip``).
 
     Other optimizers are hosted as ``base_optimizer``, and ``normalize`` says how the
-    details follow them (``lro.wavelet_details``; ``full`` keeps Adam on the leaves
-    that are no matrices)::
-
-        Adafactor   optax.chain(lro.scale_by_matrix_factored_rms(),
-                                lro.clip_by_matrix_rms())
-        Adam-mini   lro.scale_by_adam_mini(b1, b2, eps), full=optax.scale_by_adam()
-        Muon        optax.chain(optax.trace(0.95, nesterov=True),
-                                lro.orthogonalize("newton_schulz")),
-                    normalize="matrix", full=optax.scale_by_adam()
-        Lion        optax.scale_by_lion(), normalize="matrix"
+    details follow them: the card has Adafactor, Adam-mini, Muon and Lion.
 
     Args:
       level: levels of the transform, a Python int; each halves the moments. 0 is Adam
@@ -109,7 +100,6 @@ def gwt(
       * Those of ``lro.wavelet_details``; ``conventions="authors"`` takes the bias
         correction (on the whole update behind the bracket), eps and the order of decay
         from the code.
-      * Moments are float32 whatever the gradient's dtype.
       * Adafactor's details are divided by its second moment; the code adds them raw
         (``normalize=False, growth_limit=None``). Of Adam-mini and Muon no code was
         released: those above follow the approximation's own rule.

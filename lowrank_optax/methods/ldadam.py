@@ -63,20 +63,11 @@ def ldadam(
       rho: weight of the momentum in B; None is ``b1``, when B is the momentum after
         this step (authors: 0.908 both).
       error_feedback: keep E (authors: on). Off here for its memory.
-      error_dtype: storage dtype of E; bfloat16 halves it.
-      eps: added to the root of the second moment.
       base_optimizer: the inner transformation in place of Adam; it needs moments with
         decays ``b1`` and ``b2``.
 
     Raises:
       ValueError: at init, if the inner optimizer has no moments or ``side`` is "both".
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> tx = lro.ldadam(learning_rate=1e-3, rank=4, error_feedback=True)
-      >>> lro.state_bytes(tx, params).by_role["recovery"] == 4 * 64 * 32
-      True
 
     Differences from the authors' code:
       * Error feedback is off by default, and E is a state instead of being kept in

@@ -14,15 +14,7 @@ from lowrank_optax.methods.galore import leading
 from lowrank_optax.transforms import scale_by_natural_gradient
 
 
-class _Options(
-    has.Base,
-    has.Gap,
-    has.Moments,
-    has.Given,
-    has.Transported,
-    has.Stored,
-    has.Conventions,
-): ...
+class _Options(has.Base, has.Moments, has.Bases, has.Conventions): ...
 
 
 @method("Natural GaLore", "2410.16029", "Das (2024)", defaults={"side": "both"})
@@ -52,16 +44,9 @@ def natural_galore(
         side="short"    min(m, n) r + 22 r max(m, n) + 20         Adam: 2 m n
 
     On one side that is more than Adam's own from ``r = min(m, n) / 11`` on, and such
-    leaves then stay full (``lro.selection_report`` names them): at rank 128 all
-    matrices with a side of up to 1408. On both sides a square matrix is smaller up to
-    ``r = 0.26 n``. So "both", the released code's form, is the default here; "short"
-    (the paper's) is for small ranks, or for leaves selected by name, which are
-    projected whatever it costs.
-
-    The history is not cleared, and not rotated, when the basis is new: for s steps its
-    columns mix coordinates of the old and the new basis. Leaves that are not projected
-    get plain Adam. Accumulate gradients outside (``optax.MultiSteps`` around the whole
-    optimizer): the history takes every gradient it sees.
+    leaves then stay full (``lro.selection_report`` names them). The history is neither
+    cleared nor rotated when the basis is new. Leaves that are not projected get plain
+    Adam. Accumulate gradients outside: the history takes every gradient it sees.
 
     Args:
       history: number s of projections kept.

@@ -73,13 +73,11 @@ def online_subspace_descent(
       basis_optimizer: any Optax optimizer for the basis, which gets it as ``params``;
         None is AdamW with weight decay 0.01, as released.
       basis_learning_rate: multiplies what ``basis_optimizer`` returns: a number or a
-        schedule of the same steps. None is the preset's for the default optimizer and
-        1 for one given.
+        schedule. None is the preset's, and 1 beside a ``basis_optimizer``.
       ortho_penalty: weight of ``|P^T P - I|^2``; None is the preset's.
       basis_preset: "released": 0.005, the code's 1 / 200 (which it multiplies by the
-        weights' schedule divided by its peak: give that as ``basis_learning_rate``),
-        without penalty. "paper": 5 times ``learning_rate``, schedule included, with
-        ``ortho_penalty=1``; the ratio is the paper's, the weight of the penalty ours.
+        weights' schedule divided by its peak), without penalty. "paper": 5 times
+        ``learning_rate``, schedule included, with ``ortho_penalty=1``, which is ours.
       normalize: divide the gradient by its norm before the loss.
       reorthonormalize_every: steps between re-orthonormalizations of P; None has none.
       cold_start: the first basis: "power" (None in "optax" mode), "svd" (None in
@@ -112,7 +110,6 @@ def online_subspace_descent(
       * The basis' learning rate is an argument; there it is 1 / ``update_proj_gap``,
         an option that has no other effect.
       * A zero or non-finite gradient moves neither the basis nor its optimizer.
-      * A square matrix is projected on its input axis (see ``lro.galore``).
     """
     its = Recipe(**options)
     _checks.choice("basis_preset", basis_preset, ("released", "paper"))

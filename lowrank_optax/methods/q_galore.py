@@ -5,19 +5,13 @@ from typing import Any, Unpack
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method, recipe_of
-from lowrank_optax.methods._shared import Recipe, Transformation
+from lowrank_optax.methods._shared import Encoded, Recipe, Transformation
 from lowrank_optax.methods.galore import galore_8bit, leading
 from lowrank_optax.projectors import lazy, quantize_basis
 from lowrank_optax.quantization import affine
 
 ENDLESS = 2**30
-
-
-class _Options(
-    has.Encoded, has.Gap, has.Adam, has.Given, has.Transported, has.Conventions
-): ...
 
 
 @method("Q-GaLore", "2407.08296", "Zhang et al. (2024)", defaults={"eps": 1e-8})
@@ -32,7 +26,7 @@ def q_galore(
     largest_gap: int | None = None,
     block: int = 256,
     min_size: int = 4096,
-    **options: Unpack[_Options],
+    **options: Unpack[Encoded],
 ) -> Transformation:
     """Q-GaLore: 4-bit bases that are refreshed lazily, and 8-bit moments.
 
@@ -54,17 +48,12 @@ def q_galore(
     ``lro.stochastic_round_apply_updates`` stand around it.
 
     Args:
-      update_proj_gap: steps from one basis to the next, until it grows.
       basis_bits: 4 or 8 (authors: 4).
       basis_group: entries of the basis per step (authors: 256), along its rows.
       threshold: least mean cosine of a basis that counts as steady (authors: 0.4).
       history: cosines in the mean (authors: 5).
       largest_gap: bound of the gap; None is 16 times ``update_proj_gap``, and no bound
         with ``conventions="authors"``.
-      block: elements of the moments per scale.
-      min_size: matrices with fewer moments keep them in float32.
-      eps: added to the corrected root.
-      base_optimizer: the inner transformation in place of Adam, encoded likewise.
       projector: how bases are formed, in place of ``lro.power(rank, update_proj_gap)``
         (``lro.svd`` in authors' mode); it is made lazy and quantized here.
 

@@ -18,15 +18,7 @@ from lowrank_optax.transport import rotate_moments
 TURNED = "b1, b2 beside base_optimizer, transport"
 
 
-class TrackedOptions(
-    has.Base,
-    has.Gap,
-    has.Adam,
-    has.Transported,
-    has.Recovered,
-    has.Stored,
-    has.Conventions,
-):
+class TrackedOptions(has.Usual, has.Recovered, has.Stored, has.Conventions):
     """What a method takes whose subspace is tracked, besides its own."""
 
 
@@ -86,13 +78,6 @@ def subtrack(
         decays ``b1`` and ``b2``, or another ``transport``.
       transport: in place of ``lro.rotate_moments(b1, b2)``.
       recovery: in place of ``lro.recover_scale(growth_limit=growth_limit)``.
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> sizes = lro.state_bytes(lro.subtrack(1e-3, rank=4), params).by_role
-      >>> sizes["basis"] == 4 * 32 * 4, sizes["mu"] == 4 * 4 * 64, sizes["recovery"]
-      (True, True, 4)
 
     Differences from the authors' code:
       * Where it contradicts the paper, the paper is followed. Tall and square matrices

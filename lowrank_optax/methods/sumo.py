@@ -18,9 +18,7 @@ from lowrank_optax.transforms.orthogonalize import METHODS
 from lowrank_optax.transport import rotate_moments
 
 
-class _Options(
-    has.Base, has.Gap, has.Moments, has.Given, has.Transported, has.Stored
-): ...
+class _Options(has.Base, has.Moments, has.Bases): ...
 
 
 @method(
@@ -70,12 +68,6 @@ def sumo(
       eps: of the same.
       nu_dtype: storage dtype of the second moment of full leaves; None is float32.
       transport: what a new basis does to the momentum; None rotates it.
-
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> lro.state_bytes(lro.sumo(1e-3, rank=4), params).by_role["mu"] == 4 * 4 * 64
-      True
 
     Differences from the authors' code:
       * Written from the paper, not from code. Its limiter of 1.1 on the growth of
