@@ -72,7 +72,7 @@ class project(Part):
     layer_axis: int | None = None
     clip_rank: bool = False
     param_shardings: Any = None
-    full: optax.GradientTransformation | None = None
+    full: optax.GradientTransformation | Made | None = None
     dtype: Any = jnp.float32
     stagger: bool = False
     seed: int = 0

@@ -37,7 +37,7 @@ class FullLeaf(Part):
     dtype: Any
 
     def open(
-        self, clock: Clock, gradient: Array, weights: Any, kept: Kept, moments: Any
+        self, clock: Clock, gradient: Any, weights: Any, kept: Kept, moments: Any
     ) -> Opened:
         """Casts the gradient and the parameter to the inner's dtype."""
         del clock, kept, moments
@@ -55,7 +55,7 @@ class FullLeaf(Part):
         moments: Moments,
         gain: Any,
         done: Any,
-    ) -> tuple[Array, None, Kept]:
+    ) -> tuple[Any, None, Kept]:
         """Returns the update in the gradient's dtype."""
         del clock, moments, done
         gradient = opened.gradient.stored

@@ -17,10 +17,10 @@ class Size(NamedTuple):
 
 def frobenius(matrix: Array | Operand) -> Size:
     """Returns ``|G|``; both factors are 1 for a zero matrix."""
-    matrix = Operand.of(matrix).stored  # a norm does not mind the order
-    peak = jnp.max(jnp.abs(matrix))
+    stored = Operand.of(matrix).stored  # a norm does not mind the order
+    peak = jnp.max(jnp.abs(stored))
     peak = jnp.where(peak > 0, peak, 1.0)
-    ratio = jnp.sqrt(jnp.sum(jnp.square(matrix / peak)))
+    ratio = jnp.sqrt(jnp.sum(jnp.square(stored / peak)))
     return Size(peak, jnp.where(ratio > 0, ratio, 1.0))
 
 

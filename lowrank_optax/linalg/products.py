@@ -33,7 +33,7 @@ class Operand:
       transposed: whether the matrix is the transpose of ``stored``.
     """
 
-    stored: Array
+    stored: Any
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
