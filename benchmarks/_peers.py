@@ -126,7 +126,9 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
     """Returns name -> builder, adamw first."""
 
     def low_rank(method: Any, **options: Any) -> Callable[[Any], Any]:
-        options = {"rank": rank, "layer_axis": 0, "select": SELECT, **options}
+        if "projector" not in options:  # which has a rank of its own
+            options = {"rank": rank, **options}
+        options = {"layer_axis": 0, "select": SELECT, **options}
         return lambda params: JaxPeer(method(LEARNING_RATE, **options), params)
 
     def galore(form: Any, **options: Any) -> Callable[[Any], Any]:

@@ -67,8 +67,9 @@ def galore(**options):
     Adam divides a small projection by itself, so by its own rounding; an eps of 0.1,
     against projections of size 3 to 8, bounds that.
     """
-    options = {"rank": RANK, "update_proj_gap": GAP, "layer_axis": 0, **options}
-    return lro.galore(1.0, scale=1.0, eps=0.1, **options)
+    if "projector" not in options:  # which has a rank and a gap of its own
+        options = {"rank": RANK, "update_proj_gap": GAP, **options}
+    return lro.galore(1.0, scale=1.0, eps=0.1, **{"layer_axis": 0, **options})
 
 
 def gradients(params, steps=STEPS):
