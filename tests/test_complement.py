@@ -84,8 +84,8 @@ def test_a_state_has_the_leafs_size_and_is_kept():
 
 
 def test_a_stack_is_as_many_matrices():
-    stacked = lro.frugal(1e-2, R, layer_axis=0, projector=lro.svd(R))
-    alone = lro.frugal(1e-2, R, projector=lro.svd(R))
+    stacked = lro.frugal(1e-2, layer_axis=0, projector=lro.svd(R))
+    alone = lro.frugal(1e-2, projector=lro.svd(R))
     gradient = normal(0, 2, M, N)
     got, _ = one_step(stacked, gradient)
     for i in range(2):
@@ -132,7 +132,7 @@ def test_frugal_as_written():
     gradient = normal(0, M, N)
     projector = lro.given(R, 5, bases={"w": basis()[None]})
     tx = lro.frugal(
-        0.1, R, projector=projector, side="left", state_free_scale=0.5, weight_decay=0.2
+        0.1, projector=projector, side="left", state_free_scale=0.5, weight_decay=0.2
     )
     got, _ = one_step(tx, gradient)
     inside = basis() @ jnp.sign(basis().T @ gradient)  # Adam's first direction
