@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from examples.llama.optimizers import tree_bytes
 from examples.llama.presets import PRESETS
 
 GB = 1e9
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 # Ranks of GaLore's table 2; the 7B model's are those of its 8-bit run.
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 HALF = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
@@ -194,15 +196,30 @@ def text(found: dict[str, Any]) -> str:
     )
 
 
+def renewed(page: str, new: tuple[str, ...]) -> str:
+    """Returns a page with its tables, in their order, replaced."""
+    old = [t for t in TABLE.findall(page) if t.startswith("| method |")]
+    if len(old) != len(new):
+        raise ValueError(f"The page has {len(old)} tables of methods, not {len(new)}.")
+    for before, after in zip(old, new, strict=True):
+        page = page.replace(before, f"{after}\n")
+    return page
+
+
 def main() -> None:
     """Prints the tables, and writes the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file")
+    parser.add_argument("--page", type=pathlib.Path, help="a page with these tables")
     args = parser.parse_args()
     found = report()
     print(text(found))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.page:
+        states, totals, saved = tables(found)
+        page = renewed(args.page.read_text(), (saved, states, totals))
+        args.page.write_text(page)
 
 
 if __name__ == "__main__":

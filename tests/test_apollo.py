@@ -366,7 +366,7 @@ def test_state_bytes_without_limiter_and_in_bfloat16():
 
 
 def test_another_projector_is_stored():
-    tx = apollo(projector=lro.svd(R, GAP))
+    tx = lro.apollo(LR, layer_axis=0, projector=lro.svd(R, GAP))
     ((updates, state),) = run(tx, [noise(SMALL, 0)])
     assert state.basis["a"].shape == (12, R)
     ratio = np.asarray(updates["a"] / noise(SMALL, 0)["a"])

@@ -382,7 +382,9 @@ def test_state_bytes(feedback, shape, layers):
     """2 r l numbers and r indices, the error where it is kept, and one flag."""
     r, count, long = 4, 3 if layers else 1, max(shape)
     params = {"w": jnp.zeros((*layers, *shape))}
-    options = {"error_feedback": feedback is not None, "error_dtype": feedback}
+    options = {}
+    if feedback is not None:
+        options = {"error_feedback": True, "error_dtype": feedback}
     tx = lro.dct_adamw(1e-2, r, select="w", layer_axis=0, **options)
     table = lro.state_bytes(tx, params)
     one = {"basis": 4 * r, "mu": 4 * r * long, "nu": 4 * r * long}

@@ -221,7 +221,6 @@ def test_q_galore_is_its_composition():
     parts = lro.galore_8bit(
         1e-2,
         projector=lro.lazy(lro.quantize_basis(lro.power(48, 2), affine(4, 256))),
-        basis_dtype=None,
         weight_decay=0.1,
     )
     state, same = tx.init(params), parts.init(params)

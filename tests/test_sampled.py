@@ -147,9 +147,8 @@ def test_sides(side):
 
 @pytest.mark.parametrize("conventions", ["optax", "authors"])
 def test_sara_is_galore_on_drawn_bases(conventions):
-    options = {"rank": 2, "conventions": conventions, "weight_decay": 0.1}
-    ours = lro.sara(1e-2, update_proj_gap=2, **options)
-    del options["rank"]  # the projector's own
+    options = {"conventions": conventions, "weight_decay": 0.1}
+    ours = lro.sara(1e-2, 2, update_proj_gap=2, **options)
     parts = lro.galore(1e-2, projector=lro.sampled_svd(2, 2), **options)
     assert_same(ours, parts)
 

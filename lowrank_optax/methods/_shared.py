@@ -225,11 +225,10 @@ class Recipe(types.SimpleNamespace):
 
     def open(self, projector: Projector, transport: Transport | None = None) -> project:
         """Opens the bracket; ``transport`` is the method's own, None aligns signs."""
+        kept = keep_moments() if self.authors else None
         given = getattr(self, "transport", None)
         if given is None:
-            given = transport
-        if given is None and self.authors:
-            given = keep_moments()
+            given = kept if transport is None else transport
         names = Leaves.__annotations__.keys() & vars(self).keys()
         leaves = {name: getattr(self, name) for name in names}
         return project(projector, transport=given, **leaves)

@@ -32,12 +32,6 @@ def adamw_8bit(
     Args:
       min_size: matrices and vectors with fewer elements keep float32 moments.
 
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 256))}
-      >>> lro.state_bytes(lro.adamw_8bit(1e-3), params).by_role["mu"] - 64 * 256
-      256
-
     Differences from the authors' code:
       * Those of ``lro.quantize_state``.
     """

@@ -58,12 +58,6 @@ def dct_adamw(
       conventions: "optax" and "authors" are the same here: the released code corrects
         the bias before eps and decays before the step.
 
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.dct_adamw(learning_rate=1e-3, rank=4)
-      >>> tx.init({"kernel": jnp.ones((64, 32))}).basis["kernel"]
-      Array([0, 1, 2, 3], dtype=int32)
-
     Differences from the authors' code:
       * Those of ``lro.dct``.
       * Moments are gathered. The code multiplies them by the matrix of inner products

@@ -189,12 +189,6 @@ def galore_adafactor(
         of the full parameter (the update then needs ``params``).
       min_parameter_scale: smallest such factor.
 
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> tx = lro.galore_adafactor(1e-2, rank=4)
-      >>> tx.init({"kernel": jnp.ones((64, 32))}).inner_state[0].col["kernel"].shape
-      (64,)
-
     References:
       Zhao et al. (2024), https://arxiv.org/abs/2403.03507
 

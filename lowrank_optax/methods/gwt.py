@@ -82,11 +82,7 @@ def gwt(
         ``base_optimizer`` with another one needs it here, too.
       eps: added to the root, likewise; None is 1e-8, or 1e-6 with
         ``conventions="authors"`` (code).
-      side: not an option here: ``axis`` says it.
-
-    Raises:
-      ValueError: at init, if ``side`` is given; at update, if the inner optimizer has
-        no second moment and ``normalize=True``.
+      side: an error here: ``axis`` says it.
 
     Examples:
       >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -42,14 +42,6 @@ def sara(
         moments changes its meaning at every draw; ``lro.rotate_moments()`` takes what
         the old and the new basis share along.
 
-    Examples:
-      >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> tx = lro.sara(learning_rate=1e-2, rank=4, recovery=lro.recover_scale())
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> updates["kernel"].shape
-      (64, 32)
-
     Differences from the authors' code:
       * No official code was found: the rule is the paper's, and the order of the drawn
         columns (falling singular value), which it leaves open, is ours.

@@ -67,7 +67,6 @@ def _arguments(case: Case) -> dict[str, Any]:
     bases = _bases(case)
     return {
         "learning_rate": config["learning_rate"],
-        "rank": rank,
         "scale": config["scale"],
         "granularity": _GRANULARITY[config["scale_type"]],
         "growth_limit": config["norm_growth_limiter"],

@@ -109,7 +109,6 @@ def _transformation(case: Case) -> optax.GradientTransformationExtraArgs:
     indices = _indices(case)
     return lro.dct_adamw(
         config["learning_rate"],
-        config["rank"],
         error_feedback=config["error_feedback"],
         scale=config["scale"],
         b1=config["b1"],
@@ -134,7 +133,7 @@ def _choosing(case: Case) -> dict[str, Any]:
         )
         return {"projector": slots, "transport": lro.keep_moments()}
     if gap == 1:
-        return {"update_proj_gap": 1, **how}
+        return {"rank": config["rank"], "update_proj_gap": 1, **how}
     return {"projector": released_phase(config["rank"], own_gap=gap, **how)}
 
 

@@ -1,5 +1,6 @@
 """GaLore's cases: from the recorded hyperparameters to this library's arguments."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -39,17 +40,13 @@ def galore_adamw(case: Case) -> Replay:
     config = case.config
     (b1, b2), eps = config["betas"], config["eps"]
     dtype = _DTYPES[config["dtype"]]
-    base = None if config["bias_correction"] else lro.scale_by_raw_adam(b1, b2, eps)
+    adam = {"b1": b1, "b2": b2, "eps": eps}
+    if not config["bias_correction"]:
+        adam = {"base_optimizer": lro.scale_by_raw_adam(b1, b2, eps)}
+    options = bracket(case)
+    options["projector"] = dataclasses.replace(options["projector"], basis_dtype=dtype)
     tx = lro.galore(
-        learning_rate(config),
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        base_optimizer=base,
-        mu_dtype=dtype,
-        nu_dtype=dtype,
-        basis_dtype=dtype,
-        **bracket(case),
+        learning_rate(config), mu_dtype=dtype, nu_dtype=dtype, **adam, **options
     )
     half = dtype == jnp.bfloat16
     return Replay(
@@ -74,7 +71,7 @@ def galore_adafactor(case: Case) -> Replay:
         clipping_threshold=config["clip_threshold"],
         momentum=momentum,
         multiply_by_parameter_scale=config["scale_parameter"],
-        min_parameter_scale=min_scale,
+        **({"min_parameter_scale": min_scale} if config["scale_parameter"] else {}),
         **bracket(case),
     )
     dtype = _DTYPES[config["dtype"]]

@@ -41,15 +41,15 @@ def online_subspace_descent(case: Case) -> Replay:
         "conventions": "authors",
     }
     decay = config["weight_decay"] or None
-    rank, inner, hparams = config["rank"], config["inner"], config["inner_hparams"]
+    inner, hparams = config["inner"], config["inner_hparams"]
     if inner == "adafactor":
         tx = lro.scale_by_online_subspace_descent(
-            rank, base_optimizer=adafactor(hparams, rate), **options
+            base_optimizer=adafactor(hparams, rate), **options
         )
         tx = tx if decay is None else optax.chain(tx, lro.decay_before(rate, decay))
     else:
         options |= _INNERS[inner](hparams)
-        tx = lro.online_subspace_descent(rate, rank, weight_decay=decay, **options)
+        tx = lro.online_subspace_descent(rate, weight_decay=decay, **options)
     fast = config["update_proj_gap"] == 10
     loose = fast and config["proj_optimizer"]["name"] == "adafactor"
     share = _LOOSE if loose else _TOLERANCE

@@ -184,17 +184,18 @@ def ldadam(case: Case) -> Replay:
     forms = {"power_iteration": lro.power_iteration, "svd": svd_of_momentum}
     b1, rho = config["b1"], config["rho"]
     projector = forms[config["proj_method"]](config["rank"], b1, rho, cold_start="svd")
+    how = {"projector": projector}
+    if config["proj_method"] == "power_iteration":
+        how = {"rank": config["rank"], "rho": rho}
     tx = lro.ldadam(
         config["lr"],
-        config["rank"],
-        rho=rho,
         error_feedback=config["error_feedback"],
         b1=b1,
         b2=config["b2"],
         eps=config["eps"],
         weight_decay=config["weight_decay"] or None,
-        projector=None if config["proj_method"] == "power_iteration" else projector,
         conventions="authors",
+        **how,
         **_options(case),
     )
     return Replay(tx, *_judges(case, _ROUNDING))
