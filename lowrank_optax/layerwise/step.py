@@ -106,6 +106,7 @@ def train_step(
         _checks.positive_int("micro_batches", micro_batches)
     names = ("head",) if head_names is None else tuple(head_names)
     pull = _whole if micro_batches is None else _summed
+    accepted: set[Any] = set()  # structures and shapes, each asked about once
 
     def run(fn: Callable, p: Any, x: Any, batch: Any) -> Any:
         if micro_batches is None:
@@ -126,6 +127,9 @@ def train_step(
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, dict[str, Array]]:
         layers = count_layers(params, names)
         update = LayerUpdate(tx, params, state, layers, names)
+        if update.kind not in accepted:
+            update.refuse_coupling()
+            accepted.add(update.kind)
         _check_micro_batches(batch, micro_batches)
         head_params = {name: params[name] for name in names}
 
