@@ -61,7 +61,7 @@ class Trial:
     def plain(self, number: int) -> tuple[Any, Any]:
         """Returns updates and state of a step in which nothing is other than it was.
 
-        They are kept: all comparisons are with the same ones, and a first step may be
+        They are kept: both comparisons are with the same ones, and a first step may be
         long, as that in which bases are found.
         """
         while len(self._steps) <= number:
@@ -130,14 +130,19 @@ class Trial:
         return joined, jax.tree.unflatten(jax.tree.structure(state), after.values())
 
 
-def trials(tx: Any, tree: Any, layers: int) -> Iterator[Trial]:
+def trials(tx: Any, tree: Any, whole: Stacks) -> Iterator[Trial]:
     """Yields trees to try, the smallest first.
 
     They have two layers, and axes no longer than needed for the optimizer to keep the
     same state of them, array by array: a rank may ask for more than the shortest ones,
     and a rule that leaves small matrices alone. The last one has the tree's own shapes.
+
+    Args:
+      tx: the optimizer.
+      tree: the parameters' shapes.
+      whole: the stacks of ``tree``, with its layers.
     """
-    kinds = _kinds(Stacks(tx.init, tree, layers))
+    kinds, layers = _kinds(whole), whole.layers
     longest = max((max(x.shape, default=1) for x in jax.tree.leaves(tree)), default=1)
     caps = itertools.takewhile(lambda n: n < longest, (_SHORT << k for k in range(40)))
     sizes = [*((2, cap) for cap in caps), (2, longest), (layers, longest)]

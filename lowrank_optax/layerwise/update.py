@@ -79,7 +79,7 @@ class LayerUpdate:
         self._check_one()
         owner = {path: part for part, paths in self.owned.items() for path in paths}
         masked = self._masked(("layers",), self.params)
-        Coupling(self.tx, self.params, masked, self.whole, self.layers, owner).refuse()
+        Coupling(self.tx, self.params, masked, self.whole, self.stacks, owner).refuse()
 
     def _check_one(self) -> None:
         """Raises unless one layer's update goes through, its state as it was."""
