@@ -166,7 +166,7 @@ COUPLED = {
     "a bound far off": (lambda: on_layers(optax.clip_by_global_norm(1e9)), SEVERAL),
     "a guard of a part": (
         lambda: on_layers(optax.apply_if_finite(optax.sgd(1.0), 3)),
-        SEVERAL,
+        "the gradient of layers",
     ),
     "after a while": (lambda: late(optax.clip_by_block_rms(1.0)), SEVERAL),
     "next layer": (lambda: on_layers(rolled()), SEVERAL),
@@ -234,7 +234,7 @@ def test_a_layer_that_happens_to_look_like_another_axis():
     ours = step(params, tx.init(params), batches(1)[0])
     plain = jax.jit(plain_step(tx))(params, tx.init(params), batches(1)[0])
     for a, b in zip(jax.tree.leaves(plain[0]), jax.tree.leaves(ours[0]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_asks_once_about_a_structure(monkeypatch):
