@@ -90,6 +90,11 @@ OPTIMIZERS = {
     "accumulation": lambda: optax.MultiSteps(
         optax.adamw(1e-2, eps=1e-4), 2
     ).gradient_transformation(),
+    # The layer reaches a bracket through Optax' own combinators: its keys are by layer.
+    "partition": lambda: optax.partition(
+        {"low": low(lro.apollo, eps=1e-4), "full": optax.adamw(1e-2, eps=1e-4)},
+        lambda params: {k: "low" if k == "layers" else "full" for k in params},
+    ),
     # One code off, of 256, is 4e-3 of a moment: rounding may decide on a few.
     "galore_8bit": lambda: low(lro.galore_8bit, eps=1e-2, min_size=33, scale=1e-3),
 }
@@ -128,6 +133,27 @@ def block_rms_inside():
     return low(lro.galore, base_optimizer=inner)
 
 
+def rolled():
+    """Each layer's update is the next layer's gradient; no norm, no reduction."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u: jnp.roll(u, 1, 0), updates)
+    )
+
+
+def by_place():
+    """A rate that falls with the depth, told by a layer's place in its stack."""
+
+    def scaled(u):
+        return u / jnp.arange(1, len(u) + 1).reshape(-1, *[1] * (u.ndim - 1))
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scaled, updates))
+
+
+def late(tx):
+    """Seen only where an accumulation ends."""
+    return optax.MultiSteps(tx, 5).gradient_transformation()
+
+
 SEVERAL = "depends on several layers at once"
 COUPLED = {
     "clip": (lambda: optax.clip_by_global_norm(1.0), "the gradient of head, layers"),
@@ -137,6 +163,14 @@ COUPLED = {
     "in a bracket": (block_rms_inside, SEVERAL),
     "trust ratio": (lambda: optax.lamb(1e-2), SEVERAL),
     "parameter scale": (lambda: optax.adafactor(1e-2), SEVERAL),
+    "a bound far off": (lambda: on_layers(optax.clip_by_global_norm(1e9)), SEVERAL),
+    "a guard of a part": (
+        lambda: on_layers(optax.apply_if_finite(optax.sgd(1.0), 3)),
+        "the gradient of layers",
+    ),
+    "after a while": (lambda: late(optax.clip_by_block_rms(1.0)), SEVERAL),
+    "next layer": (lambda: on_layers(rolled()), SEVERAL),
+    "place": (lambda: on_layers(by_place()), "a layer's place"),
     "noise": (lambda: optax.add_noise(0.1, 0.5, jax.random.key(0)), "one draw"),
 }
 
@@ -169,6 +203,50 @@ def test_takes_every_kind_of_bracket(tx):
     _, after, _ = jax.eval_shape(step, params, state, batches(1)[0])
     kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(t)] for t in (state, after)]
     assert kinds[0] == kinds[1]
+
+
+def test_takes_operations_of_any_kind():
+    """A loop with an open end, a transform, sorts, a call: all of one layer alone."""
+
+    @jax.custom_vjp
+    def odd(u):
+        u, _ = jax.lax.while_loop(
+            lambda c: c[1] < 2, lambda c: (jnp.fft.fft(c[0]).real, c[1] + 1), (u, 0)
+        )
+        return jnp.cumsum(jnp.sort(u, -1), -1) + jax.lax.top_k(u, 1)[0]
+
+    odd.defvjp(lambda u: (odd(u), ()), lambda _, g: (g,))
+
+    def update(updates, params):
+        # A barrier over all leaves mixes none of them.
+        return jax.tree.map(odd, jax.lax.optimization_barrier(updates))
+
+    tx, params = optax.stateless(update), make_params()
+    step = lro.layerwise.train_step(embed, block, head, tx)
+    jax.eval_shape(step, params, tx.init(params), batches(1)[0])
+
+
+def test_a_layer_that_happens_to_look_like_another_axis():
+    """As many layers as rows, and as the rank: nothing is found by its size."""
+    params = make_params(WIDTH, WIDTH)
+    tx = lro.galore(1e-2, rank=WIDTH // 2, layer_axis=0, eps=1e-4)
+    step = jax.jit(lro.layerwise.train_step(embed, block, head, tx))
+    ours = step(params, tx.init(params), batches(1)[0])
+    plain = jax.jit(plain_step(tx))(params, tx.init(params), batches(1)[0])
+    for a, b in zip(jax.tree.leaves(plain[0]), jax.tree.leaves(ours[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_asks_once_about_a_structure(monkeypatch):
+    from lowrank_optax.layerwise.update import LayerUpdate
+
+    asked = []
+    monkeypatch.setattr(LayerUpdate, "refuse_coupling", lambda self: asked.append(self))
+    tx, params = optax.sgd(0.1), make_params()
+    step = lro.layerwise.train_step(embed, block, head, tx)
+    for batch in (batches(1)[0], batches(1)[0][:2]):
+        jax.eval_shape(step, params, tx.init(params), batch)
+    assert len(asked) == 1
 
 
 def test_micro_batches_are_one_batch():

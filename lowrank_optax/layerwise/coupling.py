@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from lowrank_optax.layerwise.runs import STATE, UPDATE, Trial, apart, trials
-from lowrank_optax.layerwise.stacks import by_path, part_of, with_layers
+from lowrank_optax.layerwise.stacks import Stacks, by_path, part_of, with_layers
 
 
 class Coupling:
@@ -20,18 +20,30 @@ class Coupling:
 
     Attributes:
       tx: the optimizer; it takes extra arguments.
-      params: parameters, arrays or ShapeDtypeStructs.
+      params: the parameters' shapes.
       masked: the same with all but the layers masked.
       state: its state of ``params``.
-      layers: how many layers the stacks have.
-      owner: which part a leaf of the state belongs to, by path; those that serve
-        several are not there.
+      stacks: the layers' state.
     """
 
-    def __init__(self, tx, params, masked, state, layers: int, owner: dict[str, str]):
-        self.tx, self.layers = tx, layers
-        self.params, self.masked = (with_layers(x, layers) for x in (params, masked))
-        self.state = state
+    def __init__(
+        self,
+        tx: Any,
+        params: Any,
+        masked: Any,
+        state: Any,
+        stacks: Stacks,
+        owner: dict[str, str],
+    ):
+        """Names the inputs of an update, its results, and whose they are.
+
+        ``owner`` has the part that a leaf of the state belongs to, by path, but for
+        those that serve several.
+        """
+        self.tx, self.stacks, self.state = tx, stacks, state
+        self.params, self.masked = (
+            with_layers(tree, stacks.layers) for tree in (params, masked)
+        )
         ours = [_owner(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         kept = [owner.get(path) for path in by_path(state)]
         # Of the state only numbers count: flags and counters say when, not what.
@@ -47,90 +59,88 @@ class Coupling:
     def refuse(self) -> None:
         """Raises ValueError, with the first result that hangs on something else."""
         self._refuse_parts()
-        if self.layers > 1 and jax.tree.leaves(self.masked):
-            apart(self._refuse_layers)
+        if self.stacks.layers > 1 and jax.tree.leaves(self.masked):
+            self._refuse_layers()
 
     # Part from part.
 
     def _refuse_parts(self) -> None:
-        """Raises if JAX needs other parts for a part's results, and they tell."""
+        """Raises if JAX needs of other parts for a part's results."""
         closed = jax.make_jaxpr(lambda *args: self.tx.update(*args))(
             self.params, self.state, self.params
         )
         # A class of its own closes over the constants up to some version of JAX.
-        jaxpr: Any = getattr(closed, "jaxpr", closed)
+        jaxpr = _barriers_split(getattr(closed, "jaxpr", closed))
 
-        def sources(part: str | None, used: list[bool]) -> list[str]:
+        def others(part: str | None, used: list[bool]) -> list[str]:
             _, needed = dce_jaxpr(jaxpr, used)
-            found = {
-                other
-                for other, need in zip(self._inputs, needed, strict=True)
-                if need and other not in (None, part)
-            }
-            return sorted(found)
+            pairs = zip(self._inputs, needed, strict=True)
+            found = {source for source, need in pairs if need}
+            return sorted(x for x in found if x not in (None, part))
 
         parts = list(self._results.values())
-        suspects = {
-            part: others
-            for part in dict.fromkeys(parts)
-            if (others := sources(part, [other == part for other in parts]))
-        }
-        if suspects and (name := apart(lambda: self._first_mixed(suspects))):
-            part, alone = (
-                self._results[name],
-                [other == name for other in self._results],
-            )
-            source = f"the gradient of {', '.join(sources(part, alone))}"
-            raise ValueError(_COUPLED.format(name=name, source=source))
-
-    def _first_mixed(self, suspects: dict[str | None, list[str]]) -> str | None:
-        """Returns the first result to change with what its program holds of others.
-
-        A barrier hands on all that it is given, each as it was, and so may a loop or
-        an operation of which JAX does not say what belongs to what.
-        """
-
-        def affected(trial: Trial, part: str | None) -> str | None:
-            return trial.affected(
-                lambda path, x: ... if _owner(path) in suspects[part] else None,
-                lambda name, x: ... if self._results[name] == part else None,
-            )
-
-        for trial in trials(self.tx, self.params, self.layers):
-            try:
-                found = (affected(trial, part) for part in suspects)
-                return next((name for name in found if name is not None), None)
-            except (TypeError, ValueError):
+        for part in dict.fromkeys(parts):
+            if not others(part, [other == part for other in parts]):
                 continue
-        # Nothing can be tried: what JAX says stands.
-        part = next(iter(suspects))
-        return next(name for name, other in self._results.items() if other == part)
+            for name, own in self._results.items():
+                sources = others(part, [other == name for other in self._results])
+                if own == part and sources:
+                    source = f"the gradient of {', '.join(sources)}"
+                    raise ValueError(_COUPLED.format(name=name, source=source))
 
     # Layer from layer.
 
     def _refuse_layers(self) -> None:
         """Raises if a layer's results change with the layers before it."""
-        error: Exception | None = None
-        for trial in trials(self.tx, self.masked, self.layers):
+
+        def changed(trial: Trial) -> tuple[str | None, str]:
             cut = {f"{STATE}{path}" for path in trial.stacks.cut}
 
-            def rest(name: str, x: Any, cut: set[str] = cut) -> Any:
-                return (
-                    slice(1, None) if name.startswith(UPDATE) or name in cut else None
-                )
+            def rest(name: str, x: Any) -> Any:
+                own = name.startswith(UPDATE) or name in cut
+                return slice(1, None) if own else None
 
-            try:
-                name, source = trial.affected(lambda path, x: 0, rest), _SEVERAL
-                if name is None:
-                    name, source = trial.unlike_alone(), _DRAW
-            except (TypeError, ValueError) as problem:
-                error = problem  # an array inside that fits the real shapes alone
-                continue
-            if name is not None:
-                raise ValueError(_COUPLED.format(name=name, source=source))
-            return
-        if error is not None:
+            name = trial.affected(lambda path, x: 0, rest)
+            return (trial.unlike_alone(), _DRAW) if name is None else (name, _SEVERAL)
+
+        def first() -> tuple[str | None, str]:
+            error: Exception = ValueError(_UNTRIED)
+            for trial in trials(self.tx, self.masked, self.stacks):
+                try:
+                    return changed(trial)
+                except (TypeError, ValueError) as problem:
+                    error = problem  # of an array inside that fits other shapes alone
             raise error
+
+        name, source = apart(first)
+        if name is not None:
+            raise ValueError(_COUPLED.format(name=name, source=source))
+
+
+def _barriers_split(jaxpr: Any) -> Any:
+    """Gives every operand of an optimization barrier one of its own.
+
+    A barrier hands on what it is given, each as it was, and mixes nothing; JAX has no
+    rule that says so, and would need all of it for one result.
+    """
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    if inner is not jaxpr:
+        return jaxpr.replace(jaxpr=_barriers_split(inner))
+
+    def inside(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(inside, value))
+        return _barriers_split(value) if hasattr(value, "eqns") else value
+
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "optimization_barrier":
+            pairs = zip(eqn.invars, eqn.outvars, strict=True)
+            eqns += [eqn.replace(invars=[a], outvars=[b]) for a, b in pairs]
+        else:
+            params = {name: inside(value) for name, value in eqn.params.items()}
+            eqns.append(eqn.replace(params=params))
+    return jaxpr.replace(eqns=eqns)
 
 
 def _owner(path: Any) -> str:
@@ -138,6 +148,10 @@ def _owner(path: Any) -> str:
     return part if part in ("embed", "layers") else "head"
 
 
+_UNTRIED = (
+    "Whether tx keeps layers apart cannot be tried: with arrays of these shapes its "
+    "init makes another state than with their shapes alone."
+)
 _SEVERAL = "several layers at once"
 _DRAW = "one draw of random numbers for all layers, or on a layer's place among them"
 _COUPLED = (

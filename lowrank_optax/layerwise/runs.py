@@ -40,9 +40,9 @@ class Trial:
       stacks: of the small tree.
     """
 
-    def __init__(self, tx: Any, tree: Any, layers: int):
-        self.stacks = Stacks(tx.init, tree, layers)
-        tree, rng = with_layers(tree, layers), np.random.default_rng(0)
+    def __init__(self, tx: Any, tree: Any, stacks: Stacks):
+        self.stacks = stacks
+        tree, rng = with_layers(tree, stacks.layers), np.random.default_rng(0)
         self.params, self.others, self.grads, other = (
             jax.tree.map(lambda x: _draw(rng, x), tree) for _ in range(4)
         )
@@ -56,6 +56,18 @@ class Trial:
         self.start = jax.jit(lambda params: tx.init(params))
         self.step = jax.jit(lambda *args: tx.update(*args))
         self.alone = jax.jit(lambda layer, *args: tx.update(*args, layer=layer))
+        self._steps: list[tuple[Any, Any]] = []
+
+    def plain(self, number: int) -> tuple[Any, Any]:
+        """Returns updates and state of a step in which nothing is other than it was.
+
+        They are kept: both comparisons are with the same ones, and a first step may be
+        long, as that in which bases are found.
+        """
+        while len(self._steps) <= number:
+            state = self._steps[-1][1] if self._steps else self.start(self.params)
+            self._steps.append(self.step(self.grads, state, self.params))
+        return self._steps[number]
 
     def affected(self, source: Select, rest: Select) -> str | None:
         """Returns the first result to change with what it must not hang on.
@@ -66,19 +78,18 @@ class Trial:
           rest: ``rest(name, leaf)``, the same for the results that must stay, updates
             and new state.
         """
-        params = self.params, _mixed(self.params, self.others, source)
-        states = [self.start(p) for p in params]
+        params = _mixed(self.params, self.others, source)
+        state, number = self.start(params), itertools.count()
         for others in self.kinds:
-            grads = self.grads, _mixed(self.grads, others, source)
+            grads = _mixed(self.grads, others, source)
             for _ in range(_PATIENCE):
-                found = []
-                for i in range(2):
-                    updates, states[i] = self.step(grads[i], states[i], params[i])
-                    found.append(_results(updates, states[i], rest))
-                for name, x in found[0].items():
-                    if not _equal(x, found[1][name], _CLOSE):
+                updates, state = self.step(grads, state, params)
+                found = _results(updates, state, rest)
+                expected = _results(*self.plain(next(number)), rest)
+                for name, x in expected.items():
+                    if not _equal(x, found[name], _CLOSE):
                         return name
-                if _moved(found[0]):
+                if _moved(expected):
                     break
             else:
                 return None  # nothing moves it
@@ -86,15 +97,14 @@ class Trial:
 
     def unlike_alone(self) -> str | None:
         """Returns the first update to be another one when layers come one by one."""
-        state = apart = self.start(self.params)
-        for _ in range(_PATIENCE):
-            updates, state = self.step(self.grads, state, self.params)
-            one_by_one, apart = self._one_by_one(apart)
-            found, others = _results(updates), _results(one_by_one)
-            for name, x in found.items():
-                if not _equal(x, others[name], _ALIKE):
+        state = self.start(self.params)
+        for number in range(_PATIENCE):
+            updates, state = self._one_by_one(state)
+            found, expected = _results(updates), _results(self.plain(number)[0])
+            for name, x in expected.items():
+                if not _equal(x, found[name], _ALIKE):
                     return name
-            if _moved(found):
+            if _moved(expected):
                 break
         return None
 
@@ -120,14 +130,19 @@ class Trial:
         return joined, jax.tree.unflatten(jax.tree.structure(state), after.values())
 
 
-def trials(tx: Any, tree: Any, layers: int) -> Iterator[Trial]:
+def trials(tx: Any, tree: Any, whole: Stacks) -> Iterator[Trial]:
     """Yields trees to try, the smallest first.
 
     They have two layers, and axes no longer than needed for the optimizer to keep the
     same state of them, array by array: a rank may ask for more than the shortest ones,
     and a rule that leaves small matrices alone. The last one has the tree's own shapes.
+
+    Args:
+      tx: the optimizer.
+      tree: the parameters' shapes.
+      whole: the stacks of ``tree``, with its layers.
     """
-    kinds = _kinds(Stacks(tx.init, tree, layers))
+    kinds, layers = _kinds(whole), whole.layers
     longest = max((max(x.shape, default=1) for x in jax.tree.leaves(tree)), default=1)
     caps = itertools.takewhile(lambda n: n < longest, (_SHORT << k for k in range(40)))
     sizes = [*((2, cap) for cap in caps), (2, longest), (layers, longest)]
@@ -136,11 +151,11 @@ def trials(tx: Any, tree: Any, layers: int) -> Iterator[Trial]:
             lambda path, x, cap=cap: _capped(path, x, cap), tree
         )
         try:
-            trial = Trial(tx, small, count)
+            stacks = Stacks(tx.init, small, count)
         except (TypeError, ValueError):
             continue
-        if _kinds(trial.stacks) == kinds:
-            yield trial
+        if _kinds(stacks) == kinds:
+            yield Trial(tx, small, stacks)
 
 
 def apart(function: Callable[[], Any]) -> Any:

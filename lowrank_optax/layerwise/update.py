@@ -26,6 +26,7 @@ class LayerUpdate:
       single: those among them that the layers' part alone has, such as a counter for
         every leaf.
       owned: per part, the paths of the state that is its own.
+      kind: structure and shapes of parameters and state.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class LayerUpdate:
     ):
         self.tx, self.params = optax.with_extra_args_support(tx), params
         self.layers = layers
-        whole = jax.eval_shape(tx.init, params)
+        self.whole = whole = jax.eval_shape(tx.init, params)
         self.stacks = Stacks(tx.init, self._masked(("layers",), params), layers)
         self.parts = {
             part: jax.eval_shape(tx.init, self._masked(part, params))
@@ -42,10 +43,8 @@ class LayerUpdate:
         self.parts["layers",] = self.stacks.one
         self._owners(by_path(whole), names)
         _check_state(state, whole)
-        self._check_one()
-        owner = {path: part for part, paths in self.owned.items() for path in paths}
-        masked = self._masked(("layers",), params)
-        Coupling(self.tx, params, masked, whole, layers, owner).refuse()
+        shapes = ((x.shape, x.dtype) for x in jax.tree.leaves((params, whole)))
+        self.kind = jax.tree.structure((params, whole)), tuple(shapes)
 
     def _masked(self, part: tuple[str, ...], tree: Any) -> Any:
         return like_params(
@@ -74,6 +73,13 @@ class LayerUpdate:
         for path in sorted(stacked):
             if whole[path].shape != self.stacks.whole[path].shape:
                 raise ValueError(DIFFERENT.format(path=path))
+
+    def refuse_coupling(self) -> None:
+        """Raises unless every part, and every layer, is updated from itself alone."""
+        self._check_one()
+        owner = {path: part for part, paths in self.owned.items() for path in paths}
+        masked = self._masked(("layers",), self.params)
+        Coupling(self.tx, self.params, masked, self.whole, self.stacks, owner).refuse()
 
     def _check_one(self) -> None:
         """Raises unless one layer's update goes through, its state as it was."""
