@@ -152,25 +152,22 @@ class Compression:
 
     def channels(self, state: Any) -> dict[str, Channel]:
         """Returns the channel of every compressed leaf in this state, by path."""
-        treedef = jax.tree.structure(self._state, is_leaf=_is_described)
-        try:
-            nodes = treedef.flatten_up_to(state)
-        except ValueError as error:
+        found = jax.tree.leaves(state, is_leaf=_is_bracket)
+        states = [node for node in found if _is_bracket(node)]
+        if len(states) != len(self._brackets):
             raise ValueError(
                 f"Expected the state of this optimizer, with {len(self._brackets)} "
-                "low-rank bracket(s) in it. Pass what tx.init(params) or "
-                f"tx.update(...) returned. {error}"
-            ) from error
-        described = jax.tree.leaves(self._state, is_leaf=_is_described)
-        states = [
-            state
-            for found, state in zip(described, nodes, strict=True)
-            if _is_described(found)
-        ]
+                f"low-rank bracket(s) in it; got one with {len(states)}. Pass what "
+                "tx.init(params) or tx.update(...) returned."
+            )
         return {
             path: _channel(self._brackets[k], states[k], position)
             for path, (k, position) in self._where.items()
         }
+
+
+def _is_bracket(node: Any) -> bool:
+    return isinstance(node, SubspaceState)
 
 
 def _is_described(node: Any) -> bool:
