@@ -11,6 +11,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.linalg.pca import frobenius, pca_gradient, penalty_gradient
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.testing import assert_bit_equal
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -45,7 +46,8 @@ def test_the_derivative_of_the_loss(transposed, scale):
     scaled = jnp.float32(scale) * gradient
     size = frobenius(scaled)
     low = basis.T @ scaled
-    got = pca_gradient(scaled, basis, low, size, transposed)
+    operand = Operand.of(scaled, transposed)
+    got = pca_gradient(operand, basis, low, size)
     got = got + 0.7 * penalty_gradient(basis)
     want = jax.grad(loss)(basis, gradient / jnp.linalg.norm(gradient), 0.7)
     # Sums of up to 240 products in float32.

@@ -132,7 +132,7 @@ class Projector(Part):
         del stored
         return steps % self.update_proj_gap == 0
 
-    def refresh(self, matrix: Matrix, gradient: Operand, stored: Any, at: At) -> Any:
+    def refresh(self, matrix: Matrix, gradient: Any, stored: Any, at: At) -> Any:
         """Returns the new basis; ``gradient`` is finite and not zero."""
         raise NotImplementedError
 
@@ -141,7 +141,12 @@ class Projector(Part):
         return new
 
     def advance(
-        self, matrix: Matrix, stored: Any, gradient: Operand, projected: Array, at: At
+        self,
+        matrix: Matrix,
+        stored: Any,
+        gradient: Any,
+        projected: Array,
+        at: At,
     ) -> Any:
         """Returns what is stored after ``projected = P^T G`` was used."""
         del matrix, gradient, projected, at
@@ -195,9 +200,7 @@ class BasisProjector(Projector):
         """Says that the basis has the matrix' rows, and its own vectors."""
         return matrix.basis_axes
 
-    def refresh(
-        self, matrix: Matrix, gradient: Operand, stored: Array, at: At
-    ) -> Array:
+    def refresh(self, matrix: Matrix, gradient: Any, stored: Array, at: At) -> Array:
         """Computes the basis in float32 and rounds it to the storage dtype."""
         old = wide(stored)
         gradient = Operand.of(gradient, matrix.transposed).astype(old.dtype)
@@ -212,7 +215,9 @@ class BasisProjector(Projector):
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
         """Returns the new basis ``[m, r]`` from the gradient as a plain array."""
-        raise NotImplementedError
+        if type(self).renew is BasisProjector.renew:
+            raise NotImplementedError
+        return self.renew(matrix, Operand.of(gradient, matrix.transposed), old, at)
 
     def align(self, old: Array, new: Array) -> Array:
         """Flips new basis vectors that point against the old ones."""

@@ -65,7 +65,7 @@ class TwoSided(Projector):
         left, right = self.left.for_leaf(path), self.right.for_leaf(path)
         return dataclasses.replace(self, left=left, right=right)
 
-    def refresh(self, matrix: Matrix, gradient: Operand, stored: Any, at: At) -> Any:
+    def refresh(self, matrix: Matrix, gradient: Any, stored: Any, at: At) -> Any:
         """Refreshes each side from its own view of the gradient."""
         gradient = Operand.of(gradient)
         return TwoSidedBasis(

@@ -154,7 +154,7 @@ class TwoSidedCorrelation(TwoSided):
     reads_moments = True
 
     def refresh(
-        self, matrix: Matrix, gradient: Operand, stored: TwoSidedBasis, at: At
+        self, matrix: Matrix, gradient: Any, stored: TwoSidedBasis, at: At
     ) -> TwoSidedBasis:
         """Decomposes each side, or moves both by one objective."""
         part = self.left

@@ -87,15 +87,13 @@ class dct(Projector):
         """Starts from the first r columns: valid, and never used for long."""
         return jnp.arange(matrix.rank, dtype=jnp.int32)
 
-    def refresh(
-        self, matrix: Matrix, gradient: Operand, stored: Array, at: At
-    ) -> Array:
+    def refresh(self, matrix: Matrix, gradient: Any, stored: Array, at: At) -> Array:
         """Chooses the r columns that see most of the gradient."""
         del stored, at
         best = jax.lax.top_k(self.scores(matrix, gradient), matrix.rank)[1]
         return jnp.sort(best).astype(jnp.int32)
 
-    def scores(self, matrix: Matrix, gradient: Operand) -> Array:
+    def scores(self, matrix: Matrix, gradient: Any) -> Array:
         """Returns how much each of the m columns sees, up to a common factor."""
         gradient = Operand.of(gradient, matrix.transposed)
         gradient = gradient.map(lambda x: unit_peak(wide(x))[0])

@@ -59,7 +59,7 @@ class Lazy(Wrapped):
         return steps % stored.gap == 0
 
     def refresh(
-        self, matrix: Matrix, gradient: Operand, stored: LazyBasis, at: At
+        self, matrix: Matrix, gradient: Any, stored: LazyBasis, at: At
     ) -> LazyBasis:
         """Refreshes the basis, and widens the gap if the old one was good for long."""
         gradient = Operand.of(gradient, matrix.transposed)

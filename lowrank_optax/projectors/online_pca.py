@@ -112,7 +112,7 @@ class online_pca(TrackingProjector):
         like = jax.ShapeDtypeStruct((matrix.m, matrix.rank), jnp.float32)
         return OnlineBasis(vectors, axes_of_state(init, like, vectors))
 
-    def refresh(self, matrix: Matrix, gradient: Operand, stored: OnlineBasis, at: At):
+    def refresh(self, matrix: Matrix, gradient: Any, stored: OnlineBasis, at: At):
         """Finds the first basis, or makes the basis orthonormal again."""
         basis = super().refresh(matrix, gradient, stored.vectors, at)
         return stored._replace(vectors=basis)
@@ -133,7 +133,7 @@ class online_pca(TrackingProjector):
         self,
         matrix: Matrix,
         stored: OnlineBasis,
-        gradient: Operand,
+        gradient: Any,
         projected: Array,
         at: At,
     ) -> OnlineBasis:

@@ -7,7 +7,6 @@ import jax
 
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.bases import Rotation
-from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors._protocol import At, Projector
 from lowrank_optax.projectors._wrapped import Wrapped, check_basis
 from lowrank_optax.quantization import (
@@ -42,7 +41,7 @@ class QuantizedBasis(Wrapped):
         """Says what the projector inside does, of the array behind each encoded one."""
         return self.projector.axes(matrix)
 
-    def refresh(self, matrix: Matrix, gradient: Operand, stored: Any, at: At) -> Any:
+    def refresh(self, matrix: Matrix, gradient: Any, stored: Any, at: At) -> Any:
         """Refreshes the decoded basis; what comes out is not encoded yet."""
         return self.projector.refresh(matrix, gradient, _decoded(stored), at)
 

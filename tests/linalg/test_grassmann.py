@@ -10,7 +10,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.linalg import grassmann as geometry
-from lowrank_optax.linalg.products import as_stored
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
 
 M, N, R = 24, 40, 6
@@ -34,7 +34,7 @@ def f32(x):
 @functools.partial(jax.jit, static_argnames=("move", "transposed"))
 def geodesic_of(move, gradient, basis, transposed=False):
     """The move's geodesic and best angle, and the gradient it saw."""
-    seen = geometry.see(gradient, basis, transposed)
+    seen = geometry.see(Operand.of(gradient, transposed), basis)
     if move == "track":
         geodesic = geometry.descent(basis, seen)
     else:
@@ -194,7 +194,7 @@ def test_a_transposed_view_gives_the_same_turn(shape, move):
     basis, gradient = orthonormal(0, m, r), f32(normal(1, m, n))
     plain, angle = geodesic_of(move, gradient, basis)
     other, same = geodesic_of(move, gradient, basis, True)
-    assert as_stored(gradient, True).shape == (n, m)
+    assert Operand.of(gradient, True).stored.shape == (n, m)
     # Sums in another order.
     np.testing.assert_allclose(angle, same, rtol=1e-4)
     product = [np.asarray(g.u @ g.v.T) for g in (plain, other)]
