@@ -58,8 +58,9 @@ def table(cards=False):
 
 def functions():
     """What the reference shows of every method."""
-    shown = [name for method in lro.METHODS.values() for name in names(method)]
-    return "\n\n".join(f"::: lowrank_optax.{name}" for name in shown)
+    shown = [f for m in lro.METHODS.values() for f in (m.factory, m.direction) if f]
+    # Under `lowrank_optax.methods` a file has the name of its method.
+    return "\n\n".join(f"::: {f.__module__}.{f.__name__}" for f in shown)
 
 
 def readme(text):

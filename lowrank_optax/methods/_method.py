@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from lowrank_optax.bracket.chain import project
-from lowrank_optax.methods._shared import COMMON, Arg, Options
+from lowrank_optax.methods._shared import COMMON, Arg, Leaves, Options
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -157,12 +157,12 @@ def _complete(
     if given:
         (shared,) = typing.get_args(given[0].annotation)
         hints = typing.get_type_hints(shared, include_extras=True)
-        parts = inspect.signature(project).parameters
+        parts, leaves = inspect.signature(project).parameters, Leaves.__annotations__
         mine = {p.name for p in parameters}
         told = _entries(_sections(project.__doc__ or "")["Args"])
         texts |= {name: text for name, text in told.items() if name not in mine}
         # Those of ``lro.project`` come last.
-        for name, hint in sorted(hints.items(), key=lambda pair: pair[0] in parts):
+        for name, hint in sorted(hints.items(), key=lambda pair: pair[0] in leaves):
             default = parts[name].default if name in parts else None
             if typing.get_origin(hint) is typing.Annotated:
                 hint, (arg,) = hint.__origin__, hint.__metadata__
