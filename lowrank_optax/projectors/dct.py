@@ -1,6 +1,7 @@
 """Columns of a fixed cosine basis, chosen by how much of the gradient they see."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
