@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def explicit_mesh(tree: Any) -> Any:
@@ -21,8 +22,13 @@ def explicit_like(like: Any, fn: Callable, *args: Any) -> Any:
     mesh = explicit_mesh((like, args))
     if mesh is None:
         return fn(*args)
-    out = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
-    return with_auto_axes(mesh, out, fn, *args)
+
+    def place(x: Any) -> Any:
+        sharding = jax.typeof(x).sharding
+        # What lies on no mesh, as a shape without a sharding, is whole on this one.
+        return NamedSharding(mesh, PartitionSpec()) if sharding.mesh.empty else sharding
+
+    return with_auto_axes(mesh, jax.tree.map(place, like), fn, *args)
 
 
 def with_auto_axes(mesh: Any, out: Any, fn: Callable, *args: Any) -> Any:

@@ -44,7 +44,7 @@ class Operand:
         return cls(_swap(matrix) if transposed else matrix, transposed)
 
     @property
-    def array(self) -> Array:
+    def array(self) -> Any:
         """The matrix ``[*batch, m, n]`` itself."""
         return _swap(self.stored) if self.transposed else self.stored
 
