@@ -398,7 +398,7 @@ def cast(leaf: Any, dtype: Any) -> Any:
     return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def stepped(x: Array, gain: Any) -> Array:
+def stepped(x: Any, gain: Any) -> Any:
     """Multiplies by the negative learning rate, if it is the bracket's."""
     return x if gain is None else x * gain.astype(x.dtype)
 
