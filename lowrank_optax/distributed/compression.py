@@ -16,6 +16,7 @@ from lowrank_optax.bracket.state import Clock, SubspaceState
 from lowrank_optax.bracket.subspace import clock_of
 from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
 from lowrank_optax.linalg.products import Operand, gram, wide
+from lowrank_optax.shapes.report import described_brackets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,7 @@ class Compression:
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any):
-        self._state = described(tx, params)
-        self._brackets = _brackets(self._state)
+        self._brackets = described_brackets(described(tx, params))
         if not self._brackets:
             raise ValueError(
                 "lro.distributed found no low-rank bracket in this optimizer, so there "
@@ -168,15 +168,6 @@ class Compression:
 
 def _is_bracket(node: Any) -> bool:
     return isinstance(node, SubspaceState)
-
-
-def _is_described(node: Any) -> bool:
-    return isinstance(node, Described)
-
-
-def _brackets(state: Any) -> list[Described]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_described)
-    return [node for node in nodes if isinstance(node, Described)]
 
 
 def _channel(found: Described, state: SubspaceState, position: int) -> Channel:
