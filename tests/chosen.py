@@ -72,6 +72,12 @@ def each_row(test):
     return pytest.mark.parametrize("row", [case(row) for row in ROWS])(test)
 
 
+def each_bracket(test):
+    """Runs a test on every row whose state has a bracket, the argument `row`."""
+    rows = [case(row) for row in ROWS if "SubspaceState" in kinds_of(row)]
+    return pytest.mark.parametrize("row", rows)(test)
+
+
 def each_kind(test):
     """Runs a test on one row for every kind of state, the argument `row`."""
     return pytest.mark.parametrize("row", [case(row) for row in chosen()])(test)

@@ -10,7 +10,7 @@ import pytest
 
 from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
 from lowrank_optax.testing._subject import gradients_like
-from tests.chosen import each_kind, each_row
+from tests.chosen import each_bracket, each_kind, each_row
 from tests.rows import GAP, ROWS, subject
 
 BAD = {
@@ -99,7 +99,7 @@ def assert_valid(row, stored):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(stored))
 
 
-@each_row
+@each_bracket
 @cases
 def test_a_bad_step_never_enters_a_basis(row, value):
     """Without the guard: bases stay finite (and orthonormal), and recover."""
@@ -121,7 +121,7 @@ def test_a_bad_step_never_enters_a_basis(row, value):
                 assert not any(np.any(p) for p in jax.tree.leaves(pending))
 
 
-@each_row
+@each_bracket
 def test_healthy_leaves_are_refreshed_beside_a_bad_one(row):
     """A bad leaf at a refresh keeps its own basis only."""
     one = subject(row)

@@ -107,9 +107,12 @@ class Plan:
         return [(i, leaf.matrix) for i, leaf in enumerate(self.leaves) if leaf.matrix]
 
     def flat(self, tree: Any) -> list[Any]:
-        """Returns the tree's leaves by position; None for each if there is no tree."""
+        """Returns the tree's leaves by position.
+
+        Where there is no tree, ``None`` or ``()``, every leaf has the same nothing.
+        """
         if tree is None or (isinstance(tree, tuple) and not tree):
-            return [None] * len(self.leaves)
+            return [tree] * len(self.leaves)
         return self.treedef.flatten_up_to(tree)
 
     def arrays(self, tree: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from lowrank_optax.methods._method import method
 from lowrank_optax.methods._shared import Transformation
 from lowrank_optax.quantization import Codec, blockwise_int8
-from lowrank_optax.transforms import quantize_state
+from lowrank_optax.transforms import decay_before, quantize_state
 
 
 @method("8-bit AdamW", "2110.02861", "Dettmers et al. (2021)")
@@ -37,10 +37,13 @@ def adamw_8bit(
     """
     mu, nu = codecs(block)
     adam = optax.scale_by_adam(b1, b2, eps)
-    stages: list[Any] = [quantize_state(adam, mu, nu, min_size, leafwise=True)]
+    stages: list[Any] = [
+        quantize_state(adam, mu, nu, min_size, leafwise=True),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
     if weight_decay is not None:
-        stages.append(optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*stages, optax.scale_by_learning_rate(learning_rate))
+        stages.append(decay_before(learning_rate, weight_decay, mask))
+    return optax.chain(*stages)
 
 
 def codecs(block: int, authors: bool = False) -> tuple[Codec, Codec]:

@@ -61,15 +61,16 @@ def quantize_state(
         computed and not looked up (``blockwise_int8(exact=False)``).
       nu: codec of ``nu``; None leaves it. The default is the unsigned 8-bit map,
         computed likewise.
-      min_size: matrices with fewer elements stay as they are (4096 in the released
-        code), layers of a stack counted one by one.
+      min_size: moments of matrices with fewer elements are float32 (4096 in the
+        released code), layers of a stack counted one by one.
       leafwise: whether ``inner`` steps every leaf by itself, as Adam does and a clip by
         the global norm does not. True calls it leaf by leaf, each behind an
         optimization barrier, so that where the compiler keeps those (a TPU's does, the
         CPU's does not) only one leaf is decoded at a time.
 
     Returns:
-      The transformation.
+      The transformation. Its updates have the gradients' dtypes. Leaves without
+      elements are hidden from ``inner``.
 
     Raises:
       TypeError: if ``inner`` is no transformation, a codec no codec, or ``min_size`` no
@@ -131,9 +132,11 @@ def quantize_state(
 
     def init(params: Any) -> Any:
         # Else the compiler would encode the zeros itself, at its leisure.
-        return start(jax.lax.optimization_barrier(inner.init(params)))
+        return start(jax.lax.optimization_barrier(inner.init(_with_elements(params))))
 
     def update(updates, state, params=None, **extra_args):
+        everything = updates
+        updates, params = _with_elements(updates), _with_elements(params)
         treedef = jax.tree.structure(updates, is_leaf=is_box)
         if _moments.are_altered(treedef, state):
             state = restore(state, lambda: init(updates))
@@ -143,10 +146,30 @@ def quantize_state(
             return out, store(new, state)
 
         if leafwise and treedef.num_leaves > 1:
-            return _one_by_one(step, treedef, updates, state, params)
-        return step(updates, state, params)
+            out, state = _one_by_one(step, treedef, updates, state, params)
+        else:
+            out, state = step(updates, state, params)
+        return jax.tree.map(_returned, everything, out, is_leaf=is_box), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_elements(tree: Any) -> Any:
+    """Hides the leaves without elements: Orbax stores no moments of theirs."""
+
+    def shown(leaf: Any) -> Any:
+        return leaf if math.prod(unbox(leaf).shape) else optax.MaskedNode()
+
+    return jax.tree.map(shown, tree, is_leaf=is_box)
+
+
+def _returned(gradient: Any, update: Any) -> Any:
+    """Returns an update in its gradient's dtype, a hidden leaf as it came."""
+    if isinstance(update, optax.MaskedNode):
+        return gradient
+    wanted, found = unbox(gradient), unbox(update)
+    floats = jnp.issubdtype(wanted.dtype, jnp.floating)
+    return refill(update, found.astype(wanted.dtype)) if floats else update
 
 
 def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) -> Any:
@@ -187,9 +210,10 @@ def _encoded(tree: Any, codec: Codec | None, min_size: int) -> Any:
 
     def encode(leaf: Any) -> Any:
         x = unbox(leaf)
-        small = math.prod(x.shape[-2:]) < min_size
-        if codec is None or small or not jnp.issubdtype(x.dtype, jnp.floating):
+        if codec is None or not jnp.issubdtype(x.dtype, jnp.floating):
             return leaf
+        if math.prod(x.shape[-2:]) < min_size:
+            return refill(leaf, x.astype(jnp.float32))
         return _quantized(leaf, codec)
 
     return jax.tree.map(encode, tree, is_leaf=is_box)

@@ -168,12 +168,13 @@ def _replay(case: Case, projector: lro.Projector, **options: Any) -> Replay:
             raise ValueError("Only bias-corrected runs were recorded.")
         if config["inner"] == "adamw8bit":
             options["base_optimizer"] = _eight_bit(config, betas)
+        else:
+            options |= betas
         tx = lro.coap(
             rate,
             weight_decay=decay,
             transport=transport,
             conventions="authors",
-            **betas,
             **options,
         )
     return Replay(tx, _TOLERANCE, lambda state: {}, _TOLERANCE)
