@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 
 class DecayState(NamedTuple):
-    """Number of steps taken, for a learning-rate schedule."""
+    """Number of steps taken, kept where the learning rate is a schedule."""
 
     count: Array
 
@@ -78,16 +78,18 @@ def _masked(
 
 
 def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransformation:
-    def init(params: Any) -> DecayState:
+    scheduled = callable(learning_rate)
+
+    def init(params: Any) -> Any:
         del params
-        return DecayState(jnp.zeros([], jnp.int32))
+        return DecayState(jnp.zeros([], jnp.int32)) if scheduled else optax.EmptyState()
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError(
                 "Weight decay needs the parameters: pass params to update."
             )
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.count) if scheduled else learning_rate
 
         def decay(u, w):
             wide = jnp.promote_types(jnp.float32, jnp.promote_types(u.dtype, w.dtype))
@@ -100,9 +102,10 @@ def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransforma
             after = _rounded(after - strength * after, w.dtype)
             return (after - before).astype(u.dtype)
 
-        return jax.tree.map(decay, updates, params), DecayState(
-            jnp.asarray(optax.safe_increment(state.count))
-        )
+        updates = jax.tree.map(decay, updates, params)
+        if scheduled:
+            state = DecayState(jnp.asarray(optax.safe_increment(state.count)))
+        return updates, state
 
     return optax.GradientTransformation(init, update)
 
