@@ -1,5 +1,6 @@
-"""Storage dtypes of the moments of any inner optimizer."""
+"""``cast_moments``: storage dtypes of the moments of any inner optimizer."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.leaves import moments as _moments
+from lowrank_optax.leaves.matrix import is_box, refill, unbox
 from lowrank_optax.quantization import is_quantized
 
 
@@ -62,6 +64,40 @@ def cast_moments(
         return updates, store(state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def keep_dtypes(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the updates of ``inner`` in the gradients' dtypes, whatever its state's.
+
+    Leaves without elements, of which Orbax
+    would store no moments, are hidden from ``inner``.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        return inner.init(_with_elements(params))
+
+    def update(updates, state, params=None, **extra_args):
+        shown = _with_elements(updates), _with_elements(params)
+        out, state = inner.update(shown[0], state, shown[1], **extra_args)
+        return jax.tree.map(_returned, updates, out, is_leaf=is_box), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_elements(tree: Any) -> Any:
+    def shown(leaf: Any) -> Any:
+        return leaf if math.prod(unbox(leaf).shape) else optax.MaskedNode()
+
+    return jax.tree.map(shown, tree, is_leaf=is_box)
+
+
+def _returned(gradient: Any, update: Any) -> Any:
+    if isinstance(update, optax.MaskedNode):
+        return gradient
+    wanted, found = unbox(gradient), unbox(update)
+    floats = jnp.issubdtype(wanted.dtype, jnp.floating)
+    return refill(update, found.astype(wanted.dtype)) if floats else update
 
 
 def _cast_tree(tree: Any, dtype: Any) -> Any:

@@ -26,6 +26,7 @@ from lowrank_optax.quantization import (
     is_quantized,
     quantize,
 )
+from lowrank_optax.transforms.cast import keep_dtypes
 
 _SIGNED = blockwise_int8(signed=True, signed_scale=True, exact=False)
 _UNSIGNED = blockwise_int8(signed=False, exact=False)
@@ -132,11 +133,9 @@ def quantize_state(
 
     def init(params: Any) -> Any:
         # Else the compiler would encode the zeros itself, at its leisure.
-        return start(jax.lax.optimization_barrier(inner.init(_with_elements(params))))
+        return start(jax.lax.optimization_barrier(inner.init(params)))
 
     def update(updates, state, params=None, **extra_args):
-        everything = updates
-        updates, params = _with_elements(updates), _with_elements(params)
         treedef = jax.tree.structure(updates, is_leaf=is_box)
         if _moments.are_altered(treedef, state):
             state = restore(state, lambda: init(updates))
@@ -146,30 +145,10 @@ def quantize_state(
             return out, store(new, state)
 
         if leafwise and treedef.num_leaves > 1:
-            out, state = _one_by_one(step, treedef, updates, state, params)
-        else:
-            out, state = step(updates, state, params)
-        return jax.tree.map(_returned, everything, out, is_leaf=is_box), state
+            return _one_by_one(step, treedef, updates, state, params)
+        return step(updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _with_elements(tree: Any) -> Any:
-    """Hides the leaves without elements: Orbax stores no moments of theirs."""
-
-    def shown(leaf: Any) -> Any:
-        return leaf if math.prod(unbox(leaf).shape) else optax.MaskedNode()
-
-    return jax.tree.map(shown, tree, is_leaf=is_box)
-
-
-def _returned(gradient: Any, update: Any) -> Any:
-    """Returns an update in its gradient's dtype, a hidden leaf as it came."""
-    if isinstance(update, optax.MaskedNode):
-        return gradient
-    wanted, found = unbox(gradient), unbox(update)
-    floats = jnp.issubdtype(wanted.dtype, jnp.floating)
-    return refill(update, found.astype(wanted.dtype)) if floats else update
+    return keep_dtypes(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) -> Any:
