@@ -1,0 +1,109 @@
+"""``column_sgd``: columns of one size, and momentum on the head alone (SCALE)."""
+
+import functools
+import re
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from lowrank_optax.leaves.matrix import is_box, path_string, unbox
+from lowrank_optax.methods import _shared as has
+from lowrank_optax.methods._method import direction, method
+from lowrank_optax.methods._shared import Recipe, Transformation
+from lowrank_optax.transforms import cast_moments
+from lowrank_optax.transforms.cast import keep_dtypes
+
+
+class _Options(has.Decay, has.Moments): ...
+
+
+@method("SCALE", "2506.16659", "Minimalist LLM pretraining, SCALE (2025)")
+def column_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float | Array = 0.9,
+    head: str | None = None,
+    axis: int = -2,
+    vector_scale: float | Array = 1.0,
+    layer_axis: int | None = None,
+    **options: Unpack[_Options],
+) -> Transformation:
+    """SCALE: column-normalized SGD, with momentum in the last layer alone.
+
+    For a matrix ``W [m, n]`` with gradient ``G``, column by column::
+
+        G <- M = momentum M + (1 - momentum) G              on the output head alone
+        U_j = G_j / max(rms(G_j), 1e-8)                     n columns of m numbers
+        W  <- W - lr (U + weight_decay W)
+
+    and Adam on the vectors. A matrix has no state, the head ``m n`` numbers, a vector
+    Adam's. Nothing depends on the size of a gradient, so clipping does nothing outside
+    the head, and gradients are accumulated before the step.
+
+    Args:
+      momentum: decay of the head's momentum.
+      head: regular expression that finds the head's path; None is ``lm_head``, where
+        there is one. With tied embeddings give the embedding's path, or none has
+        momentum.
+      axis: along which the rms is taken: -2, the input axis of Flax kernels ``(in,
+        out)`` and the vocabulary of embeddings; -1, the input axis of torch's weights.
+      vector_scale: learning rate of the vectors per unit of that of the matrices
+        (authors: 1 up to 350M, 5 at 1B, 10 at 7B).
+      layer_axis: axis that stacks layers; stacked vectors are vectors.
+      mu_dtype: storage dtype of the momentum and of Adam's first moment.
+
+    Raises:
+      ValueError: at init, if ``head`` is given and finds no matrix.
+
+    Differences from the authors' code:
+      * The paper divides by the norm of a column, the code by its rms, which is
+        smaller by ``sqrt(m)``: learning rates are the code's.
+      * There, a matrix whose name is unknown is the head, and Adam adds eps to the root
+        before its bias is corrected.
+    """
+    its = Recipe(**{"base_optimizer": None, "conventions": "paper", **options})
+    dtype = jnp.float32 if its.mu_dtype is None else its.mu_dtype
+    trace = optax.ema(momentum, debias=False, accumulator_dtype=dtype)
+    columns = optax.stateless_with_tree_map(lambda g, _: _divided(g, axis))
+    # Nothing stands in a bracket, so the vectors' Adam is made at once.
+    adam = optax.scale_by_adam(its.b1, its.b2, 1e-8 if its.eps is None else its.eps)
+    adam = cast_moments(adam, dtype, its.nu_dtype or jnp.float32)
+    tx = optax.partition(
+        {
+            "head": optax.chain(trace, columns),
+            "matrix": columns,
+            "vector": optax.chain(adam, optax.scale(vector_scale)),
+        },
+        functools.partial(_roles, head, layer_axis),
+    )
+    tx = keep_dtypes(tx)
+    if learning_rate is not None:
+        tx = optax.chain(tx, optax.scale_by_learning_rate(learning_rate))
+    return its.decayed(optax.with_extra_args_support(tx), learning_rate, authors=False)
+
+
+def _divided(gradient: Any, axis: int) -> Array:
+    wide = jnp.asarray(gradient, jnp.float32)
+    rms = jnp.sqrt(jnp.mean(wide**2, axis, keepdims=True))
+    return (wide / jnp.maximum(rms, 1e-8)).astype(gradient.dtype)
+
+
+def _roles(head: str | None, layer_axis: int | None, params: Any) -> Any:
+    """Labels every leaf, a box as a whole."""
+    least = 2 if layer_axis is None else 3
+
+    def role(path: Any, leaf: Any) -> str:
+        if jnp.ndim(unbox(leaf)) < least:
+            return "vector"
+        return "head" if re.search(head or "lm_head", path_string(path)) else "matrix"
+
+    roles = jax.tree_util.tree_map_with_path(role, params, is_leaf=is_box)
+    if head is not None and "head" not in jax.tree.leaves(roles):
+        raise ValueError(f"lro.column_sgd: `head` {head!r} finds no matrix.")
+    return roles
+
+
+scale_by_column_sgd = direction(column_sgd)
