@@ -86,6 +86,10 @@ class LeafPlan:
         return 0 in self.shape
 
 
+def _is_nothing(tree: Any) -> bool:
+    return tree is None or (isinstance(tree, tuple) and not tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The tree's structure and, in its order, one ``LeafPlan`` per leaf.
@@ -111,21 +115,23 @@ class Plan:
 
         Where there is no tree, ``None`` or ``()``, every leaf has the same nothing.
         """
-        if tree is None or (isinstance(tree, tuple) and not tree):
+        if _is_nothing(tree):
             return [tree] * len(self.leaves)
         return self.treedef.flatten_up_to(tree)
 
     def arrays(self, tree: Any) -> list[Any]:
         """Returns the same out of their boxes."""
+        if _is_nothing(tree):
+            return [tree] * len(self.leaves)
         return [
             leaf if leaf is None or isinstance(leaf, jax.Array) else unbox_tree(leaf)
-            for leaf in self.flat(tree)
+            for leaf in self.treedef.flatten_up_to(tree)
         ]
 
     def boxed(self, like: Any, leaves: list[Any]) -> Any:
         """Returns the leaves as one tree, each in boxes like those of ``like``."""
-        if isinstance(like, tuple) and not like:
-            return ()
+        if _is_nothing(like):
+            return like
         if self.has_boxes:
             leaves = list(map(refill_tree, self.flat(like), leaves))
         return self.treedef.unflatten(leaves)

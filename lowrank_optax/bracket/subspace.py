@@ -230,7 +230,7 @@ def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
 def _moments(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Any]:
     """Returns the moments that a refresh reads or moves, per leaf."""
     if bracket.transport.moves or bracket.projector.reads_moments:
-        return by_leaf(state.inner_state, plan.treedef)
+        return [of_leaf for (of_leaf,) in by_leaf(plan.treedef, state.inner_state)]
     return [()] * len(plan.leaves)
 
 
@@ -296,8 +296,8 @@ def _seen(
     if bracket.recovery is None:
         return [Moments()] * len(plan.leaves)
     states = inner_state, view.state_transported, view.state_before
-    found = (by_leaf(state, plan.treedef, factors=True) for state in states)
-    return [Moments(*leaf) for leaf in zip(*found, strict=True)]
+    found = by_leaf(plan.treedef, *states, factors=True)
+    return [Moments(*of_leaf) for of_leaf in found]
 
 
 def _completed(

@@ -136,21 +136,27 @@ def weight_seen(decay: Any, steps: Array) -> Array:
     return -jnp.expm1(steps * rate)
 
 
-def by_leaf(state: Any, treedef: Any, factors: bool = False) -> list[tuple[Group, ...]]:
-    """Returns the moments of every leaf, decoded: one dict of arrays per group."""
+def by_leaf(treedef: Any, *states: Any, factors: bool = False) -> list[tuple[Any, ...]]:
+    """Returns for every leaf its moments in each of the states, decoded.
+
+    The moments of one leaf in one state are a tuple with a dict of arrays per group.
+    """
 
     def decoded(leaf: Any) -> Any:
         is_array = isinstance(leaf, jax.Array)
         return leaf if is_array else dequantize(unbox_tree(leaf))
 
-    leaves: list[tuple[Group, ...]] = [()] * treedef.num_leaves
-    for group in find(state, factors).groups:
-        fields = {name: treedef.flatten_up_to(tree) for name, tree in group.items()}
-        for i, groups in enumerate(leaves):
-            own = {name: decoded(flat[i]) for name, flat in fields.items()}
-            arrays = {k: x for k, x in own.items() if isinstance(x, jax.Array)}
-            leaves[i] = (*groups, arrays)
-    return leaves
+    def of(state: Any) -> list[tuple[Group, ...]]:
+        leaves: list[tuple[Group, ...]] = [()] * treedef.num_leaves
+        for group in find(state, factors).groups:
+            fields = {name: treedef.flatten_up_to(tree) for name, tree in group.items()}
+            for i, groups in enumerate(leaves):
+                own = {name: decoded(flat[i]) for name, flat in fields.items()}
+                arrays = {k: x for k, x in own.items() if isinstance(x, jax.Array)}
+                leaves[i] = (*groups, arrays)
+        return leaves
+
+    return list(zip(*map(of, states), strict=True))
 
 
 def with_moments(state: Any, treedef: Any, leaves: dict[int, tuple[Group, ...]]) -> Any:

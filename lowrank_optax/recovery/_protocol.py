@@ -68,18 +68,13 @@ class Recovery(Part):
       accumulates: whether such an accumulation is allowed.
       like_leaf: whether its state is one array of the leaf's own shape, which comes
         and goes as an ``Operand``; else it is a tree of small arrays per matrix.
+      whole: whether it runs a transformation on whole leaves, whatever their layout,
+        whose state then stands in the place of the matrices' own.
     """
 
     accumulates = True
     like_leaf = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether it runs a transformation on whole leaves, whatever their layout.
-
-        The transformation's state then stands in the place of the matrices' own.
-        """
-        return False
+    whole = False
 
     def start_whole(self, leaf: Any) -> Any:
         """Returns the transformation's state for a leaf, given zeros like it."""

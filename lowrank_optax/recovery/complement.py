@@ -70,7 +70,7 @@ class complement(Recovery):
             )
 
     @property
-    def whole(self) -> bool:
+    def whole(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether there is a T."""
         return self.transformation is not None
 
