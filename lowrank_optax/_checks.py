@@ -27,6 +27,7 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
       TypeError: if it is not an int (bools, floats and arrays included).
       ValueError: if it is below ``least``.
     """
+    # Python counts True as an int. NumPy's integers are Integral and pass.
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"`{name}` must be {'a positive' if least else 'an'} int, got {value!r} "

@@ -11,6 +11,8 @@ def explicit_mesh(tree: Any) -> Any:
     """Returns the mesh with explicit axes that the tree's arrays live on, if any."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
+            # The type has the mesh under `jit` as well, where an array has no devices
+            # yet.
             mesh = jax.typeof(leaf).sharding.mesh
             if mesh.explicit_axes:
                 return mesh

@@ -168,10 +168,12 @@ def stochastic_round_apply_updates(params: Any, updates: Any, key: Any) -> Any:
         if is_quantized(leaf):
             return _requantized(leaf, update, _leaf_key(key, path))
         if getattr(leaf, "dtype", None) == jnp.bfloat16:
+            # A sum in bfloat16 would be rounded to the nearest before any draw.
             total = leaf.astype(jnp.float32) + update.astype(jnp.float32)
             return stochastic_round_to_bfloat16(total, _leaf_key(key, path))
         return optax.apply_updates(leaf, update)
 
+    # None counts as a leaf here, as in `optax.apply_updates`, which keeps it.
     with jax.named_scope("lowrank/apply_updates"):
         return jax.tree_util.tree_map_with_path(
             apply, params, updates, is_leaf=lambda x: x is None or is_quantized(x)
@@ -311,6 +313,8 @@ def weight_shardings(stored: Any, params: Any, param_shardings: Any) -> Any:
         names = [*place.spec, *[None] * (len(param.shape) - len(place.spec))]
 
         def cut(leaf: Any) -> NamedSharding:
+            # With blocks="flat" rows are merged into one axis, and the axes do not
+            # correspond one to one.
             if len(leaf.shape) != len(param.shape):
                 return NamedSharding(place.mesh, PartitionSpec())
             axes = zip(names, param.shape, leaf.shape, strict=True)
@@ -323,6 +327,8 @@ def weight_shardings(stored: Any, params: Any, param_shardings: Any) -> Any:
 
 
 def _leaf_key(key: Any, path: tuple[Any, ...]) -> Any:
+    # Python's own hash of a string differs between processes, and replicas would round
+    # differently.
     return jax.random.fold_in(key, zlib.crc32(path_string(path).encode()))
 
 

@@ -79,8 +79,10 @@ class Rows:
                     kept = tuple(sorted(counts.items()))
                     end = Cursor(start.epoch, place, at + 1, tuple(carry), kept)
                     return rows, end
+            # Only the shard that the block begins in is entered in its middle.
             line = 0
         counts.check(self.corpus.name, finished=True)
+        # A last, short row; a single token would have nothing to predict.
         if len(carry) > 1:
             rows.append(carry)
         kept = tuple(sorted(counts.items()))
@@ -90,6 +92,7 @@ class Rows:
         shards = len(self.corpus.paths)
         if self.seed is None:
             return list(range(shards))
+        # A function of seed and epoch, so that a position needs no generator's state.
         return np.random.default_rng((self.seed, epoch)).permutation(shards).tolist()
 
     def _cut(self, text: str, carry: list[int], rows: list[list[int]]) -> list[int]:
@@ -168,6 +171,7 @@ def prefetched(batches: Iterator[Any], depth: int = 2) -> Generator[Any, None, N
     def put(item: tuple[bool, Any]) -> None:
         while not stopped.is_set():
             try:
+                # A full queue must not hold a thread that was told to stop.
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
@@ -179,6 +183,7 @@ def prefetched(batches: Iterator[Any], depth: int = 2) -> Generator[Any, None, N
                 if stopped.is_set():
                     return
         except BaseException as error:
+            # Raised again by `prefetched`, in the thread that trains.
             put((False, error))
 
     thread = threading.Thread(target=work, daemon=True, name="batches")

@@ -98,6 +98,8 @@ class Layers:
 
         def run(x: jax.Array, part: slice) -> jax.Array:
             stack = jax.tree.map(lambda leaf: leaf[part], params["layers"])
+            # A probe must not hold the activations of all layers, which the budget
+            # denies.
             body = jax.checkpoint(self.block, prevent_cse=False)
             return jax.lax.scan(lambda x, p: (body(p, x), None), x, stack)[0]
 
@@ -133,6 +135,8 @@ def find_layers(config: Resolved, model: ModelConfig) -> Layers:
     jax.eval_shape(forward, params, tokens)
 
     def block(params: Any, x: jax.Array) -> jax.Array:
+        # The layer was handed out while the model was traced. It closes over its
+        # definition alone, no tracer, and so outlives the trace.
         return seen[0](x, params)[0]
 
     return Layers(definition, model, block, rows, config.seq_len)
@@ -193,6 +197,7 @@ def planned_train(
     sizes = dict.fromkeys(AXES, 1)
     sizes |= {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", config.mesh)}
     one = of_one_device(config, sizes)
+    # Not for its plan: an impossible budget is refused before a step is compiled.
     plan_from_shapes(one, model, hardware)
     layers = find_layers(one, model)
 

@@ -55,6 +55,8 @@ class Store:
         """Complete checkpoints, newest first."""
         if not self.folder.is_dir():
             return []
+        # Orbax writes under another name and renames at the end: a folder whose name is
+        # a number is complete.
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
@@ -66,12 +68,15 @@ class Store:
         record["files"] = _digests(self.folder / str(step))
         record["sha256"] = _seal(record)
         self.records.mkdir(parents=True, exist_ok=True)
+        # A rename is atomic, and comes after the bytes are on the disk: a record is
+        # there as a whole or not at all.
         partial = self.record_path(step).with_suffix(".partial")
         with partial.open("w") as file:
             json.dump(record, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.record_path(step))
+        # Orbax has removed its oldest checkpoints by now, and their records follow.
         kept = {str(s) for s in self.steps()}
         for old in self.records.glob("*.json"):
             if old.stem not in kept:
@@ -85,6 +90,7 @@ class Store:
                 return "its record is damaged"
         except FileNotFoundError:
             return _UNRECORDED
+        # A damaged record may be no JSON, or JSON of any other shape.
         except (ValueError, KeyError, AttributeError, TypeError):
             return "its record is damaged"
         found = _digests(self.folder / str(step))
@@ -198,12 +204,16 @@ class Checkpoints:
         """Starts a save; a failure is a warning, the checkpoints before it stay."""
         self.wait()
         try:
+            # Orbax copies to the host before it returns, so that the next step may take
+            # the memory. `force`, or it would drop steps that its rules do not ask for.
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
         except Exception as error:
             return self._failed(step, error)
         self._pending = (step, self._worker.submit(self._complete, step, meta))
 
     def _complete(self, step: int, meta: dict[str, Any]) -> None:
+        # In a thread of its own, so that training goes on. The record comes last: a
+        # checkpoint without one was cut off.
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             self.store.write_record(step, meta)
@@ -232,6 +242,7 @@ class Checkpoints:
                 f"checkpoint {self.store.folder / str(step)} holds another structure: "
                 f"{error}"
             ) from error
+        # A state that was just read need not be saved again.
         self.last_saved = step
         return state
 

@@ -162,11 +162,13 @@ def make_layerwise_steps(
     def train(stored: Any, opt_state: Any, batch: Any, key: Any = None) -> Any:
         del key
         guarded = isinstance(opt_state, optax.ApplyIfFiniteState)
+        # `optimizers.guarded` has tx last in its chain, behind the clipping.
         own = opt_state.inner_state[-1] if guarded else opt_state
         stored, own, metrics = step(stored, own, batch)
         skipped = metrics["skipped"].astype(jnp.int32)
         in_a_row, total = skipped, skipped
         if guarded:
+            # Counted as `optax.apply_if_finite` does, for a plain run to go on with.
             in_a_row = skipped * (opt_state.notfinite_count + 1)
             total = opt_state.total_notfinite + skipped
             inner = (*opt_state.inner_state[:-1], own)
@@ -259,6 +261,7 @@ def make_compressed_steps(
             share, tx, axis_name=axis_name, micro_batches=micro_batches
         )
         params = weights.load(stored)
+        # `value_and_grad` cuts the rows of this device into micro-batches itself.
         rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
         loss, grads = gradient(params, opt_state, rows)
         updates, opt_state = tx.update(grads, opt_state, params)

@@ -214,6 +214,7 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
     known = config.optimizer in METHODS  # the optimizer itself is refused later
     defaults |= method_defaults(config.optimizer if known else "galore")
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    # The later wins: the preset, the method's own defaults, the flags.
     values = defaults | given
     values.setdefault("warmup", values["steps"] // 10)
     resolved = Resolved(**values)

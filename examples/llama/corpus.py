@@ -113,6 +113,7 @@ class Corpus:
     def _holds(self, where: str) -> bool:
         if self.split is None:
             return True
+        # By a hash of the name: the split is the same in every run and every epoch.
         number = int.from_bytes(hashlib.sha256(where.encode()).digest(), "big")
         return (number % _HELD_OUT == 0) == (self.split == VALIDATION)
 
@@ -138,10 +139,13 @@ class Corpus:
 
 def _plain_texts(path: pathlib.Path, whole: bool) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else open
+    # Bytes that are no UTF-8 become lone surrogates, by which `_encoding_problem` knows
+    # them; a byte order mark is dropped.
     with opener(
         path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
         while piece := file.read(-1 if whole else _PIECE):
+            # Up to the end of the line, so that few pieces end inside of one.
             yield piece if whole else piece + file.readline(_PIECE)
 
 

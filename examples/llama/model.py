@@ -64,6 +64,7 @@ class RMSNorm(nnx.Module):
 def rotate(x_BxSxNxH: jax.Array, base: float) -> jax.Array:
     """Rotary position embedding; the two halves of a head are the pairs."""
     half = x_BxSxNxH.shape[-1] // 2
+    # In float32: in bfloat16 late positions would share their angles.
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.arange(x_BxSxNxH.shape[1], dtype=jnp.float32)[:, None] * frequency
     cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
@@ -152,6 +153,7 @@ class LLaMA(nnx.Module):
         wrap_layer: Callable[[Callable], Callable] = lambda layer: layer,
     ) -> jax.Array:
         """`wrap_layer` wraps the scanned layer, for example in `jax.checkpoint`."""
+        # The definition is static; the arrays are a tree that a scan can slice.
         definition, stack = nnx.split(self.layers)
 
         def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:

@@ -21,6 +21,7 @@ def is_decayed(params: Any) -> Any:
     """True on matrices, False on the gains of norms."""
 
     def matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+        # The gains of a stack of layers have two axes, so the name decides as well.
         return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path)
 
     return jax.tree_util.tree_map_with_path(matrix, params)
@@ -81,6 +82,7 @@ def learning_rate(config: Resolved) -> optax.Schedule:
         init_value=0.0 if warmup else peak,
         peak_value=peak,
         warmup_steps=warmup,
+        # Optax refuses a decay that ends with the warm-up.
         decay_steps=max(steps, warmup + 1),
         end_value=peak * config.final_lr,
     )

@@ -306,6 +306,7 @@ def choose_placement(
     devices = list(jax.devices() if devices is None else devices)
     rows = config.batch_size // config.micro_batches
     one_device = Placement(None, devices[0])
+    # Only a run of one process may leave devices unused.
     free = not config.mesh and not config.compressed and jax.process_count() == 1
     if free and rows % len(devices):
         print(

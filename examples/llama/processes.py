@@ -77,6 +77,7 @@ def _find_coordinator(address: str, count: int, index: int) -> None:
         flush=True,
     )
     until = time.monotonic() + WAIT
+    # Process 0 is the one that listens, so only the others wait.
     while index:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -126,7 +127,9 @@ def found_by_first(find: Callable[[], Any]) -> Any:
         try:
             text = json.dumps({"found": find()}).encode()
         except UsageError as error:
+            # An error is sent as well, or the others would wait for an answer.
             text = json.dumps({"error": str(error)}).encode()
+    # All processes must bring arrays of one shape, so the length goes ahead.
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     data = np.frombuffer(text.ljust(length), np.uint8)
     answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))
@@ -159,6 +162,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that other processes see whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The number keeps two processes of a host out of each other's file.
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(text)
     partial.replace(path)

@@ -137,6 +137,7 @@ def unigram_perplexity(
         targets = np.concatenate([np.asarray(row[1:], np.int64) for row in rows])
         return np.bincount(targets, minlength=vocab_size)
 
+    # Plus one, or a token that the training text lacks would cost infinitely much.
     known, seen = count(train_rows) + 1.0, count(eval_rows)
     losses = -np.log(known / known.sum())
     return perplexity(float((seen * losses).sum() / max(seen.sum(), 1)))
@@ -159,6 +160,7 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         self.lines = [line for line in _read(self.path) if line["step"] <= start]
         self.write = write
+        # Written anew, without the lines of steps that will be run again.
         self._file = (self.path if write else pathlib.Path(os.devnull)).open("w")
         for line in self.lines:
             self._file.write(json.dumps(line) + "\n")
@@ -198,6 +200,7 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _plot(lines: list[dict[str, Any]], path: pathlib.Path) -> None:
+    # Without pyplot, which keeps figures and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

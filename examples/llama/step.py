@@ -70,12 +70,14 @@ def mean_gradient(
 
     value_and_grad = jax.value_and_grad(share)
     if batch["mask"].shape[0] == 1:
+        # Without a loop there are no sums in float32 beside the gradient.
         return value_and_grad(params, jax.tree.map(lambda x: x[0], batch))
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
         part = value_and_grad(params, micro)
         return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, part), None
 
+    # In float32: a bfloat16 sum would lose the later, smaller parts.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
@@ -105,6 +107,8 @@ def make_steps(
         params = weights.load(stored)
         with jax.named_scope(MODEL):
             loss, grads = mean_gradient(definition, use(params), batch, wrap_layer)
+            # Gradients lie where their parameters do; nothing else says so to the
+            # compiler.
             if layout is not None:
                 grads = jax.lax.with_sharding_constraint(grads, layout.params)
         with jax.named_scope(OPTIMIZER):
@@ -123,6 +127,7 @@ def make_steps(
     def evaluate(stored: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         params = use(weights.load(stored))
         losses = token_losses(definition, params, batch, on_mesh)
+        # By rows: the host adds them up in float64, in whatever batches they came.
         return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
 
     return Steps(

@@ -67,6 +67,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<bos>", "<eos>"],
+        # All 256 bytes have a token, so that there is none for unknown text.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -83,7 +83,9 @@ class Trainer:
         config, self.model = resolve(config)
         self.placement = choose_placement(config, devices)
         self.config = config = dataclasses.replace(config, mesh=self.placement.name)
+        # From shapes alone: an unknown optimizer is refused before any text is read.
         self._make_optimizer()
+        # One process chooses: the others would find the folder taken by then.
         run_dir = found_by_first(lambda: str(choose_run_dir(config)))
         self.run_dir = pathlib.Path(run_dir)
         self._read_text()
@@ -94,9 +96,11 @@ class Trainer:
         """The optimizer for the shapes of the model's parameters; nothing is made."""
         _, self.abstract_params = abstract_model(self.model)
         places = self.placement.params(self.abstract_params)
+        # On one device nothing is cut, and `--side auto` has nothing to choose by.
         on_mesh = places if self.placement.mesh else None
         self.optimizer = optimizers.build_optimizer(self.config, on_mesh)
         self.tx = optimizers.guarded(self.config, self.optimizer)
+        # For the metrics alone: the optimizer has the schedule inside.
         self.learning_rate = jax.jit(optimizers.learning_rate(self.config))
 
     def _read_text(self) -> None:
@@ -105,11 +109,13 @@ class Trainer:
         self.train_text, self.val_text = load_corpora(
             config.data, config.val_data, config.text_key
         )
+        # A run that goes on keeps the tokenizer that it began with.
         own = self.run_dir / "tokenizer.json" if config.resume else None
         size = self.model.vocab_size
         self.tokenizer = load_tokenizer(
             config.tokenizer, size, self.train_text, config.cache_dir, own
         )
+        # Read once: every validation is over the same rows.
         self.validation = list(validation_rows(self.rows(False), config.eval_tokens))
         if not self.validation:
             raise UsageError(
@@ -136,6 +142,7 @@ class Trainer:
         self.layout = self.placement.layout(params, self.tx, self.weights)
         if config.layerwise:
             self.layout = layers_outermost(self.layout, self.tx, self.weights, params)
+        # Kept as a function, since every new plan of activations makes the step anew.
         self.make_steps = functools.partial(
             choose_steps, config, self.model, self.optimizer, self.weights, self.layout
         )
@@ -147,6 +154,7 @@ class Trainer:
         config, store = self.config, Store(self.run_dir)
         start = None
         if config.resume:
+            # One process looks, since a damaged checkpoint is moved on the way.
             start = found_by_first(lambda: find_start(store, self.identity()))
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(store, config.keep)
@@ -170,8 +178,11 @@ class Trainer:
         )
         if isinstance(self.tokenizer, BPETokenizer) and is_first():
             write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
+        # Lines behind the start are dropped: their steps will be run again.
         self.metrics = Metrics(self.run_dir, self.step, is_first())
         self.planner = None
+        # Under a budget the step is the planner's, which measures, plans and compiles
+        # at its first call and again from time to time.
         if config.activation_budget:
             self.planner = planned_train(
                 config,
@@ -189,6 +200,8 @@ class Trainer:
         opt_state = jax.eval_shape(self.tx.init, self.abstract_params)
         abstract = {"params": params, "opt_state": opt_state}
         places = {"params": self.layout.stored, "opt_state": self.layout.state}
+        # Shapes with shardings: every array is read to where it will lie. Orbax knows
+        # nothing of layouts in memory, which come after.
         state = self.checkpoints.restore(start, on_device(abstract, places))
         state = laid_out(state, places)
         self.params, self.opt_state = state["params"], state["opt_state"]
@@ -215,6 +228,7 @@ class Trainer:
         config = self.config
         last = min(config.steps, config.stop_step or config.steps)
         hidden = None if is_first() else True  # None: where nobody looks
+        # A thread makes the next batches while the device computes.
         batches = prefetched(
             training_batches(self.rows(True), config.batch_size, self.position)
         )
@@ -222,6 +236,8 @@ class Trainer:
             total=last, initial=self.step, unit="step", disable=hidden, smoothing=0.05
         )
         try:
+            # All processes ask at once and get one answer, so that none is left alone
+            # in a step. The validation after the last step comes behind the loop.
             while self.step < last and not should_stop():
                 self._step(next(batches), bar)
                 if due(self.step, config.eval_every) and self.step < last:
@@ -234,7 +250,9 @@ class Trainer:
                     self.save()
         finally:
             bar.close()
+            # Ends the thread, whatever ended the loop.
             batches.close()
+        # Finished or told to stop: the last step is saved in both cases.
         self.save()
         return None if should_stop() else self.evaluate(should_stop)
 
@@ -242,10 +260,12 @@ class Trainer:
         batch, position = item
         started = time.perf_counter()
         micro = self.placement.batch(split_rows(batch, self.config.micro_batches))
+        # Of seed and step alone, so that a run that goes on rounds as it would have.
         key = lro.rounding_key(self.config.seed, self.step)
         self.params, self.opt_state, metrics = self.steps.train(
             self.params, self.opt_state, micro, key
         )
+        # Waits for the device, so that the seconds are those of the step.
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - started
         lr = float(self.learning_rate(self.step))
@@ -253,6 +273,7 @@ class Trainer:
         if epoch > self.position.cursor.epoch + 1:
             counts = Counts(dict(position.cursor.counts))
             bar.write(f"step {self.step + 1}: epoch {epoch} of the corpus ({counts})")
+        # Only now, with the step done: a save holds the position behind its last batch.
         self.step, self.position = self.step + 1, position
         self.tokens += int(values["tokens"])
         if not self.compiled:  # the first step's time is the compiler's
@@ -272,6 +293,7 @@ class Trainer:
                 "seconds": round(seconds, 4),
             }
         )
+        # After the metrics, whose last line then shows the step that ended the run.
         if values["skipped_in_a_row"] >= self.config.max_skips:
             raise TrainingStopped(
                 f"step {self.step}: the gradient was not finite "
@@ -307,6 +329,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves the present step in the background, once."""
+        # Only a complete save is known as the last one.
         self.checkpoints.wait()
         if self.step == self.checkpoints.last_saved:
             return
@@ -372,6 +395,7 @@ def summary(
 
 def train(config: TrainConfig) -> None:
     started = time.perf_counter()
+    # Before anything asks JAX for its devices.
     start_processes(config.distributed)
     with stop_on_signals() as asked, only_first_prints():
         should_stop = any_of(asked)
@@ -380,6 +404,7 @@ def train(config: TrainConfig) -> None:
         try:
             result = trainer.run(should_stop)
         finally:
+            # However the loop ended, a save under way is completed.
             files = trainer.close()
     if not is_first():
         return

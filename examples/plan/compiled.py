@@ -76,6 +76,7 @@ def compile_step(
     batch = abstract_batch(config, batch_sharding(mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.rest)
+    # Shapes with shardings are enough to compile for devices that are not there.
     arguments = placed(stored, layout.stored), placed(state, layout.state), batch, key
     return compiled(step.lower(*arguments))
 
@@ -89,6 +90,7 @@ def compile_run(run: Any) -> Compiled:
     config = run.config
     policy = ACTIVATIONS[config.activation_policy]
     if config.activation_budget:
+        # The planner counts the rows of one device, as it does in the trainer.
         one = of_one_device(config, run.sizes)
         policy = wrap_with(plan_from_shapes(one, run.model, run.topology.chip))
     return compile_step(config, run.model, run.tx, mesh, policy)
@@ -151,10 +153,12 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 def compiled(lowered: Any) -> Compiled:
     """Compiles, and reads what the compiler says."""
+    # On a busy host the seconds of the CPU say more than those of the clock.
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        # So the compiler says that a device has no room; all else is a real error.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = str(error).splitlines()[0][:300]

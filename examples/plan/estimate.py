@@ -84,6 +84,7 @@ def estimate(
     return Parts(
         parameters=own,
         state=state_bytes(tx, params, shardings),
+        # Numbers on one device, of four bytes each.
         sums=4 * own * count // whole_bytes if config.micro_batches > 1 else 0,
         kept=whole + cut // sizes["tensor"],
         loss=_loss(one, model, sizes),
@@ -125,6 +126,7 @@ def _activations(
         return jax.lax.scan(lambda x, own: (layers.block(own, x), None), x, stack)[0]
 
     pulled = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], stack, x)
+    # The returned function holds the weights as well, which are counted elsewhere.
     kept = max(lro.bytes_per_device(pulled) - lro.bytes_per_device(stack), 0)
     wide = [leaf for leaf in jax.tree.leaves(pulled) if leaf.shape[1:] == x.shape]
     whole = lro.bytes_per_device(wide)

@@ -130,6 +130,7 @@ def plan_run(plan: PlanConfig, **changes: Any) -> Run:
     except ValueError as error:
         raise UsageError(str(error)) from error
     sizes = parse_mesh(plan.mesh, topology.devices)
+    # Every micro-batch is cut over all devices, so both numbers must divide the rows.
     parts = math.prod(sizes[axis] for axis in ROWS) * config.micro_batches
     if config.batch_size % parts:
         raise UsageError(
@@ -187,6 +188,7 @@ def ways_out(plan: PlanConfig) -> Iterator[str]:
         kind = text.split()[0]
         if kind in found:  # the nearest of its kind is there
             continue
+        # A change that the other flags forbid is no way out.
         with contextlib.suppress(UsageError):
             run = plan_run(plan, **change)
             total = run.parts().total
@@ -232,6 +234,7 @@ def report(plan: PlanConfig) -> bool:
             f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology)}"
         )
     room = memory_bytes(topology)
+    # The exit code knows no "close": an estimate within the memory fits.
     fits = parts.total <= room
     if not fits:
         ways = [*ways_out(plan)] or [*two_ways_out(plan)]

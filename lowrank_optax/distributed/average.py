@@ -263,6 +263,7 @@ def value_and_grad(
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     def run(params: Any, state: Any, batch: Any) -> tuple[Array, Any]:
+        # Else `jax.grad` would sum over the devices itself, at full size.
         own = params if axis_name is None else varying(params, axis_name)
         if micro_batches == 1:
             value, grads = gradient(own, batch)
@@ -278,6 +279,7 @@ def value_and_grad(
                 value, grads = gradient(own, micro)
                 return value, form(grads)
 
+            # Summed on each device first: one all-reduce a step, not one a micro-batch.
             return mean(_mean_of_parts(part, micro, axis_name))
 
         def narrow() -> tuple[Array, Any]:
@@ -288,6 +290,8 @@ def value_and_grad(
             value, grads = total(lambda grads: grads)
             return value, _widened(channels, grads)
 
+        # The branch stands around the whole accumulation, since the accumulators of the
+        # two kinds of step have different shapes.
         if refresh is None:
             return jax.lax.cond(_any_whole(channels), whole, narrow)
         return whole() if refresh else narrow()
@@ -302,6 +306,7 @@ def _mean_of_parts(part: Callable[[Any], Any], parts: Any, axis_name: Any) -> An
         lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)), like
     )
     if axis_name is not None:
+        # The carry of a scan keeps its type, and sums differ from device to device.
         zeros = varying(zeros, axis_name)
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
@@ -340,6 +345,7 @@ def _up(channels: dict[str, Channel], low: Any) -> Any:
 
 
 def _widened(channels: dict[str, Channel], gradients: Any) -> Any:
+    # The branches of a `lax.cond` must return equal types, and G' is wide.
     return _map(channels, lambda _, x: wide(x), gradients)
 
 

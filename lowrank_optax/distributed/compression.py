@@ -57,6 +57,7 @@ class Channel:
     def __init__(self, leaf: LowLeaf, clock: Clock, stored: Any, pending: Any):
         self._leaf, self._matrix = leaf, leaf.matrix
         self._basis = leaf.basis(leaf.at(clock), stored)
+        # A tree without leaves for orthonormal bases, whose P^T P is the identity.
         self._factor = ()
         self.whole = None
         if leaf.projector.stores_basis:
@@ -65,6 +66,8 @@ class Channel:
             factor = leaf.lift(
                 lambda p: jnp.linalg.cholesky(gram(wide(p))), self._basis
             )
+            # Where columns depend on each other the factorization returns NaN, and G'
+            # does not exist.
             lost = ~jnp.all(jnp.isfinite(factor), (-2, -1))
             self.whole = lost if self.whole is None else self.whole | lost
             self._factor = factor
@@ -108,6 +111,7 @@ class Channel:
     def _up(self, basis: Any, factor: Any, low: Array) -> Operand:
         if not isinstance(factor, tuple):
             solve = jax.lax.linalg.triangular_solve
+            # With P^T P = L L^T: L half = R, then L^T low = half.
             half = solve(factor, low, left_side=True, lower=True)
             low = solve(factor, half, left_side=True, lower=True, transpose_a=True)
         return self._leaf.projector.up(self._matrix, basis, low)
@@ -141,6 +145,7 @@ class Compression:
             seen = [(k, i, plan.matrix) for k, i, plan in found if plan.matrix]
             sent = size = unbox(leaf).size
             reason = found[0][2].reason if found else "no bracket sees it"
+            # G' holds what one basis sees, and lacks what another would have projected.
             if len(seen) > 1:
                 reason = "several brackets project it"
             elif seen:

@@ -52,6 +52,8 @@ def varying(tree: Any, axis_name: Any) -> Any:
 def check_averaging(gradients: Any, axis_name: Any) -> None:
     """Raises for gradients that JAX knows to be the same on all devices."""
     for name in _names(axis_name):
+        # An index differs from device to device by definition. If not even an index
+        # counts as varying, JAX tracks nothing here.
         if not _varies(jax.lax.axis_index(name), name):
             continue  # not tracked
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):

@@ -115,6 +115,7 @@ def direction(
     kept = [p for n, p in every.parameters.items() if n not in STEP]
 
     def recipe(*args: Any, **options: Any) -> Any:
+        # With None a recipe leaves such a stage out.
         left_out = {n: None for n in STEP[1:] if n in every.parameters}
         return recipe_of(full)(None, *args, **left_out, **options)
 
@@ -155,6 +156,8 @@ def _complete(
     texts = _texts(Options) | COMMON
     given = [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
     if given:
+        # The annotation is `Unpack[Group]`; `include_extras` keeps the default and the
+        # text, which Python would drop from the types.
         (shared,) = typing.get_args(given[0].annotation)
         hints = typing.get_type_hints(shared, include_extras=True)
         parts, leaves = inspect.signature(project).parameters, Leaves.__annotations__
@@ -201,6 +204,7 @@ def _rules(
                 if {argument, *names} <= set(signature.parameters):
                     if argument not in settled or rules is not IGNORED:
                         found.append((argument, word, names))
+        # A method's own rules come first, and replace the common ones of an argument.
         settled |= {argument for argument, *_ in found}
     return found
 
@@ -213,6 +217,7 @@ def _checked(
 ) -> Any:
     @functools.wraps(recipe)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        # In front of `bind`, whose message could suggest no other name.
         unknown = [name for name in kwargs if name not in signature.parameters]
         if unknown:
             raise TypeError(_unknown(called, unknown[0], signature))
@@ -268,6 +273,7 @@ def _given(bound: inspect.BoundArguments, name: str) -> bool:
     if isinstance(value, jax.Array) and isinstance(default, float | int):
         if isinstance(value, Tracer):
             return False
+        # In the dtype of the array: 0.999 in float32 is another number than Python's.
         return bool(np.any(np.asarray(value) != np.asarray(default, value.dtype)))
     if isinstance(value, jax.Array):
         return True
@@ -402,6 +408,8 @@ def static_args(fn: Callable[..., Any]) -> tuple[str, ...]:
       >>> tx = make(learning_rate=1e-3, rank=8)
     """
     try:
+        # Annotations may be strings, as under `from __future__ import annotations`, and
+        # their names may be out of reach.
         parameters = inspect.signature(fn, eval_str=True).parameters.values()
     except (NameError, SyntaxError, TypeError):
         parameters = inspect.signature(fn).parameters.values()

@@ -220,6 +220,7 @@ class Recipe(types.SimpleNamespace):
     @property
     def authors(self) -> bool:
         """Whether the released code is reproduced."""
+        # Options of a group that the method does not take are absent, here and below.
         chosen = getattr(self, "conventions", "optax")
         return _checks.choice("conventions", chosen, ("optax", "authors")) == "authors"
 
@@ -268,6 +269,7 @@ class Recipe(types.SimpleNamespace):
         return self._corrected(tx, lambda factory, *args: factory(*args))
 
     def _corrected(self, stage: Any, call: Any) -> Any:
+        # An optimizer that is given, and Optax' Adam, see to their bias themselves.
         if getattr(self, "base_optimizer", None) is not None or not self.authors:
             return stage
         return call(

@@ -38,6 +38,7 @@ def adamw_8bit(
     mu, nu = codecs(block)
     adam = optax.scale_by_adam(b1, b2, eps)
     stages: list[Any] = [
+        # Adam treats every leaf by itself, so only one is decoded at a time.
         quantize_state(adam, mu, nu, min_size, leafwise=True),
         optax.scale_by_learning_rate(learning_rate),
     ]
@@ -53,6 +54,7 @@ def codecs(block: int, authors: bool = False) -> tuple[Codec, Codec]:
             blockwise_int8(block, signed=True, blocks="flat"),
             blockwise_int8(block, signed=False, blocks="flat", keep_nonzero=False),
         )
+    # Computed codes: on a TPU a lookup costs far more than arithmetic.
     return (
         blockwise_int8(block, signed=True, signed_scale=True, exact=False),
         blockwise_int8(block, signed=False, exact=False),

@@ -63,11 +63,14 @@ def apollo(
     tx = chain(
         its.open(its.bases(gaussian, rank, its.update_proj_gap)),
         its.adam(),
+        # Adam's direction tells the size of the step alone: G takes its place, column
+        # by column. No residual and no basis vector enters the update.
         recover_scale(
             of="gradient", granularity=granularity, growth_limit=growth_limit
         ),
         backproject(its.scale**0.5, learning_rate),
     )
+    # The authors' limiter compares directions whose bias is not corrected yet.
     return its.decayed(its.correct(tx), learning_rate)
 
 

@@ -82,6 +82,7 @@ def coap(
         normalize=not its.authors if normalize is None else normalize,
         cold_start="svd" if its.authors else "power",
     )
+    # No limiter stands behind Adam, so the bias can be corrected inside in both modes.
     tx = chain(
         its.open(projector),
         its.corrected_adam(),

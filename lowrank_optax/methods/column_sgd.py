@@ -66,6 +66,7 @@ def column_sgd(
     """
     its = Recipe(**{"base_optimizer": None, "conventions": "paper", **options})
     dtype = jnp.float32 if its.mu_dtype is None else its.mu_dtype
+    # A bias is a factor of whole columns, and their rms divides it out again.
     trace = optax.ema(momentum, debias=False, accumulator_dtype=dtype)
     columns = optax.stateless_with_tree_map(lambda g, _: _divided(g, axis))
     # Nothing stands in a bracket, so the vectors' Adam is made at once.
@@ -79,6 +80,7 @@ def column_sgd(
         },
         functools.partial(_roles, head, layer_axis),
     )
+    # No bracket stands here to cast what leaves it.
     tx = keep_dtypes(tx)
     if learning_rate is not None:
         tx = optax.chain(tx, optax.scale_by_learning_rate(learning_rate))
@@ -88,6 +90,7 @@ def column_sgd(
 def _divided(gradient: Any, axis: int) -> Array:
     wide = jnp.asarray(gradient, jnp.float32)
     rms = jnp.sqrt(jnp.mean(wide**2, axis, keepdims=True))
+    # The bound keeps a column of zeros at zero.
     return (wide / jnp.maximum(rms, 1e-8)).astype(gradient.dtype)
 
 

@@ -67,7 +67,9 @@ def dct_adamw(
     """
     its = Recipe(**options)
     projector = its.bases(dct, rank, its.update_proj_gap, kind, norm)
+    # Vectors of one fixed basis stay as they are or go: there is nothing to rotate.
     gather = gather_moments() if projector.selects else align_signs()
+    # E is what the projection left out; gathered moments have no further part in it.
     feedback = [feed_back(dtype=error_dtype, momentum=False)] if error_feedback else []
     tx = chain(
         its.open(projector, gather),

@@ -51,6 +51,7 @@ def fira(
         ),
         backproject(its.scale, learning_rate),
     )
+    # The authors' limiter sees Adam without bias correction, which comes behind it.
     return its.decayed(its.correct(tx), learning_rate)
 
 

@@ -59,6 +59,8 @@ def frugal(
       * The moments are rotated into a new basis by ``lro.rotate_moments``.
     """
     its = Recipe(**options)
+    # Two optimizers of one gradient: Adam of P^T G, the sign of the rest. Both share
+    # the learning rate; the scales are their ratio.
     outside = optax.scale_by_sign() if state_free is None else state_free
     tx = chain(
         its.open(leading(its, rank), rotate_moments(its.b1, its.b2)),

@@ -136,10 +136,13 @@ def galore_8bit(
     mu, nu = codecs(block, its.authors)
     inner: Any = its.base_optimizer
     if inner is None:
+        # Optax' Adam in both modes: the released 8-bit code, too, adds eps to the
+        # corrected root.
         inner = made(optax.scale_by_adam, its.b1, its.b2, its.eps)
     # Adam treats every leaf by itself, so only one is decoded at a time.
     alone = its.base_optimizer is None
     inner = made(quantize_state, inner, mu, nu, min_size, leafwise=alone)
+    # GaLore's recipe corrects no bias of an optimizer that it is given.
     options["base_optimizer"] = inner
     return recipe_of(galore)(learning_rate, rank, **options)
 
@@ -205,6 +208,8 @@ def galore_adafactor(
     ]
     if multiply_by_parameter_scale:
         inner.append(made(scale_by_parameter_rms, min_parameter_scale))
+    # Inside the bracket, in front of the momentum: Adafactor averages updates that its
+    # rate has multiplied already.
     inner.append(made(optax.scale_by_learning_rate, rate))
     if momentum is not None:
         inner.append(made(optax.ema, momentum, debias=False))
@@ -213,4 +218,5 @@ def galore_adafactor(
 
 
 def _relative_step(count: Array) -> Array:
+    # Optax counts steps from 0, the paper from 1.
     return jnp.minimum(1e-2, 1.0 / jnp.sqrt(count.astype(jnp.float32) + 1.0))

@@ -59,6 +59,7 @@ def galore_plus(
     _checks.choice("head", head, ("first", "mean"))
     if not callable(heads):
         _checks.positive_int("heads", heads)
+    # Only the search for the basis looks at one head; the step is GaLore's.
     projector = its.bases(power, rank, its.update_proj_gap, blocks=heads, block=head)
     tx = chain(its.open(projector), its.adam(), backproject(its.scale, learning_rate))
     return its.decayed(tx, learning_rate)

@@ -48,6 +48,7 @@ def grass_walk(
         taken as equal, which they are in the limit of m much larger than r.
     """
     its = Recipe(**options)
+    # Only the move of the basis differs from SubTrack++: at random, by a fixed angle.
     walk = its.bases(grassmann, rank, its.update_proj_gap, step=step, move="walk")
     return tracked(its, learning_rate, walk, growth_limit)
 

@@ -108,10 +108,14 @@ def gwt(
         eps = 1e-6 if its.authors else 1e-8
     if detail_clip is None:
         detail_clip = None if its.authors or normalize is False else 1.0
+    # A number that is traced cannot be asked, and stays a bound.
     elif isinstance(detail_clip, float) and math.isinf(detail_clip):
         detail_clip = None
+    # Without b2 the details are divided by the raw root, as in the code. The correction
+    # behind the bracket then multiplies the whole of the update.
     b2 = None if its.authors else its.b2
     tx = chain(
+        # No basis is ever renewed, so this transport does nothing, in either mode.
         its.open(project_on(level, wavelet, axis), align_signs()),
         its.adam(),
         wavelet_details(eps, b2, growth_limit, detail_clip, normalize),

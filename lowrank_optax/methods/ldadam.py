@@ -88,7 +88,9 @@ def ldadam(
     )
     tx = chain(
         its.open(projector, rotate_moments(its.b1, its.b2)),
+        # The released code corrects the bias first and decays first, as Optax does.
         its.adam(authors=False),
+        # Though behind Adam, E is added to the gradient before that is projected.
         *([feed_back(its.b1, error_dtype)] if error_feedback else []),
         backproject(its.scale, learning_rate),
     )

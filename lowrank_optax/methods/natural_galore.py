@@ -72,6 +72,7 @@ def natural_galore(
     """
     its = Recipe(**options)
     adam = its.corrected_adam()
+    # Else leaves that stay full would have a history, too, s times their size.
     if its.full is None:
         its.full = adam
     tx = chain(

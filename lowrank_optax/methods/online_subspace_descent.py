@@ -117,6 +117,8 @@ def online_subspace_descent(
         ortho_penalty = PENALTY if ortho_penalty is None else ortho_penalty
         if basis_learning_rate is None and basis_optimizer is None:
             basis_learning_rate = _multiple(learning_rate)
+    # The basis moves at the end of a step, after its use. A refresh finds the first
+    # one, and makes it orthonormal again where that is asked for.
     projector = its.bases(
         online_pca,
         rank,

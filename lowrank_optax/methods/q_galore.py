@@ -11,6 +11,7 @@ from lowrank_optax.methods.galore import galore_8bit, leading
 from lowrank_optax.projectors import lazy, quantize_basis
 from lowrank_optax.quantization import affine
 
+# The released code knows no bound; the int32 of a gap ends at twice this.
 ENDLESS = 2**30
 
 
@@ -73,6 +74,7 @@ def q_galore(
     codec = affine(basis_bits, basis_group, "flat" if its.authors else "last")
     if its.authors and largest_gap is None:
         largest_gap = ENDLESS
+    # Lazy outside, so that it compares decoded vectors, which are those in use.
     options["projector"] = lazy(
         quantize_basis(leading(its, rank), codec),
         threshold=threshold,

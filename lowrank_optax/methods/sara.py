@@ -56,6 +56,7 @@ def sara(
         *([] if its.recovery is None else [its.recovery]),
         backproject(its.scale, learning_rate),
     )
+    # The bias is corrected behind the bracket: a recovery in it may have a limiter.
     return its.decayed(its.correct(tx), learning_rate)
 
 

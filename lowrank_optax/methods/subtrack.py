@@ -26,6 +26,7 @@ def tracked(
     its: Recipe, learning_rate: Any, projector: Projector, growth_limit: Any
 ) -> Transformation:
     """Returns SubTrack++'s pipeline around any projector."""
+    # As printed, the paper's formula corrects the bias of the second moment twice.
     turn = rotate_moments(its.b1, its.b2, "paper" if its.authors else "debiased")
     tx = chain(
         its.open(projector, turn),

@@ -79,12 +79,15 @@ def sumo(
     """
     its = Recipe(**options)
     _checks.choice("orthogonalization", orthogonalization, METHODS)
+    # b1 is the momentum's; Adam on the leaves that stay full has its usual 0.9.
     if its.full is None:
         its.full = Recipe(**{**options, "b1": 0.9}).adam()
     tx = chain(
         its.open(leading(its, rank), rotate_moments()),
+        # A polar factor does not depend on the scale of M, so no bias is corrected.
         made(optax.ema, its.b1, debias=False, accumulator_dtype=its.mu_dtype),
         made(orthogonalize, orthogonalization, steps, shape_factor),
+        # Without a transformation of its own, so the residual is never formed.
         *([] if residual is None else [complement(scale=residual)]),
         backproject(its.scale, learning_rate),
     )

@@ -51,6 +51,7 @@ class Codec:
     an entry into a code (``code``) and a code into a number (``value``).
     """
 
+    # Without annotations, so that these are no fields of the dataclasses below.
     has_zeros = False  # whether blocks differ in the code of 0.0
     stochastic = False  # whether encode can round at random
     scale_dtype = jnp.float32
@@ -128,6 +129,7 @@ class Codec:
         rows = x.reshape(self.cut.row_shape(x.shape))
         draws = None
         if key is not None:
+            # In the shape of x, which is that of draws given in place of a key.
             draws = uniform(key, x.shape).reshape(rows.shape)
         fits = [self.fit(piece) for piece in self._pieces(rows)]
         scales = self.cut.join([scale for scale, _ in fits])

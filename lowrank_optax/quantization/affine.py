@@ -108,6 +108,8 @@ class affine(Codec):
         levels = jnp.float32(self._levels)
         step = scaling.divided(high - low, levels)
         halved = scaling.divided(0.5 * high - 0.5 * low, levels)
+        # The difference overflows where both ends are near float32's largest number;
+        # that of their halves does not.
         return jnp.where(jnp.isfinite(step), step, 2.0 * halved)
 
 

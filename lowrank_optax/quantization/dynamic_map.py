@@ -114,6 +114,8 @@ def computed_nearest(q: Float[Array, "..."], signed: bool) -> UInt8[Array, "..."
             above, np.float32((first << i) * 10.0 ** (6 - i) / 0.9), slope
         )
     cell = jnp.floor(slope * size - cells * np.float32(1 / 9))
+    # Near a border the product may be rounded into a cell of the neighboring decade.
+    # The comparisons have settled the decade, so the clip keeps to it.
     level = jnp.clip(cell, 0, cells - 1) + cells - np.float32(first - 1)
     level = jnp.where(size > between[0], level, 0.0)
     level = jnp.where(size > between[-1], np.float32(255 - zero), level)
@@ -151,5 +153,7 @@ def _looked_up(table: np.ndarray, index: Int32[Array, "..."]) -> Float[Array, ".
     """Returns ``table[index]``, sharded as the index is, on Explicit meshes too."""
     sharding = jax.typeof(index).sharding
     out = sharding if sharding.mesh.explicit_axes else None
+    # Every index is a code of eight bits or was clipped, so a check of bounds would be
+    # in vain.
     found = jnp.asarray(table).at[index]
     return found.get(mode="promise_in_bounds", out_sharding=out)

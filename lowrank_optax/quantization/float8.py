@@ -99,4 +99,6 @@ class float8(Codec):
         """Returns ``(code / F) scale``."""
         del zero
         most = jnp.float32(jnp.finfo(self.code_dtype).max)
+        # Correctly rounded, so that F / F is 1 and a block's largest entry comes back
+        # exact.
         return scaling.divided(codes.astype(jnp.float32), most) * scale

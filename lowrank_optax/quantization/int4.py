@@ -106,4 +106,6 @@ class linear_int4(Codec):
         """Returns ``((nibble - 8) / h) scale``."""
         del zero
         steps = codes.astype(jnp.float32) - self._zero
+        # Correctly rounded, so that h / h is 1 and a block's largest entry comes back
+        # exact.
         return scaling.divided(steps, jnp.float32(self._levels)) * scale

@@ -92,4 +92,6 @@ def stochastic_round_to_bfloat16(x: Any, key: Any) -> BFloat16[Array, "..."]:
     # A carry out of the largest exponent would make an infinity.
     kept = jnp.where((up & _EXPONENT) == _EXPONENT, down, up)
     rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+    # Cut to its upper half, a NaN with bits in the lower half alone would become an
+    # infinity. A cast keeps it a NaN.
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))

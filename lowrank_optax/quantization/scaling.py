@@ -46,6 +46,7 @@ def _reduced(pick: Any) -> Any:
 
 def _finite(x: Array) -> Array:
     """Returns x with zeros for entries that are not finite."""
+    # A comparison with NaN is false, so that one test finds NaN and infinities.
     return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.zeros_like(x))
 
 

@@ -85,6 +85,8 @@ class symmetric(Codec):
 
     def fit(self, x: Array) -> tuple[Array, Any]:
         """Returns steps."""
+        # Not `scaling.absmax`: NaN and infinities must reach the step, and by the step
+        # the whole group.
         most = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
         return _bfloat16_up(most / (self._zero - 1)).astype(self.scale_dtype), ()
 
@@ -95,6 +97,8 @@ class symmetric(Codec):
         # A step of 0 decodes to 0 all the same.
         q = x * (1 / jnp.maximum(scale.astype(jnp.float32), _TINY))
         q = jnp.round(q) if draws is None else round_with(q, draws)
+        # The step may be too small by the slack, and a draw could then round the
+        # largest entry up to h + 1.
         return (jnp.clip(q, -levels, levels) + self._zero).astype(jnp.uint8)
 
     def value(self, codes: Array, scale: Array, zero: Any) -> Array:

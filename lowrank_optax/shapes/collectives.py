@@ -13,6 +13,8 @@ _OPS = (
 )
 _BITS = {"pred": 8, "f16": 16, "bf16": 16, "c64": 64, "c128": 128}
 
+# The head of a computation, and an instruction of its body: `%name = type
+# operation(operands), attributes`.
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -141,6 +143,8 @@ def _walk(
         if match is None:
             continue
         result, op, rest = match.groups()
+        # An asynchronous collective is a pair of instructions; the second, "-done", is
+        # none of _OPS and is not counted again.
         kind = op.removesuffix("-start")
         if kind in _OPS:
             channel = _CHANNEL.search(rest)
@@ -172,6 +176,8 @@ def _walk(
             )
         for branch in _branches(rest) if op == "conditional" else ():
             yield from _walk(computations, branch, times, exact, branches + 1)
+        # The function of a reduction or a sort is named likewise, but holds no
+        # collective.
         if op in ("call", "fusion", "async-start"):
             for callee in _CALLS.findall(rest):
                 yield from _walk(computations, callee, times, exact, branches)
@@ -200,6 +206,9 @@ def _result(
     text: str, kind: str, started: bool
 ) -> tuple[tuple[tuple[int, ...], ...], int]:
     arrays = _ARRAY.findall(text)
+    # The type of an asynchronous instruction lists its operands as well, for a permute
+    # an operand, a result and two contexts. That of an all-reduce is its result's
+    # alone.
     if started and kind == "collective-permute":
         arrays = arrays[1:2]
     elif started and kind != "all-reduce":  # operands first, then as many results

@@ -104,6 +104,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     state = jax.eval_shape(lambda params: tx.init(params), params)
     entries: dict[tuple[str, str], int] = collections.defaultdict(int)
     for path, owner, leaf in owned_leaves(state, params):
+        # The outermost name decides: moments of an optimizer of the basis are "basis".
         role = next((_ROLES[key] for key in path if key in _ROLES), "other")
         entries[owner or "", role] += leaf.size * leaf.dtype.itemsize
     return StateBytes(dict(entries))
@@ -195,6 +196,8 @@ def _owner(keys, field, paths, longest) -> tuple[tuple[str, ...], str | None]:
             owner = paths.get(keys[start : start + length])
             if owner is not None:
                 return (*keys[:start], *keys[start + length :]), owner
+    # The longest path wins, since another, shorter path may end alike. The empty path
+    # is that of parameters which are one bare array.
     for length in range(min(longest, len(keys)), -1, -1):
         owner = paths.get(keys[len(keys) - length :])
         if owner is not None:

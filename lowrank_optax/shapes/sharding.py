@@ -68,6 +68,8 @@ def state_shardings(
     shardings = _declared(paths, treedef, param_shardings)
     shapes = [unbox(leaf).shape for _, leaf in flat]
     own = treedef.unflatten(_own_axes(shape) for shape in shapes)
+    # Brackets become `()`, which has no leaves, so the pieces come in the order in
+    # which the walk below meets those outside of brackets.
     outside = iter(_pieces(outside_brackets(tx), params, own))
     specs, like = [], next(iter(shardings), PartitionSpec())
 
@@ -83,6 +85,8 @@ def state_shardings(
     state = described(tx, params)
     for node in jax.tree.leaves(state, is_leaf=_is_piece):
         if isinstance(node, Described):
+            # A bracket behind `optax.masked` or `optax.partition` counts the leaves
+            # that it sees, not all.
             places = [paths.index(leaf.path) for leaf in node.plan.leaves]
             for piece, owner, axes in _of_bracket(node):
                 projected = owner is not None and bool(node.plan.leaves[owner].matrix)

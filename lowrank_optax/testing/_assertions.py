@@ -35,6 +35,7 @@ def assert_orthonormal(basis: Any, atol: float | None = None) -> None:
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(basis):
         bound = _tolerance(leaf.dtype) if atol is None else atol
+        # In float64, so that the products add no rounding of their own.
         wide = np.asarray(leaf, np.float64)
         gram = np.swapaxes(wide, -1, -2) @ wide
         error = np.max(np.abs(gram - np.eye(gram.shape[-1])), initial=0.0)
@@ -101,6 +102,7 @@ def assert_bit_equal(tree: Any, other: Any) -> None:
     )
     for (path, leaf), counterpart in pairs:
         first, second = np.asarray(leaf), np.asarray(counterpart)
+        # By bytes, because NaN equals nothing and 0.0 equals -0.0.
         if first.tobytes() != second.tobytes():
             raise AssertionError(
                 f"Bits differ at {jax.tree_util.keystr(path)}:\n{first}\n{second}"

@@ -139,6 +139,7 @@ def _multi_steps(subject: Subject) -> None:
         subject.run, subject.run[1:], subject.gradients, strict=False
     ):
         params, state = step(params, state, gradient)
+        # The first half moves nothing: the update comes with the second.
         _assert_close(params, before)
         params, state = step(params, state, gradient)
         _assert_close(params, after)
@@ -277,6 +278,7 @@ def _mixed_dtypes(subject: Subject) -> None:
     for of_params, of_gradients in ((short, wide), (wide, short)):
         params = cast(subject.params, of_params)
         gradient = cast(subject.gradients[0], of_gradients)
+        # Types alone are claimed, so nothing is computed.
         state = jax.eval_shape(subject.tx.init, params)
         updates, after = jax.eval_shape(subject.tx.update, gradient, state, params)
         assert_state_stable(state, after)
@@ -318,6 +320,7 @@ def _odd_leaves(subject: Subject) -> None:
         "empty": jnp.zeros((0, 4)),
         "empty_vector": jnp.zeros(0),
     }
+    # The plain leaves get the plain gradients, so that the two steps can be compared.
     gradient = {**gradients_like(params, 0), **subject.gradients[0]}
     state = subject.tx.init(params)
     beside = subject.beside(subject.tx, (params, state, gradient))
@@ -355,6 +358,7 @@ def _pmap(subject: Subject) -> None:
 
     def step(params, state, gradient):
         gradient = jax.lax.pmean(gradient, "replica")
+        # A call of its own, which the traced program shows by its name.
         return jax.jit(one_step)(params, state, gradient)
 
     def replicate(tree):
@@ -385,6 +389,7 @@ def _donation(subject: Subject) -> None:
     buffers = [_buffer(leaf) for leaf in jax.tree.leaves((params, state))]
     assert len(set(buffers)) == len(buffers), "a buffer stands in two places"
     step = jax.jit(step_of(subject.tx), donate_argnums=(0, 1))
+    # JAX warns of buffers that no result can use while it lowers.
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         step.lower(params, state, subject.gradients[0])
@@ -394,6 +399,7 @@ def _donation(subject: Subject) -> None:
 
 def _buffer(leaf: jax.Array) -> tuple[Any, int]:
     """Where an array's first shard lies."""
+    # The buffer of an array of keys is that of the numbers behind the keys.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     shard = leaf.addressable_shards[0]

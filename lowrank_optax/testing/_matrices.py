@@ -12,6 +12,7 @@ HARD_SHAPES = ((1, 1), (1, 6), (6, 1), (5, 5), (12, 8), (3, 40))
 
 def _factors(rng: np.random.Generator, m: int, n: int):
     k = min(m, n)
+    # The QR factors of Gaussian matrices: orthonormal, in random directions.
     left = np.linalg.qr(rng.standard_normal((m, k)))[0]
     right = np.linalg.qr(rng.standard_normal((n, k)))[0]
     return left, right
@@ -44,13 +45,17 @@ _BUILDERS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
     "gaussian": _scaled(1.0),
     "zero": lambda rng, m, n: np.zeros((m, n)),
     "all_equal": lambda rng, m, n: np.full((m, n), 0.7),
+    # Ranks below that of most bases: some vectors have nothing to follow.
     "one_element": _one_element(1.0, background=0.0),
     "rank_one": _spectrum(lambda i: 1.0 * (i == 0)),
     "rank_two": _spectrum(lambda i: 1.0 * (i < 2)),
+    # Equal singular values, whose singular vectors are not unique.
     "repeated": _spectrum(np.ones_like),
     "repeated_pairs": _spectrum(lambda i: 2.0 ** -(i // 2)),
+    # Falling singular values, at last below the rounding of the first.
     "power_law": _spectrum(lambda i: (1.0 + i) ** -2),
     "geometric": _spectrum(lambda i: 10.0**-i),
+    # Squares of the tiny vanish in float32, fourth powers of the huge overflow.
     "tiny": _scaled(1e-20),
     "huge": _scaled(1e15),
     "nan": _one_element(np.nan),

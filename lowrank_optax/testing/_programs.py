@@ -196,6 +196,7 @@ class Step:
         sizes = [len(jax.tree.leaves(tree)) for tree in theirs]
         starts = [0, sizes[0], sizes[0] + sizes[1]]
         names, expected = plain_names(theirs), written
+        # A leaf that the plain run lacks gets a name that no plain expression contains.
         own = [
             [
                 f"own {kind} {k}" if i is None else names[start + i]
@@ -209,11 +210,13 @@ class Step:
         self.passed = [
             a == b for a, b in zip(results[-count[2] :], own[2], strict=True)
         ]
+        # Leaves of the wrapper's own may become anything.
         wanted = [
             None if i is None else expected[start + i]
             for start, found in zip(starts, matched, strict=True)
             for i in found
         ]
+        # Every parameter that the wrapper does not take away must have been recognized.
         kept = set(range(sizes[0])) - set(ignore)
         self.runs_as_plain = (
             kept <= set(matched[0])

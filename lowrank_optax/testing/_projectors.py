@@ -55,6 +55,7 @@ def assert_projector_laws(
     if projector.side_of(_matrix(2, 2), None) is not None:
         side = {}  # of its own
     if projector.stores_basis:
+        # Due at every step, so that one step from a warm state is a refresh.
         projector = dataclasses.replace(projector, update_proj_gap=1)
     bracket = project(projector, select=".*", clip_rank=True, **side)
     tx = chain(bracket, optax.identity(), backproject())
@@ -96,6 +97,7 @@ def _assert_energy(basis, gradient, energy: float) -> None:
     wide = np.asarray(gradient, np.float64)
     basis = np.asarray(basis, np.float64)
     spectrum = np.linalg.svd(wide, compute_uv=False)
+    # By Eckart and Young no subspace of this rank holds more.
     best = np.sum(spectrum[: basis.shape[1]] ** 2)
     captured = np.sum((basis.T @ wide) ** 2)
     if not captured >= energy * best:

@@ -67,6 +67,7 @@ class Subject:
         if self.params is None:
             object.__setattr__(self, "params", small_params())
 
+    # A cached property writes into `__dict__`, which a frozen dataclass lets pass.
     @functools.cached_property
     def tx(self) -> optax.GradientTransformationExtraArgs:
         """The plain transformation."""

@@ -44,6 +44,7 @@ def scale_by_raw_adam(
 
     def init(params: Any) -> optax.ScaleByAdamState:
         zeros = jax.tree.map(jnp.zeros_like, params)
+        # Two trees of zeros: a buffer that stands in two places cannot be donated.
         return optax.ScaleByAdamState(
             jnp.zeros([], jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params)
         )

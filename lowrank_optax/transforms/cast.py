@@ -54,6 +54,7 @@ def cast_moments(
         return cast(state, storage.get)
 
     def load(state: Any) -> Any:
+        # Only moments that are stored otherwise are cast; None leaves the others alone.
         return cast(state, lambda field: storage[field] and jnp.float32)
 
     def init(params: Any) -> Any:
@@ -87,12 +88,14 @@ def keep_dtypes(inner: Any) -> optax.GradientTransformationExtraArgs:
 
 def _with_elements(tree: Any) -> Any:
     def shown(leaf: Any) -> Any:
+        # A MaskedNode is a tree without leaves, for which `inner` keeps no state.
         return leaf if math.prod(unbox(leaf).shape) else optax.MaskedNode()
 
     return jax.tree.map(shown, tree, is_leaf=is_box)
 
 
 def _returned(gradient: Any, update: Any) -> Any:
+    # Hidden, so without elements: the gradient can stand for its own update.
     if isinstance(update, optax.MaskedNode):
         return gradient
     wanted, found = unbox(gradient), unbox(update)

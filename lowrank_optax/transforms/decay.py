@@ -78,6 +78,7 @@ def _masked(
 
 
 def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransformation:
+    # Known when the transformation is made: a number needs no counter in the state.
     scheduled = callable(learning_rate)
 
     def init(params: Any) -> Any:
@@ -100,6 +101,7 @@ def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransforma
             # The weights are stored between step and decay, and so rounded twice.
             after = _rounded(before + step, w.dtype)
             after = _rounded(after - strength * after, w.dtype)
+            # Optax adds this to the weights as they were.
             return (after - before).astype(u.dtype)
 
         updates = jax.tree.map(decay, updates, params)

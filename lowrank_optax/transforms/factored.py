@@ -83,15 +83,18 @@ def scale_by_matrix_factored_rms(
     def update(updates, state, params=None):
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
+        # 0 at the first step: the first gradient counts whole, and there is no bias.
         decay = 1.0 - count.astype(jnp.float32) ** -decay_rate
 
         def one(update, row, col):
+            # With eps a row of zeros is divided by a number that is not zero.
             squared = update * update + eps
             if update.ndim < 2:
                 row = decay * row + (1 - decay) * squared
                 return update * jax.lax.rsqrt(row), row, col
             row = decay * row + (1 - decay) * jnp.mean(squared, axis=-1)
             col = decay * col + (1 - decay) * jnp.mean(squared, axis=-2)
+            # Adafactor's estimate of the second moment is row col^T / mean(row).
             relative = row / jnp.mean(row, axis=-1, keepdims=True)
             scaled = update * jax.lax.rsqrt(relative)[..., None]
             return scaled * jax.lax.rsqrt(col)[..., None, :], row, col
@@ -167,6 +170,7 @@ def scale_by_parameter_rms(
 
     def update(updates, state, params=None, *, subspace=None, **extra_args):
         del extra_args
+        # A root mean square `[*batch, 1, 1]` broadcasts over a projection of any shape.
         full = params if subspace is None else subspace.params
         if full is None:
             raise ValueError("scale_by_parameter_rms needs params in update.")

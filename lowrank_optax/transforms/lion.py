@@ -60,6 +60,7 @@ def scale_by_lion_interpolation(
             )
 
         count = jnp.asarray(optax.safe_increment(state.count))
+        # Both averages start from the old mu, so their order does not matter.
         mu = mix(b2, state.mu)
         return mix(b1, updates), optax.ScaleByLionState(count, mu)
 

@@ -72,6 +72,7 @@ def scale_by_adam_mini(
             p = unbox(leaf)
             if p.ndim < 2:
                 return jax.tree.map(jnp.zeros_like, leaf)
+            # Rows are averaged away, and their name leaves the box with them.
             axes = tuple((i,) for i in (*range(p.ndim - 2), p.ndim - 1))
             shape = tuple(p.shape[i] for (i,) in axes)
             return rebox(leaf, jnp.zeros(shape, p.dtype), axes)

@@ -108,6 +108,7 @@ def scale_by_natural_gradient(
 
     def update(updates, state, params=None):
         del params
+        # A ring: the newest gradient takes the place of the oldest.
         place = state.count % history
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
         trees = (
@@ -133,7 +134,9 @@ def _one(
     update: Array, history: Array, norms: Array, place: Array, damping: Any
 ) -> tuple[Array, Array, Array]:
     """Returns one leaf's solution, and its state with the gradient in its place."""
+    # A vector counts as a matrix of one row, a scalar as one of one element.
     short = (1,) * (2 - update.ndim)
+    # Direction and length apart, so that no square of a gradient overflows or vanishes.
     unit, norm = unit_norm(wide(update).reshape(short + update.shape))
     batch, kept = norms.ndim - 1, history.shape
     units = history.reshape(*kept[: batch + 1], *short, *kept[batch + 1 :])

@@ -137,6 +137,7 @@ def quantize_state(
 
     def update(updates, state, params=None, **extra_args):
         treedef = jax.tree.structure(updates, is_leaf=is_box)
+        # nnx.Optimizer gives a state back with mappings in the place of tuples.
         if _moments.are_altered(treedef, state):
             state = restore(state, lambda: init(updates))
 
@@ -163,6 +164,8 @@ def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) 
         for group in moments.groups
     ]
     weights = None if params is None else treedef.flatten_up_to(params)
+    # A token without meaning: every barrier takes it from the one before, which puts
+    # the leaves in a row.
     done, found, turn = [], moments, jnp.zeros((), jnp.int32)
     for i, update in enumerate(treedef.flatten_up_to(updates)):
         groups = tuple(
@@ -170,8 +173,11 @@ def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) 
         )
         update, groups, turn = jax.lax.optimization_barrier((update, groups, turn))
         weight = None if weights is None else [weights[i]]
+        # `moments` is of the state before the step, so that counters advance once, not
+        # once for every leaf.
         (out,), state = step([update], moments.rebuild(groups), weight)
         found = _moments.find(state)
+        # This leaf is encoded again before the next one may be decoded.
         groups, turn = jax.lax.optimization_barrier((found.groups, turn))
         for column, group in zip(columns, groups, strict=True):
             for name, (leaf,) in group.items():

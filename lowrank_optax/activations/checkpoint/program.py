@@ -105,6 +105,7 @@ def trace(fn: Callable, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
                 "it first: compressed_checkpoint(functools.partial(fn, option=value), "
                 "policy)."
             )
+    # A trace returns flat outputs alone, so their structure is noted on the way.
     out_trees = []
 
     def flat_fn(*leaves: Any) -> list[Any]:

@@ -221,6 +221,7 @@ class AdaptivePlanner:
 
     def _submit(self, plan: ActivationPlan, args: Any, errors: Any) -> Any:
         """Starts to compile in the other thread, which must not hold arrays."""
+        # Shapes, since a step may donate its arguments before the compiler reads them.
         ready, shapes = self._compiled.get(_key(plan)), _shapes(args)
         if ready is not None:
             return self._worker.submit(lambda: (plan, ready))

@@ -116,6 +116,7 @@ def plan_activations(
             f"`groups` must be at most the {n_layers} layers there are, got {groups}."
         )
     each, more = divmod(n_layers, groups)
+    # Sizes differ by one at most; groups of one size are alike to the solver.
     layers = tuple(each + (g < more) for g in range(groups))
     example_args = predict.check_args(example_args)
     milp.scipy_optimize()  # before the work, if it is missing

@@ -156,6 +156,7 @@ def calibrate(size: Any = 2048, *, dtype: Any = None, repeats: Any = 5) -> Hardw
     long = jnp.ones((16, size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     copy = jax.jit(lambda x: x + 1)
+    # Read once and written once.
     moved = 2 * long.nbytes
     # A new array object each time: one that was read keeps its copy on the host.
     to_host = _fastest(lambda: np.array(jax.device_put(long), copy=True), repeats)

@@ -75,6 +75,7 @@ def predict(
     args = check_args(example_args)
     costs = block_cost(block, args, profile.fuses)
     check_tags("The policy", settled, costs)
+    # Recomputation is among them always, for the tags that the policy leaves out.
     actions = tuple(dict.fromkeys([Recompute(), *settled.values()]))
     errors, probed = probes.errors_of(
         block, args, n_layers, costs, actions, roles, errors, cotangent
