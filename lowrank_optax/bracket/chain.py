@@ -83,6 +83,7 @@ class project(Part):
                 "lro.project expected a projector such as lro.power(rank=128), got "
                 f"{type(self.projector).__name__}."
             )
+        # Only for its checks: an unknown side is refused where it was written.
         self.selection()
 
     def selection(self) -> Selection:
@@ -167,6 +168,8 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
                 "lro.chain expected an optax.GradientTransformation between project "
                 f"and backproject, got {_name(stage)}; the whole chain: {got}."
             )
+    # One stage alone keeps its own state, without a tuple around it. Several are
+    # chained by `made`, which keeps their arrays within JAX's reach.
     inner = optax.identity()
     if middle:
         inner = middle[0] if len(middle) == 1 else made(optax.chain, *middle)

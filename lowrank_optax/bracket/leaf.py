@@ -23,6 +23,8 @@ from lowrank_optax.projectors import At, Projector
 from lowrank_optax.recovery import LeafView, Recovered, Recovery
 from lowrank_optax.transport import Transport
 
+# Named here, and not left to `jax_default_prng_impl`: the state has bare key data, and
+# a run that goes on under another default must draw the same numbers.
 PRNG = "threefry2x32"
 
 
@@ -100,6 +102,7 @@ class LowLeaf(Part):
         """
         if not self.matrix.batch:
             return function(*trees)
+        # The plan says so only where the layers are the one batch axis, axis 0.
         if in_turn:
             return jax.lax.map(lambda args: function(*args), trees)
         # Axis by axis: batch axes that are sharded are not merged.
@@ -113,6 +116,8 @@ class LowLeaf(Part):
             return function(*trees)
         batch = self.matrix.batch_shape
         flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[len(batch) :])), trees)
+        # In a loop every `cond` stays a branch. `vmap` would make a select of it, and
+        # every matrix would pay for a refresh that one needs.
         out = jax.lax.map(lambda args: function(*args), flat)
         return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
 
@@ -141,6 +146,8 @@ class LowLeaf(Part):
         if self.recovery is None:
             return ()
         if self.recovery.whole:
+            # Residuals come in float32 at least, and so the state starts in float32
+            # even where the leaf is in bfloat16.
             zeros = jnp.zeros(unbox(leaf).shape, jnp.float32)
             return self.recovery.start_whole(refill(leaf, zeros))
         if self.recovery.like_leaf:
@@ -150,6 +157,8 @@ class LowLeaf(Part):
 
     # Before the inner optimizer.
 
+    # The leaf itself is an argument: leaves that differ in their arrays alone are
+    # traced once, inside a jitted step, too.
     @jax.jit
     def open(
         self, clock: Clock, gradient: Array, weights: Any, kept: Kept, moments: Any
@@ -179,8 +188,12 @@ class LowLeaf(Part):
         """Returns place and time of every matrix."""
         batch = self.matrix.batch_shape
         first = jnp.arange(self.shift.size, dtype=jnp.int32).reshape(batch)
+        # In a layer-wise step the leaf is one layer of a stack: its matrices keep the
+        # numbers, and so the keys, that they have in the whole.
         layer = first + clock.layer * self.shift.size
         key = jax.random.wrap_key_data(clock.key_data, impl=PRNG)
+        # A key hangs on seed, path, matrix and epoch alone, so that all replicas and
+        # all resumed runs draw the same basis.
         key = jax.random.fold_in(key, self.path)
 
         def one(layer: Any, shift: Any) -> At:
@@ -196,6 +209,7 @@ class LowLeaf(Part):
         def one(stored: Any, shift: Any) -> Array:
             return self.projector.is_due(stored, clock.count + shift)
 
+        # A sum under way stands in the coordinates of the basis that it began with.
         return clock.open & (self.lift(one, stored, self.shift) | pending)
 
     def refresh(
@@ -235,6 +249,8 @@ class LowLeaf(Part):
 
     def _renew(self, clock, at, gradient, before: Renewable, owed: Renewable):
         new = self.projector.refresh(self.matrix, gradient, before.stored, at)
+        # Signs come before the rotation, which has to lead to the vectors that stay.
+        # Packing comes last, so that both see the new basis before it is rounded.
         if self.transport.aligns:
             new = self.projector.align(before.stored, new)
         moments = before.moments
@@ -262,6 +278,8 @@ class LowLeaf(Part):
         def formed(at: At, stored: Any, x: Operand) -> Array:
             return one(self._basis(stored, at), x)
 
+        # Formed inside the loop, a basis that is cut over devices is gathered for one
+        # layer at a time.
         if self.in_turn:
             return self.lift(formed, at, stored, x, in_turn=True)
         return self.lift(one, basis, x)
@@ -356,11 +374,14 @@ class LowLeaf(Part):
                 self.matrix, state, view, self.scale
             )
         terms = []
+        # The learning rate multiplies the thin factors where it can: behind the product
+        # it would take a pass over [m, n].
         if recovered.low is not None:
             low = stepped(recovered.low, gain)
             terms.append(self.projector.up(self.matrix, basis, low))
         if recovered.phi is not None:
             phi = stepped(recovered.phi, gain)
+            # A gradient in bfloat16 is widened, or phi would be rounded to 8 bits.
             terms.append(gradient.astype(phi.dtype).times(phi))
         if recovered.addend is not None:
             addend = Operand.of(recovered.addend, self.matrix.transposed)
@@ -400,6 +421,7 @@ def cast(leaf: Any, dtype: Any) -> Any:
 
 def stepped(x: Any, gain: Any) -> Any:
     """Multiplies by the negative learning rate, if it is the bracket's."""
+    # The rate takes the dtype of x: as a float32 array it would widen a bfloat16 x.
     return x if gain is None else x * gain.astype(x.dtype)
 
 
@@ -413,6 +435,7 @@ def _where(flag: Array, after: Any, before: Any) -> Any:
 
 
 def _healthy(gradient: Operand) -> Array:
+    # One reduction tells all: a maximum with a NaN or an infinity in it is not finite.
     return jnp.isfinite(gradient.peak) & (gradient.peak > 0)
 
 

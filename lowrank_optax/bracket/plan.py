@@ -149,6 +149,7 @@ class Plan:
                 for leaf, box, x in zip(self.leaves, self.flat(like), low, strict=True)
             ]
 
+        # An array without elements has no maximum, and a transformation may want one.
         def tree(shown: Callable[[LeafPlan], bool]) -> Any:
             return self.treedef.unflatten(
                 x if shown(leaf) and not leaf.empty else optax.MaskedNode()
@@ -213,6 +214,7 @@ def low_leaf(
         bracket.dtype,
         update_dtype,
         in_turn,
+        # Both as arrays: a static number would give every leaf a trace of its own.
         # Python's own hash of a string differs from process to process.
         np.asarray(zlib.crc32(matrix.path.encode()), np.uint32),
         np.asarray(shift, np.int32).reshape(matrix.batch_shape),
@@ -263,6 +265,8 @@ class Planner:
         numbers = self.selection.numbers(tree, treedef)
         shardings = self.selection.shardings(treedef)
         leaves = tuple(map(self._leaf, paths, infos, numbers, shardings))
+        # Decided on whole stacks and cut afterwards: one layer alone could be too small
+        # for a rule by size, and the plan has to be that of the plain step.
         early = shifts(leaves, self.bracket.projector.update_proj_gap, self.stagger)
         if layers is not None:
             if self.stagger:
@@ -326,6 +330,7 @@ class Planner:
         plain = dataclasses.replace(draft, shared=())  # one of the matrices that share
         m, n = plain.m, plain.n
         own = projector.side_of(plain, parts)
+        # The default, "short", cannot be told from no choice, and gives way.
         if own is not None and selection.side != "short":
             raise ValueError(
                 f"lro.{type(projector).__name__} works along an axis of its own; got "
@@ -374,6 +379,7 @@ class Planner:
     def low_zeros(self, door: LowLeaf, stored: Any) -> Array:
         """Returns zeros in the shape of a leaf's projection."""
 
+        # Asked of the projector itself: bands, blocks and two sides are not all [r, n].
         def project(stored: Any) -> Array:
             at = door.at(Clock(jnp.int32(0), jnp.bool_(True), self.key_data(), 0))
             zeros = jnp.zeros(door.matrix.shape, door.dtype)
@@ -407,6 +413,8 @@ def shifts(
     leaves: Sequence[LeafPlan], gap: int, stagger: bool
 ) -> tuple[tuple[int, ...], ...]:
     """Spreads the refreshes of all matrices evenly over the gap, or not at all."""
+    # A matrix is due when count + shift is a multiple of the gap: the k-th of all waits
+    # until step k gap / total.
     counts = [
         math.prod(leaf.matrix.batch_shape) if leaf.matrix else 0 for leaf in leaves
     ]

@@ -151,6 +151,8 @@ class Selection:
         else:
             short_is_rows = rows < columns
         if self.side == "auto" and parts is not None:
+            # An unknown number of parts, 0, counts as several. `P^T G` sums along the
+            # side of the basis, so on an unsharded side it needs no communication.
             sharded = [count != 1 for count in parts]
             if sharded[0] != sharded[1]:
                 return "right" if sharded[0] else "left"
@@ -167,6 +169,8 @@ def _axes_tuple(axes: Any, ndim: int, path: str) -> tuple[int, ...]:
 
 
 def _is_annotation(node: Any) -> bool:
+    # Dimension numbers are named tuples and None is an empty tree: JAX would take both
+    # apart without this test.
     return node is None or hasattr(node, "reduction_axis") or _is_sharding(node)
 
 
@@ -215,6 +219,8 @@ def axis_parts(sharding, leaf, rows, columns) -> Parts | None:
         if all(names[axis] is None for axis in axes):
             return 1
         first, *rest = (names[axis] for axis in axes)
+        # Of several axes merged into one only the first may be cut: each part of it is
+        # then a run of consecutive rows.
         if mesh is None or any(name is not None for name in rest):
             return 0
         return math.prod(mesh.shape[name] for name in mesh_axes(first))

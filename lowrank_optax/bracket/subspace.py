@@ -132,6 +132,7 @@ def subspace(
         plan = planner.plan(like, layers)
         if params is not None:
             plan.check(updates)
+        # A structure that an init has made is known; others cost the trace of one.
         if layer is None and jax.tree.structure(state) not in planner.structures:
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start(planner, like))
@@ -175,6 +176,8 @@ def step(
         plan, bracket, state, view, opened, updates, extra_args
     )
 
+    # The clock asked the old inner state whether a sum begins; the new one says whether
+    # this step has completed it.
     gain, done = _gain(bracket, state.count), _is_summed(inner_state)
     seen = _seen(plan, bracket, inner_state, view)
     closed = [
@@ -188,6 +191,7 @@ def step(
     pending = [k.pending for k in kept]
     recovery = [k.recovery for k in kept]
     new_state = SubspaceState(
+        # Micro-batches in the middle of a sum do not count: gaps are in whole steps.
         count if done is None else jnp.where(done, count, state.count),
         state.key,
         plan.boxed(state.basis, stored),
@@ -208,6 +212,8 @@ def clock_of(state: SubspaceState, layer: Any = None) -> Clock:
 
 def _is_summed(inner_state: Any) -> Any:
     """Returns whether no accumulation is under way, None where there never is one."""
+    # `optax.MultiSteps` is known by this field, wherever it stands inside. It is 0 at
+    # the start, and again after the micro-batch that completes a sum.
     steps = optax.tree_utils.tree_get(inner_state, "mini_step")
     return None if steps is None else steps == 0
 
@@ -223,6 +229,7 @@ def _gain(bracket: Bracket, count: Array) -> Any:
 def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
     """Returns what the state has of every leaf, out of its boxes."""
     whole = bracket.recovery is not None and bracket.recovery.whole
+    # A transformation of whole leaves was given boxes, and its state stays in them.
     recovery = (plan.flat if whole else plan.arrays)(state.recovery_state)
     return list(map(Kept, plan.arrays(state.basis), plan.flat(state.pending), recovery))
 
@@ -271,6 +278,8 @@ def _inner(
     if view.params is not None:
         weights = [o.low_weights for o in opened]
         low_params, rest_params = plan.inner_trees(bracket, updates, weights)
+    # Merged in one mapping: inside another bracket, `extra_args` holds a view already,
+    # and a keyword given twice is an error.
     with jax.named_scope("lowrank/inner"):
         directions, inner_state = transformation(bracket.inner).update(
             low, view.state_transported, low_params, **{**extra_args, "subspace": view}
@@ -319,6 +328,7 @@ def _completed(
             term, state = bracket.recovery.update_whole(
                 refill(box, outside), old.recovery
             )
+            # The lifted part came without its cast, so that the sum is rounded once.
             update = update + stepped(unbox(term), gain)
             update = cast(update, unbox(box).dtype)
             new = new._replace(recovery=when(done, state, old.recovery))

@@ -78,6 +78,7 @@ class Coupling:
             found = {source for source, need in pairs if need}
             return sorted(x for x in found if x not in (None, part))
 
+        # All results of a part at once; only for a message is each asked by itself.
         parts = list(self._results.values())
         for part in dict.fromkeys(parts):
             if not others(part, [other == part for other in parts]):

@@ -203,6 +203,7 @@ def _draw(rng: Any, x: Any) -> Any:
 def _huge(dtype: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
         return np.ones((), dtype)
+    # Finite, as are sums of such numbers; their squares are not.
     return np.asarray(float(jnp.finfo(dtype).max) ** 0.8, dtype)
 
 
@@ -228,6 +229,7 @@ def _results(updates: Any, state: Any = (), rest: Select | None = None) -> Any:
     for name, x in named.items():
         index = ... if rest is None else rest(name, x)
         if index is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            # In double precision the norm of float32's largest numbers is finite.
             found[name] = np.asarray(x, np.float64)[index]
     return found
 

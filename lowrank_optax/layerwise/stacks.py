@@ -116,4 +116,5 @@ def with_layers(tree: Any, layers: int) -> Any:
 
 def _resized(leaf: Any, first: int | None) -> Any:
     shape = leaf.shape if first is None else (first, *leaf.shape[1:])
+    # On an Explicit mesh the sharding is part of the type, and brackets read it.
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=explicit_sharding(leaf))

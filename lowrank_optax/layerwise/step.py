@@ -120,6 +120,7 @@ def train_step(
     def run(fn: Callable, p: Any, x: Any, batch: Any) -> Any:
         if micro_batches is None:
             return fn(p, x, batch)
+        # A loop holds the inner activations of one micro-batch at a time.
         return jax.lax.map(lambda one: fn(p, *one), (x, batch))
 
     def first(part: Any, x: Any, batch: Any) -> Any:
@@ -143,11 +144,13 @@ def train_step(
         head_params = {name: params[name] for name in names}
 
         def layer(x: Any, p: Any) -> tuple[Any, Any]:
+            # All that is kept of a block is its input: the backward pass runs it again.
             return run(middle, p, x, batch), x
 
         x = run(first, params["embed"], None, batch)
         x, inputs = jax.lax.scan(layer, x, params["layers"])
         like = jax.eval_shape(functools.partial(run, last), head_params, x, batch)
+        # The cotangent of a mean: a share of 1 for each micro-batch's loss
         share = jnp.full(like.shape, 1 / max(like.size, 1), like.dtype)
         losses, head_grad, cotangent = pull(last, head_params, x, batch, share)
 
@@ -177,6 +180,8 @@ def train_step(
         own_norm = None if ahead else clip_norm
         apply = functools.partial(update, gain=gain, keep=keep, own_norm=own_norm)
 
+        # All parts start from the shared state of before, and one result is kept: so
+        # counters advance once.
         old = update.shared(state)
         new_head, head_state, new_shared = apply(names, head_grad, head_params, state)
 

@@ -40,6 +40,7 @@ class LayerUpdate:
             part: jax.eval_shape(tx.init, self._masked(part, params))
             for part in (names, ("embed",))
         }
+        # The state of ONE layer, since every update of a stack sees one.
         self.parts["layers",] = self.stacks.one
         self._owners(by_path(whole), names)
         _check_state(state, whole)
@@ -151,6 +152,7 @@ class LayerUpdate:
         if own_norm is not None:
             gain = gain_of(jnp.sqrt(squares(grads)), own_norm)
         if gain is not None:
+            # A 16-bit gradient is multiplied in float32 and rounded once.
             grads = jax.tree.map(lambda g: (g * gain).astype(g.dtype), grads)
         masked = self._masked(part, params)
         updates: Any
@@ -160,6 +162,7 @@ class LayerUpdate:
         updates = {name: updates[name] for name in part}
         new = optax.apply_updates(params, updates)
         if keep is not None:
+            # Counters, too: a step that is left out does not count.
             new, after = jax.tree.map(
                 lambda a, b: jnp.where(keep, a, b), (params, before), (new, after)
             )
@@ -201,10 +204,12 @@ def count_layers(params: Any, names: tuple[str, ...]) -> int:
 
 
 def like_params(params: Any, parts: dict[str, Any]) -> Any:
+    # Mappings of two classes are two structures to JAX, even with the same entries.
     return type(params)({name: parts[name] for name in params})
 
 
 def gain_of(norm: Array, largest: Any) -> Array:
+    # As `optax.clip_by_global_norm` does it: a norm that is NaN reaches the gradient.
     return jnp.where(norm < largest, 1.0, largest / norm)
 
 

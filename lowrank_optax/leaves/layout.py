@@ -35,6 +35,8 @@ def axes_of_state(init: Callable[[Any], Any], params: Any, axes: Any) -> Any:
         after = dict(_flatten(jax.eval_shape(init, longer))[0])
         for i, (path, leaf) in enumerate(state):
             now = after.get(path)
+            # An init that decides by sizes may make another state of the longer axes;
+            # arrays without a counterpart there say nothing about this axis.
             if owner[i] is None or now is None or len(now.shape) != len(leaf.shape):
                 continue
             for axis in range(len(leaf.shape)):
@@ -55,6 +57,7 @@ def owners(paths: list[tuple[str, ...]], params: Any) -> list[int | None]:
     known = {names_of(path): i for i, (path, _) in enumerate(pairs)}
 
     def owner(names: tuple[str, ...]) -> int | None:
+        # Longest end first; the empty one is the path of a tree that is a bare array.
         ends = (names[start:] for start in range(len(names) + 1))
         return next((known[end] for end in ends if end in known), None)
 

@@ -18,6 +18,7 @@ from lowrank_optax.linalg.products import Operand
 Parts = tuple[int, int]
 
 
+# JAX takes apart plain tuples and named ones; any other subclass is a leaf to it.
 class Axes(tuple):
     """For each axis of an array of the state, the axes of the parameter behind it.
 
@@ -245,6 +246,7 @@ def restore(found: Any, make: Callable[[], Any]) -> Any:
     ):
         return found
 
+    # A field of a named tuple and a key of a mapping have the same simple name.
     def named(path: tuple[Any, ...]) -> tuple[str, ...]:
         return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
@@ -268,5 +270,6 @@ def rebox(leaf: Any, value: Any, axes: tuple[tuple[int, ...], ...]) -> Any:
     names = getattr(leaf, "names", None)
     if names is None:
         return leaf.replace_boxed(value)
+    # No single name is right for several axes merged into one.
     renamed = tuple(names[group[0]] if len(group) == 1 else None for group in axes)
     return dataclasses.replace(leaf, value=value, names=renamed)

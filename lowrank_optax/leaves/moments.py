@@ -128,7 +128,10 @@ def weight_seen(decay: Any, steps: Array) -> Array:
 
     ``1 - 0.999`` has lost two digits in float32; ``expm1`` loses none.
     """
+    # A Python number stays in double precision here: as a float32, 0.999 is off by 1e-5
+    # of its distance to 1.
     if isinstance(decay, int | float):
+        # A decay of 0 gives -inf, and expm1 makes the right 1 of it.
         with np.errstate(divide="ignore"):
             rate = float(np.log(decay))
     else:
@@ -152,6 +155,7 @@ def by_leaf(treedef: Any, *states: Any, factors: bool = False) -> list[tuple[Any
             fields = {name: treedef.flatten_up_to(tree) for name, tree in group.items()}
             for i, groups in enumerate(leaves):
                 own = {name: decoded(flat[i]) for name, flat in fields.items()}
+                # A leaf that is masked in this state has no array here.
                 arrays = {k: x for k, x in own.items() if isinstance(x, jax.Array)}
                 leaves[i] = (*groups, arrays)
         return leaves

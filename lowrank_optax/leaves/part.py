@@ -53,6 +53,8 @@ class Part:
 
 def _flatten(part: Any) -> tuple[list[Any], Any]:
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    # Asked of the values once: while a tree is mapped a child may be anything, also a
+    # value that would count as static.
     names = part.__dict__.get("_children")
     if names is None:
         names = tuple(name for name, value in fields.items() if _holds_arrays(value))
@@ -100,6 +102,7 @@ class Made(Part):
         """Makes the transformation, and those among its arguments."""
         given = {**self.arrays, **dict(self.static)}
         given = {name: transformation(value) for name, value in given.items()}
+        # By number: as text, "10" comes before "2".
         positions = sorted((name for name in given if name.isdigit()), key=int)
         named = {name: given[name] for name in given.keys() - set(positions)}
         made = self.factory(*(given[position] for position in positions), **named)

@@ -73,6 +73,7 @@ def independence(y: Float[Array, "m r"]) -> Float[Array, ""]:
     columns are dependent beyond that.
     """
     share = jnp.min(jnp.diagonal(jnp.linalg.cholesky(gram(y))))
+    # A Gram matrix that is singular to rounding has NaN for a Cholesky factor.
     return jnp.where(jnp.isfinite(share), share, 0.0)
 
 

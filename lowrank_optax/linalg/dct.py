@@ -68,6 +68,7 @@ def dct_columns(
 
 def _times(a: Array, b: Array, period: int) -> Array:
     """Returns ``a b mod period`` for a < 2^20, b < 2^21, period <= 2^22."""
+    # All in 32 bits: 10 bits of a times 21 of b, and 22 of a remainder moved up by 10.
     high = ((a >> _SPLIT) * b % period << _SPLIT) % period
     low = (a & (2**_SPLIT - 1)) * b % period
     return (high + low) % period

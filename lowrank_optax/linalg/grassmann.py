@@ -74,6 +74,7 @@ def descent(
       basis: the subspace.
       seen: the gradient and its projection on this subspace.
     """
+    # G A^T, then R A^T = (I - S S^T) G A^T, which is -1/2 dF/dS: u points downhill.
     product = seen.gradient.across(seen.low) / seen.peak
     tangent = horizontal(basis, product)
     v = leading_direction(tangent)
@@ -94,6 +95,7 @@ def random_direction(key: Array, basis: Float[Array, "m r"]) -> Geodesic:
     k = min(r, m - r)
     outside, inside = jax.random.split(key)
     u = cholesky_qr(horizontal(basis, jax.random.normal(outside, (m, k), basis.dtype)))
+    # If all directions turn, U V^T is distributed as U, so V need not be random.
     v = jnp.eye(r, dtype=basis.dtype)
     if k < r:
         v = cholesky_qr(jax.random.normal(inside, (r, k), basis.dtype))
@@ -142,10 +144,12 @@ def leading_direction(x: Float[Array, "m r"]) -> Float[Array, "r"]:
     gram = inner(x, x)
 
     def square(_, gram):
+        # With trace 1 the largest eigenvalue is in [1/r, 1]: no square leaves range.
         gram = gram / jnp.maximum(jnp.trace(gram), _TINY)
         return jnp.matmul(gram, gram, precision=HIGHEST)
 
     gram = jax.lax.fori_loop(0, _SQUARINGS, square, gram)
+    # The limit is a multiple of v v^T, and this is its longest column.
     column = gram[:, jnp.argmax(jnp.diagonal(gram))]
     column = column / jnp.maximum(jnp.max(jnp.abs(column)), _TINY)
     return column / jnp.maximum(jnp.linalg.norm(column), _TINY)

@@ -47,6 +47,7 @@ def pca_gradient(
     half, share = 1.0 / jnp.sqrt(size.peak), 1.0 / size.ratio
     low = low * half * half * share
     mixed = gradient.across(low * half) * half * share
+    # Now low is A, mixed is G A^T / size, and excess is S - 2 I.
     inside = outer(low, low)
     excess = gram(basis) - 2.0 * jnp.eye(basis.shape[1], dtype=basis.dtype)
     pulled = jnp.matmul(basis, inside, precision=HIGHEST)

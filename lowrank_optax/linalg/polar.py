@@ -20,6 +20,7 @@ def polar_svd(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     def one(x: Array) -> Array:
         left, values, right = jnp.linalg.svd(x, full_matrices=False)
         least = jnp.finfo(dtype).eps * max(shape[-2:]) ** 0.5 * values[0]
+        # Not `<`: a zero matrix has the bound 0, and has to give zero.
         left = jnp.where(values <= least, 0.0, left)
         return jnp.matmul(left, right, precision=HIGHEST)
 
@@ -36,6 +37,8 @@ def polar_newton_schulz(
     small, quadratically close to 1 near 1.
     """
     wide = x.shape[-2] < x.shape[-1]
+    # Divided by the Frobenius norm, no singular value exceeds 1, and the iteration
+    # converges. A wide matrix is turned, so that the smaller Gram matrix is formed.
     y, _ = unit_norm(x)
     y = jnp.swapaxes(y, -1, -2) if wide else y
     y = jax.lax.fori_loop(0, steps, lambda _, y: newton_schulz(y), y)

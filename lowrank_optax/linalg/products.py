@@ -87,6 +87,7 @@ class Operand:
     def across(self, low: Float[Array, "r n"]) -> Array:
         """Returns ``G L^T``, ``[m, r]``, at the highest precision."""
         if self.transposed:
+            # `low` may be a transpose, as `down` returns it: XLA would fold that one.
             low = jax.lax.optimization_barrier(low)
             return _turned(jnp.matmul(low, self.stored, precision=HIGHEST))
         return jnp.matmul(self.stored, _turn(low), precision=HIGHEST)
@@ -155,6 +156,8 @@ def unit_peak(x: Float[Array, "*b m n"]) -> tuple[Array, Array]:
       ``(y, factor)`` with ``X = factor * Y``; max|Y| is in [0.5, 4), or 0 if X is zero.
     """
     peak = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
+    # Both powers of two have to be normal numbers: a larger exponent overflows in one
+    # of them, and a backend may flush the other to zero.
     most = jnp.finfo(x.dtype).maxexp - 2
     exponent = jnp.clip(jnp.frexp(peak)[1], -most, most)
     one = jnp.ones((), x.dtype)
@@ -165,6 +168,7 @@ def unit_norm(x: Float[Array, "*b m n"]) -> tuple[Array, Float[Array, "*b"]]:
     """Returns ``X / |X|`` and ``|X|`` of every matrix; zero is zero times zero."""
     x, factor = unit_peak(x)
     size = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
+    # The norm can exceed the largest number where no element does.
     norm = jnp.minimum(factor * size, jnp.finfo(x.dtype).max)
     return x / jnp.where(size == 0, 1.0, size), norm[..., 0, 0]
 

@@ -47,8 +47,11 @@ def filter_taps(wavelet: str) -> tuple[float, ...]:
     halfway = np.roots([math.comb(order - 1 + k, k) for k in reversed(range(order))])
     roots = [-1.0 + 0j] * order
     for y in halfway:
+        # y = (2 - z - 1/z) / 4, so z^2 + (4 y - 2) z + 1 = 0, with roots z and 1/z.
         pair = np.roots([1.0, 4.0 * y - 2.0, 1.0])
         roots.append(pair[np.argmin(np.abs(pair))])
+    # Roots come in conjugate pairs: an imaginary part is rounding. A sum of sqrt(2)
+    # makes the filter orthonormal.
     taps = np.real(np.poly(roots))
     return tuple(float(tap) for tap in taps * math.sqrt(2.0) / taps.sum())
 
@@ -85,6 +88,7 @@ def lift(
 ) -> Array:
     """Returns ``idwt`` of the approximation alone, all details zero."""
     x, axis = approximation, axis % approximation.ndim
+    # Haar's levels without details are one repetition, in a single pass.
     if len(filter_taps(wavelet)) == 2:
         return repeat(x, n, level, axis) * 2.0 ** (-level / 2)
     for size in band_sizes(n, level, wavelet)[-2::-1]:
@@ -106,6 +110,7 @@ def _analyze(x: Array, wavelet: str, axis: int) -> tuple[Array, Array]:
     """One level: the approximation and the detail."""
     low, high, taps = _filters(wavelet)
     odd, margin = x.shape[axis] % 2, taps - 2
+    # An even length lets a reshape tell even from odd samples.
     even_, odd_ = _polyphase(_pad(x, margin, margin + odd, axis), axis)
     size = (x.shape[axis] + taps - 1) // 2
     terms = [
@@ -132,6 +137,7 @@ def _synthesize(
     size = approximation.shape[axis] + shifts - 1
     padded = [(_pad(x, shifts - 1, shifts - 1, axis), h) for x, h in pairs]
 
+    # x[2 i + phase] = sum_j h[2 j + phase] a[i - j], and likewise g and d
     def samples(phase: int) -> Array:
         parts = [
             h[2 * j + phase] * _cut(x, shifts - 1 - j, size, axis)
@@ -184,6 +190,7 @@ def _cut(x: Array, start: int, size: int, axis: int) -> Array:
     return x[(*(slice(None),) * axis, slice(start, start + size))]
 
 
+# Static, so that `vmap` and loops hand it on where other projectors have an array.
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class WaveletBasis:

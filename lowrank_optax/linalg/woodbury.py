@@ -40,11 +40,13 @@ def solve_member(
     rest = jnp.maximum(rest, 8 * s * float(jnp.finfo(dtype).eps))
     flat = units.reshape((*norms.shape, -1))
     cosines = jnp.einsum("...ik,...jk->...ij", flat, flat, precision=HIGHEST)
+    # M = D^-1 (damping I + H^T H) D^-1, whose diagonal is share^2 + rest = 1
     mixed = share[..., :, None] * cosines * share[..., None, :]
     mixed += rest[..., :, None] * jnp.eye(s, dtype=dtype)
     one = jnp.broadcast_to(jnp.arange(s) == member, norms.shape).astype(dtype)
     factor = jnp.linalg.cholesky(mixed)
     weights = jax.scipy.linalg.cho_solve((factor, True), one[..., None])[..., 0]
+    # H D^-1 = units * share on the left, and D^-1 e_k = e_k / a_k on the right
     weights = weights * share / jnp.take(a, member, axis=-1)[..., None]
     solved = jnp.einsum("...s,...sk->...k", weights, flat, precision=HIGHEST)
     return solved.reshape((*units.shape[:-3], *units.shape[-2:]))

@@ -60,6 +60,7 @@ class Projector(Part):
     rank: Any
     update_proj_gap: int = 200
 
+    # Not annotated, so that these are facts of a class and no fields.
     stores_basis = True
     reads_moments = False
     advances = False  # whether the basis moves after use
@@ -173,6 +174,7 @@ class Projector(Part):
         """Returns ``P^T X``, ``[r, n]``."""
         x = Operand.of(x, matrix.transposed)
         dtype = jnp.promote_types(basis.dtype, x.dtype)
+        # Every step takes this product: its precision is JAX's default, or the user's.
         return x.astype(dtype).down(basis.astype(dtype), precision=None)
 
     def up(self, matrix: Matrix, basis: Any, low: Array) -> Operand:
@@ -215,6 +217,7 @@ class BasisProjector(Projector):
 
     def compute(self, matrix: Matrix, gradient: Array, old: Array, at: At) -> Array:
         """Returns the new basis ``[m, r]`` from the gradient as a plain array."""
+        # `renew` and `compute` call each other: without either, that would never end.
         if type(self).renew is BasisProjector.renew:
             raise NotImplementedError
         return self.renew(matrix, Operand.of(gradient, matrix.transposed), old, at)
@@ -226,6 +229,7 @@ class BasisProjector(Projector):
 
     def rotation(self, old: Array, new: Array) -> Rotation:
         """Returns ``C = P_new^T P_old``."""
+        # Moments go through every one of these rotations, so their errors add up.
         return Rotation(jnp.matmul(wide(new).T, wide(old), precision=HIGHEST))
 
 
@@ -239,6 +243,7 @@ class OrthonormalProjector(BasisProjector):
         return bool(jnp.finfo(self.basis_dtype).eps <= jnp.finfo(jnp.float32).eps)
 
 
+# As many as `lro.power` takes by default.
 COLD_SWEEPS = 12
 
 

@@ -47,6 +47,7 @@ class TwoSided(Projector):
             self.left.start(matrix),
             self.right.start(matrix.seen_from("right")),
         )
+        # A subclass has rules of its own for two bases that move or read moments.
         if type(self) is TwoSided and (self.left.advances or self.left.reads_moments):
             raise ValueError(
                 f"lro.{type(self.left).__name__} works in the coordinates of one "
@@ -99,6 +100,7 @@ class TwoSided(Projector):
 
     def down(self, matrix: Matrix, basis: Any, x: Operand) -> Array:
         """Returns ``P^T X Q``, for every block of X."""
+        # Rows first: the second product then has r of them and not m.
         rows = self.left.down(matrix, basis.left, x)
         return by_blocks(rows, basis.right.astype(rows.dtype))
 
@@ -118,4 +120,5 @@ def two_sided(projector: Projector) -> Projector:
 
 
 def _other_key(at: At) -> At:
+    # From one key both sides of a square matrix would draw the same numbers.
     return at._replace(key=jax.random.fold_in(at.key, 1))

@@ -125,6 +125,7 @@ class correlation(TrackingProjector):
         if self.cold_start == "power":
             return block_power(gradient, old, 1)
         scaled, _ = unit_peak(gradient.array)
+        # Q = orth(G^T P), then the left singular vectors of G Q, [m, r]
         sketch, _ = unit_peak(jnp.matmul(scaled.T, old, precision=HIGHEST))
         seen = jnp.matmul(scaled, cholesky_qr(sketch), precision=HIGHEST)
         return leading_singular_vectors(seen, matrix.rank)
@@ -134,6 +135,7 @@ class correlation(TrackingProjector):
     ) -> tuple[Array, ...]:
         """Returns the bases after one clipped gradient step on f."""
         if self.normalize:
+            # Into range first: the squares of 1e-30 are zero.
             gradient, _ = unit_peak(gradient)
             gradient = gradient / jnp.sqrt(jnp.mean(jnp.square(gradient)))
         slopes = jax.grad(_objective(matrix, gradient, _momentum(at)))(bases)
@@ -144,6 +146,7 @@ class correlation(TrackingProjector):
 
     def _within(self, slope: Array) -> Array:
         norm = jnp.sqrt(jnp.sum(jnp.square(slope)))
+        # PyTorch's `clip_grad_norm_` adds the same 1e-6.
         return jnp.minimum(1.0, self.clip / (norm + 1e-6))
 
 
@@ -189,6 +192,7 @@ def _objective(
     matrix: Matrix, gradient: Array, momentum: Array | None
 ) -> Callable[[tuple[Array, ...]], Array]:
     """Returns f, a function of the tuple of bases."""
+    # Whether the inputs lie along m: a view from the right swaps both axes.
     inputs_first = matrix.reduction_is_rows != matrix.transposed
 
     def lift(bases: tuple[Array, ...], low: Array) -> Array:
@@ -222,6 +226,8 @@ def _cosine(x: Array, y: Array, axis: int, eps: float = 1e-8) -> Array:
 
     def norm(v: Array) -> Array:
         square = jnp.sum(jnp.square(v), axis)
+        # Replaced inside the root, whose derivative at 0 is infinite: with a choice
+        # outside alone, a zero vector would give NaN for a slope.
         return jnp.maximum(jnp.sqrt(jnp.where(square > 0, square, 1.0)), eps)
 
     return jnp.sum(x * y, axis) / (norm(x) * norm(y))

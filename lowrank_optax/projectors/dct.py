@@ -92,11 +92,13 @@ class dct(Projector):
         """Chooses the r columns that see most of the gradient."""
         del stored, at
         best = jax.lax.top_k(self.scores(matrix, gradient), matrix.rank)[1]
+        # By index, so that a choice that stays leaves every vector in its place.
         return jnp.sort(best).astype(jnp.int32)
 
     def scores(self, matrix: Matrix, gradient: Any) -> Array:
         """Returns how much each of the m columns sees, up to a common factor."""
         gradient = Operand.of(gradient, matrix.transposed)
+        # A power of two keeps squares in range, and the order of the scores.
         gradient = gradient.map(lambda x: unit_peak(wide(x))[0])
         seen = gradient.down(dct_matrix(matrix.m, self.kind, gradient.dtype))
         return jnp.sum(jnp.abs(seen) if self.norm == 1 else jnp.square(seen), axis=1)

@@ -47,5 +47,6 @@ class gaussian(Projector):
     def basis(self, matrix: Matrix, stored: tuple[()], at: At) -> Array:
         """Draws ``P [m, r]`` for this epoch."""
         del stored
+        # Always in float32: another dtype would draw other numbers from the same key.
         draw = jax.random.normal(at.key, (matrix.m, matrix.rank), jnp.float32)
         return draw / matrix.rank**0.5

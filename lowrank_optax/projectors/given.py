@@ -61,6 +61,8 @@ class given(BasisProjector):
                 f"lro.given has no bases for leaf {path!r}, only for "
                 f"{sorted(self.bases)}. Add them, or do not select the leaf."
             )
+        # A key of a mapping is part of a pytree's structure: under the leaf's own path,
+        # no two leaves could share a trace.
         return dataclasses.replace(self, bases={_OWN: self.bases[path]})
 
     def start(self, matrix: Matrix) -> Array:

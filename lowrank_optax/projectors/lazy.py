@@ -70,6 +70,7 @@ class Lazy(Wrapped):
         )
         leading = block_power(gradient.astype(start.dtype), start, _SWEEPS)
         newest = jnp.append(stored.similarities[1:], _cosine(old, leading))
+        # A cold start has no old vector that is worth a comparison.
         similarities = jnp.where(at.cold, stored.similarities, newest)
         return LazyBasis(new, similarities, self._gap(similarities, stored.gap))
 
@@ -77,6 +78,7 @@ class Lazy(Wrapped):
         """Multiplies the gap if the history is full and similar enough."""
         full = jnp.all(similarities >= 0)
         stable = full & (jnp.mean(similarities) >= self.threshold)
+        # Divided and not multiplied: the product could leave the range of int32.
         grows = stable & (gap <= self.largest_gap // self.factor)
         return jnp.where(grows, gap * self.factor, gap)
 

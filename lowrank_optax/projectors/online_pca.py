@@ -16,6 +16,7 @@ from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_grad
 from lowrank_optax.linalg.products import Operand, wide
 from lowrank_optax.projectors._protocol import At, TrackingProjector
 
+# The largest number of an int32, the dtype of the count of steps.
 NEVER = 2**31 - 1
 LEARNING_RATE = 0.005
 
@@ -100,6 +101,7 @@ class online_pca(TrackingProjector):
     def start(self, matrix: Matrix) -> OnlineBasis:
         """Starts the basis, and the optimizer on it."""
         basis = super().start(matrix)
+        # The optimizer sees float32 at every step, also of a basis in bfloat16.
         return OnlineBasis(basis, self._optimizer().init(wide(basis)))
 
     def axes(self, matrix: Matrix) -> OnlineBasis:
@@ -109,6 +111,7 @@ class online_pca(TrackingProjector):
         def init(vectors: Any) -> Any:
             return self._optimizer().init(vectors)
 
+        # Any optimizer may stand here, so its own init is asked which axes it keeps.
         like = jax.ShapeDtypeStruct((matrix.m, matrix.rank), jnp.float32)
         return OnlineBasis(vectors, axes_of_state(init, like, vectors))
 
@@ -143,6 +146,7 @@ class online_pca(TrackingProjector):
         size = frobenius(gradient) if self.normalize else Size()
         low = projected.astype(basis.dtype)
         slope = pca_gradient(gradient, basis, low, size)
+        # No branch on a penalty of 0: `optax.inject_hyperparams` may trace it.
         slope = slope + self.ortho_penalty * penalty_gradient(basis)
         step, state = self._optimizer().update(slope, stored.optimizer, basis)
         basis = basis + self._rate(at.count) * jnp.asarray(step)
@@ -163,6 +167,7 @@ class online_pca(TrackingProjector):
 
     def _optimizer(self) -> optax.GradientTransformationExtraArgs:
         if self.basis_optimizer is None:
+            # A rate of 1 brings the minus sign; `_rate` is multiplied in later.
             return optax.with_extra_args_support(optax.adamw(1.0, weight_decay=0.01))
         return optax.with_extra_args_support(self.basis_optimizer)
 

@@ -89,6 +89,7 @@ class power(OrthonormalProjector):
         if blocks == 1 or matrix.n % blocks:
             return gradient
         parts = gradient.array.reshape((matrix.m, blocks, -1))
+        # No subspace follows from a part that is zero, such as a head without gradient.
         part = mean = jnp.mean(parts, 1)
         if self.block == "first":
             part = jnp.where(jnp.any(parts[:, 0] != 0), parts[:, 0], mean)

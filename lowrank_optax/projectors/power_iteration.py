@@ -77,18 +77,21 @@ class power_iteration(TrackingProjector, OrthonormalProjector):
         del matrix
         peak = gradient.peak
         root = jnp.sqrt(peak)  # halfway, so that neither 1e-38 nor 1e38 leaves range
+        # L = U^T B = rho m + (1 - rho) U^T A, since U^T U = I; all over the peak
         momentum = self._momentum(at, peak)
         low = gradient.down(old / root) / root  # U^T B / peak, in the end
         if momentum is not None:
             low = momentum + (1.0 - self.rho) * low
         size = jnp.maximum(jnp.max(jnp.abs(low)), _TINY)
         low = low / size
+        # B L^T = rho U m L^T + (1 - rho) A L^T, up to a common factor
         y = gradient.across(low / root) / root
         if momentum is not None:
             inside = outer(momentum / size, low)
             y = (1.0 - self.rho) / size * y
             y = y + jnp.matmul(old, inside, precision=HIGHEST)
         y = y / jnp.maximum(jnp.max(jnp.abs(y)), _TINY)
+        # Directions alone count; columns that all but vanish are noise and stay small.
         norms = jnp.linalg.norm(y, axis=0)
         y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms) + _TINY)
         mix = jnp.where(independence(y) < _DEPENDENT, _MIX, 0.0)

@@ -55,6 +55,7 @@ class QuantizedBasis(Wrapped):
 
     def align(self, old: Any, new: Any) -> Any:
         """Chooses the signs of a new basis, before it is encoded."""
+        # The old basis was used as decoded; the new one is not encoded before `pack`.
         return self.projector.align(_decoded(old), new)
 
     def rotation(self, old: Any, new: Any) -> Rotation:

@@ -56,5 +56,7 @@ class sampled_svd(OrthonormalProjector):
         del old
         vectors, sigma = left_singular_vectors(gradient)
         noise = jax.random.gumbel(at.key, sigma.shape, sigma.dtype)
+        # Gumbel's trick for draws without replacement; log(0) is -inf and comes last.
         drawn = jax.lax.top_k(jnp.log(sigma) + noise, matrix.rank)[1]
+        # `top_k` orders by the noise, too; sorted, the vectors stand by falling sigma.
         return vectors[:, jnp.sort(drawn)]

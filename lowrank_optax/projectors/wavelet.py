@@ -60,6 +60,8 @@ class wavelet(Projector):
       Daubechies, Orthonormal bases of compactly supported wavelets (1988).
     """
 
+    # Every projector has these two fields, and here they say nothing: the level decides
+    # the size, and there is no refresh. So nobody is asked for them.
     rank: Any = dataclasses.field(default=None, init=False, repr=False)
     update_proj_gap: int = dataclasses.field(default=1, init=False, repr=False)
     level: int = 2
@@ -71,6 +73,7 @@ class wavelet(Projector):
 
     def __post_init__(self):
         """Checks the choices."""
+        # The base class would check the rank, and there is none.
         _checks.positive_int("level", self.level, least=0)
         _checks.choice("wavelet", self.wavelet, WAVELETS)
         _checks.choice("axis", self.axis, tuple(_SIDES))
@@ -87,6 +90,7 @@ class wavelet(Projector):
 
         def is_local(side: str) -> bool:
             size, into = matrix.seen_from(side).m, pieces[side]
+            # In shards of whole blocks no coefficient of Haar's crosses a border.
             whole = into > 1 and size % (into * 2**self.level) == 0
             return into == 1 or (whole and self._is_haar)
 
@@ -129,6 +133,7 @@ class wavelet(Projector):
     def down(self, matrix: Matrix, basis: WaveletBasis, x: Operand) -> Array:
         """Returns the approximation band, ``[r, n]``."""
         x = Operand.of(x, matrix.transposed)
+        # Along the axis where it is stored, so no large matrix is transposed.
         bands = dwt(wide(x.stored), basis.level, basis.wavelet, x.axis)
         return x.along(bands.approximation)
 

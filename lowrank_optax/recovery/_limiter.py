@@ -26,6 +26,7 @@ def limit_growth(
     largest = jnp.where(before > 0, growth * before, jnp.inf)
     counts = norm > least  # False where a NaN is involved
     limited = jnp.where(counts, jnp.minimum(norm, largest), 0.0)
+    # An infinity that was the first would allow every later norm.
     limited = jnp.where(jnp.isfinite(limited), limited, 0.0)
     factor = jnp.where(counts, limited / jnp.where(counts, norm, 1.0), 0.0)
     return factor, limited.astype(before.dtype)

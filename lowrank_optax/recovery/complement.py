@@ -80,6 +80,7 @@ class complement(Recovery):
 
     def update_whole(self, outside: Any, state: Any) -> tuple[Any, Any]:
         """Returns ``scale * T(G - P R)``, and T's state in the dtypes that it had."""
+        # A state that came back in another dtype could not be carried by a `lax.scan`.
         direction, new = self.transformation.update(outside, state)
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
         return jax.tree.map(lambda x: self.scale * x, direction), new
@@ -105,6 +106,7 @@ def _residual(view: LeafView) -> Operand:
     """Returns ``G - P R``, 0 where it is no more than the rounding of G's column."""
     gradient = view.gradient.map(wide)
     lifted = view.up(view.basis, wide(view.projected))
+    # Column by column: a column of small entries has less rounding than the matrix.
     least = gradient.along(_ROUNDING * gradient.column_peaks())
 
     def rest(g: Array, inside: Array) -> Array:

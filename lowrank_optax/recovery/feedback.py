@@ -74,12 +74,14 @@ class error_feedback(Recovery):
 
     def enter(self, state: Operand, gradient: Operand) -> Operand:
         """Returns ``A = G + E``."""
+        # In float32: a bfloat16 sum would lose an E that is small beside G.
         return gradient.map(lambda g, e: wide(g) + wide(e), state)
 
     def update(
         self, matrix: Matrix, state: Operand, view: LeafView, scale: Any
     ) -> tuple[Recovered, Operand]:
         """Returns the direction as it is, and the new E."""
+        # E = A + d P_old m - P (R + d C m), with d the momentum's factor
         taken, returned = view.projected, None
         if self.momentum:
             before, carried = self._lost(matrix, view)
@@ -90,6 +92,7 @@ class error_feedback(Recovery):
             error = error.map(jnp.add, returned)
 
         def kept(new: Array, old: Array) -> Array:
+            # Rounded first: a finite float32 may be infinite in a narrower dtype.
             new = new.astype(self.dtype)
             return jnp.where(jnp.isfinite(new), new, old)
 

@@ -151,6 +151,7 @@ class recover_scale(Recovery):
             squares = jnp.sum(squares, -1, keepdims=True)
             projected = projected.reshape(*projected.shape[:-2], -1, 1)
 
+        # The sum over columns of phi^2 (|G|^2 - 2 t |R|^2 + t^2 |P R|^2), t = `taken`
         def residual(inside: Array) -> Array:
             along = jnp.sum(jnp.square(projected), -2, keepdims=True)
             return total(squares - 2.0 * taken * along + jnp.square(taken) * inside)
@@ -160,11 +161,14 @@ class recover_scale(Recovery):
             return residual(jnp.sum(projected * low, -2, keepdims=True))
 
         squared = residual(jnp.sum(jnp.square(projected), -2, keepdims=True))
+        # Static: other bases have the exact form alone in their program. The condition
+        # is one for all matrices, since `vmap` of several would run both forms.
         if view.orthonormal:
             small = view.anywhere(squared < _SMALL * whole)
             squared = jax.lax.cond(small, exact, lambda: squared)
         else:
             squared = exact()
+        # A difference of almost equal sums may come out negative.
         return jnp.sqrt(jnp.maximum(squared, 0.0)), _ZERO * jnp.sqrt(floor)
 
 

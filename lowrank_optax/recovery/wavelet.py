@@ -165,6 +165,7 @@ class wavelet_details(Recovery):
 
     def _adam(self, second: Array, count: Array) -> Array:
         if self.b2 is not None:
+            # V has seen the gradient of this step; the count has not.
             second = second / weight_seen(self.b2, count + 1.0)
         return _inverse(jnp.sqrt(second) + self.eps)
 
@@ -178,6 +179,7 @@ class wavelet_details(Recovery):
             if weight.shape[axis] == 1:
                 scaled = detail * weight
             else:
+                # Coarsest first: a weight serves 2^j rows of the j-th detail.
                 scaled = detail * repeat(weight, detail.shape[axis], j, axis)
             if self.clip is not None:
                 scaled = jnp.clip(scaled, -self.clip, self.clip)

@@ -49,6 +49,8 @@ class gather_moments(Transport):
 
 def _rows(selection: Array, low: Array) -> Array:
     """Returns ``selection @ low`` for a matrix of zeros and at most one 1 per row."""
+    # Rows are copied and not multiplied: a product may round, and 0 times an infinity
+    # is NaN. A row without a 1 has the argmax 0, which `kept` rules out.
     kept = jnp.any(selection != 0, axis=1)
     source = jnp.argmax(selection, axis=1)
     return jnp.where(kept[:, None], low[source], jnp.zeros([], low.dtype))

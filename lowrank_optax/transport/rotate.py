@@ -76,6 +76,7 @@ class rotate_moments(Transport):
             for field in ("trace", "ema")
             if field in group
         }
+        # C = D + O with D the diagonal; `mixed` is O mu, which nu needs by itself.
         mixed = rotation.apply_rest(old["mu"]) if "mu" in group else None
         if mixed is not None:
             moved["mu"] = rotation.diagonal(mixed) * old["mu"] + mixed
@@ -85,11 +86,13 @@ class rotate_moments(Transport):
             moved["nu"] = rotation.squared().apply(old["nu"])
         elif "nu" in group and mixed is not None:
             mu, nu = old["mu"], old["nu"]
+            # Moments that have seen no step are zero, and would be divided by zero.
             steps = jnp.maximum(count, 1).astype(nu.dtype)
             seen1, seen2 = weight_seen(self.b1, steps), weight_seen(self.b2, steps)
             if self.form == "debiased":
                 mu, nu, mixed = mu / seen1, nu / seen2, mixed / seen1
             moved["nu"] = seen2 * jnp.abs(_second_moment(rotation, mu, nu, mixed))
+        # A refresh is one branch of two, which have to agree in every dtype.
         return {field: moved[field].astype(group[field].dtype) for field in group}
 
 
