@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.bracket.storage import Storage
 from lowrank_optax.bracket.subspace import subspace
 from lowrank_optax.leaves.part import Made, Part, made
 from lowrank_optax.projectors import Projector
@@ -48,7 +49,13 @@ class project(Part):
         projected and lifted one after another: what one takes, such as its basis,
         whole, is there once. All at once is faster on one device.
       full: another transformation for the leaves that are not projected.
-      dtype: dtype of the inner transformation, projected and full leaves alike.
+      dtype: dtype in which the inner transformation computes, projected and full leaves
+        alike.
+      state_dtype: dtype in which moments and bases are kept between steps; None is the
+        parameter's, as in Optax (bfloat16 for a float16). What is kept in bfloat16 is
+        rounded at random, so that a second moment still decays.
+      mu_dtype: of ``mu``, ``trace`` and ``ema``; None is ``state_dtype``.
+      nu_dtype: of ``nu``; None is ``state_dtype``.
       stagger: spread the refreshes of different matrices (and layers) over the gap.
       seed: seed of the bracket's random numbers.
 
@@ -74,6 +81,9 @@ class project(Part):
     param_shardings: Any = None
     full: optax.GradientTransformation | Made | None = None
     dtype: Any = jnp.float32
+    state_dtype: Any = None
+    mu_dtype: Any = None
+    nu_dtype: Any = None
     stagger: bool = False
     seed: int = 0
 
@@ -90,6 +100,11 @@ class project(Part):
         """Returns the options that decide which leaves are projected."""
         fields = (field.name for field in dataclasses.fields(Selection))
         return Selection(**{name: getattr(self, name) for name in fields})
+
+    def storage(self) -> Storage:
+        """Returns the dtypes in which moments and bases are kept."""
+        asked = (self.state_dtype, self.mu_dtype, self.nu_dtype)
+        return Storage(*(None if x is None else jnp.dtype(x) for x in asked))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,6 +198,7 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
         full=first.full,
         selection=first.selection(),
         dtype=first.dtype,
+        storage=first.storage(),
         stagger=first.stagger,
         seed=first.seed,
     )

@@ -365,7 +365,7 @@ class LowLeaf(Part):
                 moments=moments.after,
                 carried_moments=moments.carried,
                 previous_moments=moments.before,
-                orthonormal=self.projector.orthonormal,
+                orthonormal=self.projector.orthonormal and _is_exact(basis),
                 up=functools.partial(self.projector.up, self.matrix),
                 anywhere=self._anywhere,
                 count=clock.count,
@@ -412,6 +412,12 @@ class LowLeaf(Part):
     def _as_leaf(self, state: Any) -> Any:
         assert self.recovery is not None
         return self.matrix.leaf(state) if self.recovery.like_leaf else state
+
+
+def _is_exact(basis: Any) -> bool:
+    """Whether the basis is stored in at least float32's precision."""
+    least = jnp.finfo(jnp.float32).eps
+    return all(jnp.finfo(x.dtype).eps <= least for x in jax.tree.leaves(basis))
 
 
 def cast(leaf: Any, dtype: Any) -> Any:

@@ -73,6 +73,7 @@ class LeafPlan:
 
     path: str
     shape: tuple[int, ...]
+    dtype: Any
     matrix: Matrix | None
     reason: str
     full_bytes: int
@@ -184,7 +185,9 @@ class Plan:
         """Returns what opens and closes every leaf."""
         full = FullLeaf(bracket.dtype)
         return [
-            low_leaf(bracket, leaf.matrix, gradient.dtype, leaf.in_turn, shift)
+            low_leaf(
+                bracket, leaf.matrix, leaf.dtype, gradient.dtype, leaf.in_turn, shift
+            )
             if leaf.matrix
             else full
             for leaf, gradient, shift in zip(
@@ -196,20 +199,25 @@ class Plan:
 def low_leaf(
     bracket: Bracket,
     matrix: Matrix,
+    dtype: Any,
     update_dtype: Any = None,
     in_turn: bool = False,
     shift: tuple[int, ...] = (),
 ) -> LowLeaf:
-    """Returns a projected leaf; without the last three, for shapes alone."""
+    """Returns a projected leaf, its parameter in ``dtype``.
+
+    Without the last three, for shapes alone.
+    """
     projector = bracket.projector
     if matrix.side == "both":
         projector = two_sided(projector)
     shift = shift or (0,) * math.prod(matrix.batch_shape)
+    kept, recovery = bracket.storage.of(dtype), bracket.recovery
     return LowLeaf(
         matrix,
-        projector.for_leaf(matrix.path),
+        projector.for_leaf(matrix.path).stored_as(kept),
         bracket.transport,
-        bracket.recovery,
+        None if recovery is None else recovery.stored_as(kept),
         bracket.scale,
         bracket.dtype,
         update_dtype,
@@ -280,20 +288,23 @@ class Planner:
 
     def _leaf(self, path: str, info: LeafInfo, numbers: Any, sharding: Any) -> LeafPlan:
         shape, selection = info.shape, self.selection
+        plan = functools.partial(LeafPlan, path, shape, info.dtype)
         if 0 in shape:
-            return LeafPlan(path, shape, None, "no elements", 0)
-        full_bytes = self.state_bytes(shape)
+            return plan(None, "no elements", 0)
+        full_bytes = self.state_bytes(shape, info.dtype)
         reason = selection.why_full(path, info, numbers)
         if reason is not None:
-            return LeafPlan(path, shape, None, reason, full_bytes)
+            return plan(None, reason, full_bytes)
         sharding = info.sharding if sharding is None else sharding
         matrix, parts, reason = self._matrix(path, info, numbers, sharding)
         if matrix is None:
-            return LeafPlan(path, shape, None, reason, full_bytes)
-        low_bytes = self.state_bytes(matrix)
+            return plan(None, reason, full_bytes)
+        low_bytes = self.state_bytes(matrix, info.dtype)
         if low_bytes >= full_bytes and not selection.explicit(numbers):
             reason = f"low rank would not save: {low_bytes} >= {full_bytes} bytes"
-            return LeafPlan(path, shape, None, reason, full_bytes, low_bytes)
+            return LeafPlan(
+                path, shape, info.dtype, None, reason, full_bytes, low_bytes
+            )
         # A stack of layers on several devices. Elsewhere all layers at once are faster:
         # what is lifted need not be written out. If the axis of layers is cut itself,
         # a loop over it would gather the stack.
@@ -304,9 +315,7 @@ class Planner:
             and parts not in (None, (1, 1))
             and axis_parts(sharding, info, (0,), ()) == (1, 1)
         )
-        return LeafPlan(
-            path, shape, matrix, reason, full_bytes, low_bytes, in_turn, parts
-        )
+        return plan(matrix, reason, full_bytes, low_bytes, in_turn, parts)
 
     def _matrix(
         self, path: str, info: LeafInfo, numbers: Any, sharding: Any
@@ -357,20 +366,23 @@ class Planner:
         )
         return matrix, parts, f"selected {chosen}"
 
-    def state_bytes(self, leaf: Matrix | tuple[int, ...]) -> int:
+    def state_bytes(self, leaf: Matrix | tuple[int, ...], dtype: Any) -> int:
         """Returns the state bytes of one projected matrix, or of one full leaf."""
         bracket = self.bracket
 
+        def stored(state: Any) -> Any:
+            return bracket.storage.first(state, jax.tree.structure(0), [dtype])
+
         def full() -> Any:
             tx = transformation(bracket.full or bracket.inner)
-            return tx.init(jnp.zeros(leaf, bracket.dtype))
+            return stored(tx.init(jnp.zeros(leaf, bracket.dtype)))
 
         def low(matrix: Matrix) -> Any:
-            door = low_leaf(bracket, matrix)
+            door = low_leaf(bracket, matrix, dtype)
             kept = door.start()
             zeros = self.low_zeros(door, kept.stored)
             inner = transformation(bracket.inner).init(zeros)
-            return kept, inner, door.start_recovery(jnp.zeros(matrix.shape))
+            return kept, stored(inner), door.start_recovery(jnp.zeros(matrix.shape))
 
         make = functools.partial(low, leaf) if isinstance(leaf, Matrix) else full
         shapes = jax.eval_shape(make)

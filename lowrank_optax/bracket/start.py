@@ -52,13 +52,17 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
     inner_state = transformation(bracket.inner).init(inner)
     if plan.matrices():
         _check_moments(bracket, inner_state)
+    full_state = ()
+    if bracket.full is not None:
+        full_state = transformation(bracket.full).init(full)
+    dtypes = [leaf.dtype for leaf in plan.leaves]
     return SubspaceState(
         jnp.zeros([], jnp.int32),
         planner.key_data(),
         plan.treedef.unflatten(basis),
         plan.treedef.unflatten(pending),
-        inner_state,
-        () if bracket.full is None else transformation(bracket.full).init(full),
+        bracket.storage.first(inner_state, plan.treedef, dtypes),
+        bracket.storage.first(full_state, plan.treedef, dtypes),
         () if bracket.recovery is None else plan.treedef.unflatten(recovery),
     )
 

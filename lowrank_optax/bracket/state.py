@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
+from lowrank_optax.bracket.storage import Storage
 from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.products import Operand
 from lowrank_optax.projectors import Projector
@@ -24,6 +25,7 @@ class Bracket(Part):
     scale: Any
     learning_rate: Any
     dtype: Any
+    storage: Storage
 
 
 class SubspaceState(NamedTuple):

@@ -27,6 +27,7 @@ from lowrank_optax.bracket.state import (
     SubspaceState,
     SubspaceView,
 )
+from lowrank_optax.bracket.storage import Storage, load, store
 from lowrank_optax.leaves.matrix import refill, restore, unbox
 from lowrank_optax.leaves.moments import by_leaf, with_moments
 from lowrank_optax.leaves.part import Made, transformation
@@ -46,6 +47,7 @@ def subspace(
     full: optax.GradientTransformation | optax.MultiSteps | Made | None = None,
     selection: Selection | None = None,
     dtype: Any = jnp.float32,
+    storage: Storage | None = None,
     stagger: bool = False,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,6 +77,8 @@ def subspace(
         inners that accept matrices only.
       selection: which leaves are projected; None is the default rule.
       dtype: the inner transformation's dtype, whatever parameters and gradients are.
+      storage: in which dtypes its moments are kept between steps; None is as the
+        parameters are, ``Storage()``.
       stagger: spread the refreshes of different matrices over the gap.
       seed: seed of the bracket's random numbers.
 
@@ -120,6 +124,7 @@ def subspace(
         scale,
         learning_rate,
         dtype,
+        storage or Storage(),
     )
     planner = Planner(bracket, selection or Selection(), stagger, seed)
 
@@ -160,6 +165,11 @@ def step(
     Every leaf is closed: completed from outside the subspace, lifted, turned back.
     """
     clock = clock_of(state, layer)
+    before = state
+    state = state._replace(
+        inner_state=load(state.inner_state, bracket.dtype),
+        full_state=load(state.full_state, bracket.dtype),
+    )
     gradients, weights = plan.arrays(updates), plan.arrays(params)
     leaves = plan.leaves_of(bracket, gradients)
     kept, moments = _kept(plan, bracket, state), _moments(plan, bracket, state)
@@ -186,6 +196,9 @@ def step(
     ]
     new_updates, kept = _completed(plan, bracket, updates, closed, kept, gain, done)
 
+    def stored_as(old: Any, new: Any) -> Any:
+        return store(new, old, bracket.dtype, state.key, state.count, clock.layer)
+
     count = jnp.asarray(optax.safe_increment(state.count))
     stored = [k.stored for k in kept]
     pending = [k.pending for k in kept]
@@ -196,8 +209,8 @@ def step(
         state.key,
         plan.boxed(state.basis, stored),
         plan.boxed(state.pending, pending),
-        inner_state,
-        full_state,
+        stored_as(before.inner_state, inner_state),
+        stored_as(before.full_state, full_state),
         plan.boxed(state.recovery_state, recovery),
     )
     return new_updates, new_state

@@ -150,7 +150,9 @@ class Compression:
                 reason = "several brackets project it"
             elif seen:
                 ((k, i, matrix),) = seen
-                reason, sent = _judge(self._brackets[k].planner, matrix, size)
+                reason, sent = _judge(
+                    self._brackets[k].planner, matrix, unbox(leaf).dtype, size
+                )
                 if sent < size:
                     self._where[path] = k, i
             self.rows[path] = LeafTraffic(path, shape, size, sent, reason)
@@ -178,16 +180,17 @@ def _is_bracket(node: Any) -> bool:
 def _channel(found: Described, state: SubspaceState, position: int) -> Channel:
     plan, bracket = found.plan, found.planner.bracket
     (matrix,) = (matrix for i, matrix in plan.matrices() if i == position)
-    leaf = low_leaf(bracket, matrix, shift=plan.shifts[position])
+    dtype, shift = plan.leaves[position].dtype, plan.shifts[position]
+    leaf = low_leaf(bracket, matrix, dtype, shift=shift)
     stored = plan.arrays(state.basis)[position]
     pending = plan.flat(state.pending)[position]
     return Channel(leaf, clock_of(state), stored, pending)
 
 
-def _judge(planner: Planner, matrix: Matrix, size: int) -> tuple[str, int]:
+def _judge(planner: Planner, matrix: Matrix, dtype: Any, size: int) -> tuple[str, int]:
     """Returns why a projected leaf is compressed or not, and its numbers sent."""
     bracket = planner.bracket
-    leaf = low_leaf(bracket, matrix)
+    leaf = low_leaf(bracket, matrix, dtype)
     projector = leaf.projector
     name = f"lro.{type(bracket.projector).__name__}"
     one_sided = matrix.side != "both"

@@ -18,7 +18,6 @@ from lowrank_optax.leaves.part import made
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transforms import (
-    cast_moments,
     decay_after,
     decay_before,
     scale_by_bias_correction,
@@ -48,6 +47,9 @@ class AnySize(TypedDict, total=False):
     param_shardings: Any
     full: Any
     dtype: Any
+    state_dtype: Any
+    mu_dtype: Any
+    nu_dtype: Any
     stagger: bool
     seed: int
 
@@ -98,12 +100,6 @@ class Moments(TypedDict, total=False):
             'code\'s 1e-6 with ``conventions="authors"`` where there are any.',
         ),
     ]
-    mu_dtype: Annotated[
-        Any, Arg(None, "storage dtype of the first moment; None is float32.")
-    ]
-    nu_dtype: Annotated[
-        Any, Arg(None, "storage dtype of the second moment; None is float32.")
-    ]
 
 
 class Adam(Moments, total=False):
@@ -150,7 +146,7 @@ class Stored(TypedDict, total=False):
     """The storage of the bases."""
 
     basis_dtype: Annotated[
-        Any, Arg(None, "storage dtype of the basis; None is float32.")
+        Any, Arg(None, "storage dtype of the basis; None is ``state_dtype``.")
     ]
 
 
@@ -202,9 +198,9 @@ COMMON = {
     "leaf's path.",
     "granularity": 'one step size per "column" of the matrix, or one for the whole, '
     '"tensor".',
-    "error_dtype": "storage dtype of E; bfloat16 halves it.",
+    "error_dtype": "storage dtype of E; None is ``state_dtype``.",
     "block": "elements of a moment per scale.",
-    "min_size": "matrices with fewer moments keep them in float32.",
+    "min_size": "matrices with fewer moments keep them in ``state_dtype``.",
     "growth_limit": "largest ratio of a norm to that of the step before; None for no "
     "limit. See ``lro.recover_scale`` for its reset.",
 }
@@ -256,8 +252,6 @@ class Recipe(types.SimpleNamespace):
         elif inner is None:
             eps = 1e-8 if self.eps is None else self.eps
             inner = made(optax.scale_by_adam, self.b1, self.b2, eps)
-        if self.mu_dtype is not None or self.nu_dtype is not None:
-            inner = made(cast_moments, inner, self.mu_dtype, self.nu_dtype)
         return inner
 
     def corrected_adam(self) -> Any:

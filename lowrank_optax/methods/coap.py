@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -16,7 +15,7 @@ from lowrank_optax.projectors import correlation
     "COAP",
     "2412.00071",
     "Xiao et al. (2024)",
-    defaults={"update_proj_gap": 32, "scale": 1.0, "basis_dtype": jnp.float32},
+    defaults={"update_proj_gap": 32, "scale": 1.0},
     ignored=("reproject_factor, basis_learning_rate, normalize beside projector",),
 )
 def coap(

@@ -29,6 +29,7 @@ def column_sgd(
     axis: int = -2,
     vector_scale: float | Array = 1.0,
     layer_axis: int | None = None,
+    state_dtype: Any = None,
     **options: Unpack[_Options],
 ) -> Transformation:
     """SCALE: column-normalized SGD, with momentum in the last layer alone.
@@ -53,7 +54,7 @@ def column_sgd(
       vector_scale: learning rate of the vectors per unit of that of the matrices
         (authors: 1 up to 350M, 5 at 1B, 10 at 7B).
       layer_axis: axis that stacks layers; stacked vectors are vectors.
-      mu_dtype: storage dtype of the momentum and of Adam's first moment.
+      state_dtype: storage dtype of momentum and moments; None is float32.
 
     Raises:
       ValueError: at init, if ``head`` is given and finds no matrix.
@@ -64,14 +65,14 @@ def column_sgd(
       * There, a matrix whose name is unknown is the head, and Adam adds eps to the root
         before its bias is corrected.
     """
-    its = Recipe(**{"base_optimizer": None, "conventions": "paper", **options})
-    dtype = jnp.float32 if its.mu_dtype is None else its.mu_dtype
+    its = Recipe(**options)
+    dtype = jnp.float32 if state_dtype is None else state_dtype
     # A bias is a factor of whole columns, and their rms divides it out again.
     trace = optax.ema(momentum, debias=False, accumulator_dtype=dtype)
     columns = optax.stateless_with_tree_map(lambda g, _: _divided(g, axis))
     # Nothing stands in a bracket, so the vectors' Adam is made at once.
     adam = optax.scale_by_adam(its.b1, its.b2, 1e-8 if its.eps is None else its.eps)
-    adam = cast_moments(adam, dtype, its.nu_dtype or jnp.float32)
+    adam = cast_moments(adam, dtype, dtype)
     tx = optax.partition(
         {
             "head": optax.chain(trace, columns),

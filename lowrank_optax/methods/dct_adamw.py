@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bracket.chain import backproject, chain
@@ -31,7 +30,7 @@ def dct_adamw(
     kind: str = "dct3",
     norm: int = 1,
     error_feedback: bool = False,
-    error_dtype: Any = jnp.float32,
+    error_dtype: Any = None,
     **options: Unpack[_Options],
 ) -> Transformation:
     """DCT-AdamW: Adam on r columns of a fixed cosine basis, chosen anew at each step.

@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -16,7 +15,6 @@ from lowrank_optax.projectors import grassmann
     "GrassWalk",
     "2510.01878",
     "Randomized Gradient Subspaces (2025)",
-    defaults={"basis_dtype": jnp.float32},
     ignored=(TURNED,),
 )
 def grass_walk(
@@ -60,7 +58,6 @@ scale_by_grass_walk = direction(grass_walk)
     "GrassJump",
     "2510.01878",
     "Randomized Gradient Subspaces (2025)",
-    defaults={"basis_dtype": jnp.float32},
     ignored=(TURNED,),
 )
 def grass_jump(

@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -27,7 +26,6 @@ class _Options(has.Base, has.Adam, has.Given, has.Stored, has.Conventions): ...
         "b1": 0.908,
         "b2": 0.99,
         "eps": 1e-8,
-        "basis_dtype": jnp.float32,
     },
     ignored=("rho beside projector", "error_dtype without error_feedback"),
     uses=("b1", "b2"),  # the moments turn by them, whoever keeps them
@@ -38,7 +36,7 @@ def ldadam(
     *,
     rho: float | Array | None = None,
     error_feedback: bool = False,
-    error_dtype: Any = jnp.float32,
+    error_dtype: Any = None,
     **options: Unpack[_Options],
 ) -> Transformation:
     """LDAdam: a new basis every step, moments and errors carried along.

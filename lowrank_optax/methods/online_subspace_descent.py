@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -28,7 +27,6 @@ class _Options(
     "Online Subspace Descent",
     "2408.12857",
     "Liang et al. (2024)",
-    defaults={"basis_dtype": jnp.float32},
     ignored=(
         "basis_optimizer, basis_learning_rate, ortho_penalty, basis_preset, normalize, "
         "reorthonormalize_every, cold_start beside projector",

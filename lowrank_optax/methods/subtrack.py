@@ -2,7 +2,6 @@
 
 from typing import Any, Unpack
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -41,7 +40,6 @@ def tracked(
     "SubTrack++",
     "2502.01586",
     "Rajabi et al. (2025)",
-    defaults={"basis_dtype": jnp.float32},
     ignored=(TURNED,),
 )
 def subtrack(

@@ -26,7 +26,7 @@ class _Options(has.Base, has.Moments, has.Bases): ...
     "2505.24749",
     "SUMO: Subspace-Aware Moment-Orthogonalization (2025)",
     defaults={"scale": 1.0, "b1": 0.95, "eps": 1e-8},
-    ignored=("b2, eps, nu_dtype beside full", "steps without orthogonalization"),
+    ignored=("b2, eps beside full", "steps without orthogonalization"),
 )
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
@@ -66,7 +66,6 @@ def sumo(
       b1: decay of the momentum (0.95, usual with orthogonalization).
       b2: of Adam on the leaves that stay full, whose first decay is 0.9.
       eps: of the same.
-      nu_dtype: storage dtype of the second moment of full leaves; None is float32.
       transport: what a new basis does to the momentum; None rotates it.
 
     Differences from the authors' code:
@@ -85,7 +84,7 @@ def sumo(
     tx = chain(
         its.open(leading(its, rank), rotate_moments()),
         # A polar factor does not depend on the scale of M, so no bias is corrected.
-        made(optax.ema, its.b1, debias=False, accumulator_dtype=its.mu_dtype),
+        made(optax.ema, its.b1, debias=False),
         made(orthogonalize, orthogonalization, steps, shape_factor),
         # Without a transformation of its own, so the residual is never formed.
         *([] if residual is None else [complement(scale=residual)]),

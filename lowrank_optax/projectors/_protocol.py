@@ -114,6 +114,11 @@ class Projector(Part):
         del path
         return self
 
+    def stored_as(self, dtype: Any) -> "Projector":
+        """Returns the projector that stores in ``dtype`` unless it was told another."""
+        del dtype
+        return self
+
     def start(self, matrix: Matrix) -> Any:
         """Returns what is stored for ONE matrix before its first refresh."""
         raise NotImplementedError
@@ -188,15 +193,21 @@ class BasisProjector(Projector):
     """A projector that stores the basis itself.
 
     Attributes:
-      basis_dtype: storage dtype of the basis; it is computed in float32, or in
-        float64 if that is stored.
+      basis_dtype: storage dtype of the basis, None for the parameter's; it is computed
+        in float32, or in float64 if that is stored.
     """
 
-    basis_dtype: Any = jnp.float32
+    basis_dtype: Any = None
+
+    def stored_as(self, dtype: Any) -> "Projector":
+        """Returns the projector that stores its bases in ``dtype``, or as told."""
+        if self.basis_dtype is not None:
+            return self
+        return dataclasses.replace(self, basis_dtype=dtype)
 
     def start(self, matrix: Matrix) -> Array:
         """Starts from the first r unit vectors: valid, and never used for long."""
-        return jnp.eye(matrix.m, matrix.rank, dtype=self.basis_dtype)
+        return jnp.eye(matrix.m, matrix.rank, dtype=self.basis_dtype or jnp.float32)
 
     def axes(self, matrix: Matrix) -> Axes:
         """Says that the basis has the matrix' rows, and its own vectors."""
@@ -206,7 +217,7 @@ class BasisProjector(Projector):
         """Computes the basis in float32 and rounds it to the storage dtype."""
         old = wide(stored)
         gradient = Operand.of(gradient, matrix.transposed).astype(old.dtype)
-        return self.renew(matrix, gradient, old, at).astype(self.basis_dtype)
+        return self.renew(matrix, gradient, old, at).astype(stored.dtype)
 
     def renew(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Returns the new basis ``[m, r]`` in the dtype of ``old``.
@@ -240,7 +251,8 @@ class OrthonormalProjector(BasisProjector):
     @property
     def orthonormal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the storage dtype keeps it so."""
-        return bool(jnp.finfo(self.basis_dtype).eps <= jnp.finfo(jnp.float32).eps)
+        dtype = self.basis_dtype or jnp.float32
+        return bool(jnp.finfo(dtype).eps <= jnp.finfo(jnp.float32).eps)
 
 
 # As many as `lro.power` takes by default.

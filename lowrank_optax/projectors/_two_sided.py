@@ -66,6 +66,11 @@ class TwoSided(Projector):
         left, right = self.left.for_leaf(path), self.right.for_leaf(path)
         return dataclasses.replace(self, left=left, right=right)
 
+    def stored_as(self, dtype: Any) -> "TwoSided":
+        """Returns the projector whose two sides store in ``dtype``."""
+        left, right = self.left.stored_as(dtype), self.right.stored_as(dtype)
+        return dataclasses.replace(self, left=left, right=right)
+
     def refresh(self, matrix: Matrix, gradient: Any, stored: Any, at: At) -> Any:
         """Refreshes each side from its own view of the gradient."""
         gradient = Operand.of(gradient)

@@ -37,6 +37,10 @@ class Wrapped(Projector):
         """Returns the same around the projector of the leaf."""
         return dataclasses.replace(self, projector=self.projector.for_leaf(path))
 
+    def stored_as(self, dtype: Any) -> Projector:
+        """Returns the same around a projector that stores in ``dtype``."""
+        return dataclasses.replace(self, projector=self.projector.stored_as(dtype))
+
     def side_of(self, matrix: Matrix, parts: Parts | None) -> str | None:
         """As inside."""
         return self.projector.side_of(matrix, parts)

@@ -175,7 +175,9 @@ class TwoSidedCorrelation(TwoSided):
             return part.step(matrix, gradient.array, (left, right), at)
 
         bases = jax.lax.cond(part.due_anew(at), decompose, step)
-        return TwoSidedBasis(*(basis.astype(part.basis_dtype) for basis in bases))
+        return TwoSidedBasis(
+            *(new.astype(old.dtype) for new, old in zip(bases, stored, strict=True))
+        )
 
 
 def _momentum(at: At) -> Array | None:

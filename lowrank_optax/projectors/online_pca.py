@@ -15,6 +15,7 @@ from lowrank_optax.linalg.bases import cholesky_qr, random_start
 from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient
 from lowrank_optax.linalg.products import Operand, wide
 from lowrank_optax.projectors._protocol import At, TrackingProjector
+from lowrank_optax.quantization.rounding import dither, round_to_bfloat16
 
 # The largest number of an int32, the dtype of the count of steps.
 NEVER = 2**31 - 1
@@ -150,7 +151,7 @@ class online_pca(TrackingProjector):
         slope = slope + self.ortho_penalty * penalty_gradient(basis)
         step, state = self._optimizer().update(slope, stored.optimizer, basis)
         basis = basis + self._rate(at.count) * jnp.asarray(step)
-        return OnlineBasis(basis.astype(self.basis_dtype), state)
+        return OnlineBasis(_rounded(basis, stored.vectors.dtype, at), state)
 
     def basis(self, matrix: Matrix, stored: OnlineBasis, at: At) -> Array:
         """Returns the basis of this step."""
@@ -176,3 +177,11 @@ class online_pca(TrackingProjector):
         if rate is None:
             return LEARNING_RATE if self.basis_optimizer is None else 1.0
         return rate(count) if callable(rate) else rate
+
+
+def _rounded(basis: Array, dtype: Any, at: At) -> Array:
+    """Casts for storage; to bfloat16 at random, as a step is less than a unit there."""
+    if dtype != jnp.bfloat16:
+        return basis.astype(dtype)
+    seeds = (*jax.random.key_data(at.key), at.count)
+    return round_to_bfloat16(basis, dither(seeds, basis.shape))

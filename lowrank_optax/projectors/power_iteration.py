@@ -68,7 +68,7 @@ class power_iteration(TrackingProjector, OrthonormalProjector):
     b1: float | Array = 0.908
     rho: float | Array = 0.908
     update_proj_gap: int = dataclasses.field(default=1, kw_only=True)
-    basis_dtype: Any = dataclasses.field(default=jnp.float32, kw_only=True)
+    basis_dtype: Any = dataclasses.field(default=None, kw_only=True)
 
     reads_moments = True
 

@@ -33,7 +33,7 @@ class error_feedback(Recovery):
 
     Args:
       b1: decay of the inner optimizer's first moment.
-      dtype: storage dtype of E, float32 or bfloat16 (half the price).
+      dtype: storage dtype of E, None for the parameter's.
       momentum: include the second part; needs a stored basis, moments that are moved
         along with it, and ``mu`` or ``trace`` in the inner state.
 
@@ -62,7 +62,7 @@ class error_feedback(Recovery):
     """
 
     b1: float | Array = 0.908
-    dtype: Any = jnp.float32
+    dtype: Any = None
     momentum: bool = True
 
     accumulates = False
@@ -70,7 +70,13 @@ class error_feedback(Recovery):
 
     def start(self, matrix: Matrix) -> Array:
         """Starts with nothing left out."""
-        return jnp.zeros(matrix.shape, self.dtype)
+        return jnp.zeros(matrix.shape, self.dtype or jnp.float32)
+
+    def stored_as(self, dtype: Any) -> Recovery:
+        """Returns the recovery that stores E in ``dtype``, or as told."""
+        if self.dtype is not None:
+            return self
+        return dataclasses.replace(self, dtype=dtype)
 
     def enter(self, state: Operand, gradient: Operand) -> Operand:
         """Returns ``A = G + E``."""
@@ -93,7 +99,7 @@ class error_feedback(Recovery):
 
         def kept(new: Array, old: Array) -> Array:
             # Rounded first: a finite float32 may be infinite in a narrower dtype.
-            new = new.astype(self.dtype)
+            new = new.astype(old.dtype)
             return jnp.where(jnp.isfinite(new), new, old)
 
         return Recovered(scale * view.direction), error.map(kept, state)

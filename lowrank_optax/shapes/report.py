@@ -137,7 +137,9 @@ def _side_costs(bracket: Described, leaf: LeafPlan) -> dict[str, SideCost]:
         seen = dataclasses.replace(matrix.seen_from(side), block=0)
         projected = math.prod(seen.batch_shape) * seen.rank * seen.n
         # A number of parts of 0 means that it is not known: counted as sharded.
-        costs[side] = SideCost(planner.state_bytes(seen), 4 * projected * (count != 1))
+        costs[side] = SideCost(
+            planner.state_bytes(seen, leaf.dtype), 4 * projected * (count != 1)
+        )
     return costs
 
 
