@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
@@ -27,7 +26,6 @@ GB = 1e9
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 # Ranks of GaLore's table 2; the 7B model's are those of its 8-bit run.
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
-HALF = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
 
 # Weights and states together in GB, as the papers estimate them: GaLore's table 2 and
 # Q-GaLore's table 1. At 7B they give measured totals only.
@@ -39,47 +37,41 @@ PAPERS = {
 
 
 def methods(rank: int) -> dict[str, optax.GradientTransformation]:
-    """Returns name -> optimizer; moments and bases in bfloat16 unless in 8 bits.
-
-    SUMO's momentum is float32, and so are its full leaves.
-    """
+    """Returns name -> optimizer, with defaults but for rank and layers."""
 
     def low(method: Callable[..., Any], **options: Any) -> Any:
         return method(1e-3, **{"rank": rank, "layer_axis": 0, **options})
 
-    half = {**HALF, "basis_dtype": jnp.bfloat16}
     rows = {
         "adamw": optax.adamw(1e-3),
         "adamw_8bit": lro.adamw_8bit(1e-3),
-        "galore": low(lro.galore, **half),
-        'galore, side="long"': low(lro.galore, side="long", **half),
+        "galore": low(lro.galore),
+        'galore, side="long"': low(lro.galore, side="long"),
         "galore_8bit": low(lro.galore_8bit),
         'galore_8bit, side="long"': low(lro.galore_8bit, side="long"),
         "q_galore": low(lro.q_galore),
-        "fira": low(lro.fira, **half),
-        "subtrack": low(lro.subtrack, **half),
-        "ldadam": low(lro.ldadam, **half),
-        "ldadam, error feedback": low(
-            lro.ldadam, error_feedback=True, error_dtype=jnp.bfloat16, **half
-        ),
-        "online_subspace_descent": low(lro.online_subspace_descent, **half),
-        "apollo": low(lro.apollo, **HALF),
-        "apollo_mini": low(lro.apollo_mini, rank=1, **HALF),
-        "coap": low(lro.coap, **half),
-        "sara": low(lro.sara, **half),
-        "dct_adamw": low(lro.dct_adamw, **HALF),
-        "natural_galore": low(lro.natural_galore, **half),
-        "galore_plus": low(lro.galore_plus, heads=8, **half),
-        "frugal": low(lro.frugal, **half),
+        "fira": low(lro.fira),
+        "subtrack": low(lro.subtrack),
+        "ldadam": low(lro.ldadam),
+        "ldadam, error feedback": low(lro.ldadam, error_feedback=True),
+        "online_subspace_descent": low(lro.online_subspace_descent),
+        "apollo": low(lro.apollo),
+        "apollo_mini": low(lro.apollo_mini, rank=1),
+        "coap": low(lro.coap),
+        "sara": low(lro.sara),
+        "dct_adamw": low(lro.dct_adamw),
+        "natural_galore": low(lro.natural_galore),
+        "galore_plus": low(lro.galore_plus, heads=8),
+        "frugal": low(lro.frugal),
         "sumo": low(lro.sumo),
-        "gwt, level 2": lro.gwt(1e-3, 2, layer_axis=0, **HALF),
-        "gwt, level 3": lro.gwt(1e-3, 3, layer_axis=0, **HALF),
+        "gwt, level 2": lro.gwt(1e-3, 2, layer_axis=0),
+        "gwt, level 3": lro.gwt(1e-3, 3, layer_axis=0),
     }
     # A method without a row above has its plain one.
     listed = {name.partition(",")[0] for name in rows}
     for name in lro.METHODS.keys() - listed:
         factory = lro.METHODS[name].factory
-        options = {"rank": rank, "layer_axis": 0, **half}
+        options = {"rank": rank, "layer_axis": 0}
         taken = inspect.signature(factory).parameters
         rows[name] = factory(1e-3, **{k: options[k] for k in taken if k in options})
     order = ["adamw", *lro.METHODS]

@@ -67,7 +67,6 @@ def galore_8bit(block: int) -> Make:
 
     def make(config: Resolved, shardings: Any) -> optax.GradientTransformation:
         options = optimizers.low_rank(config)
-        del options["mu_dtype"], options["nu_dtype"]
         return lro.galore_8bit(
             optimizers.learning_rate(config),
             update_proj_gap=config.update_proj_gap,

@@ -56,7 +56,7 @@ def test_steps_are_the_formulas():
 
 def test_only_the_head_and_the_vectors_have_state():
     sizes = lro.state_bytes(lro.column_sgd(LR), normal(0))
-    assert sizes.total == 4 * (6 * 8 + 2 * 6) + 2 * 4  # and two counters
+    assert sizes.total == 4 * (6 * 8 + 2 * 6) + 4  # and a counter
 
 
 def test_a_zero_gradient_is_no_step_and_size_does_not_matter():

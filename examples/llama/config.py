@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from examples.llama.model import ACTIVATIONS, ModelConfig
-from examples.llama.presets import METHODS, PRESETS, method_defaults
+from examples.llama.presets import METHODS, NO_SIDE, PRESETS, method_defaults
 
 
 class UsageError(Exception):
@@ -74,17 +74,17 @@ class TrainConfig:
     clip: float | None = None
     """largest global norm of the gradient; 0: no clipping"""
     rank: int | None = None
-    """rank of the projection (all but adamw, adamw_8bit and gwt), columns; left out:
+    """rank of the projection (methods that project), columns; left out:
     the preset's, apollo_mini 1"""
     level: int = 2
     """levels of the wavelet transform (gwt); each halves the moments"""
     side: str = ""
-    """which side of a matrix its basis lies on (all but adamw, adamw_8bit and gwt):
+    """which side of a matrix its basis lies on (methods that project):
     short, long (smaller state), left, right or auto (the one that --mesh does not cut,
     so that no step projects over the network; else the short one); empty: the method's
     own, short but for natural_galore"""
     update_proj_gap: int | None = None
-    """steps between two refreshes of the projection (all but adamw, adamw_8bit and gwt;
+    """steps between two refreshes of the projection (methods that project;
     at first, in q_galore; the basis of ldadam and online_subspace_descent moves at
     every step); left out: the preset's, or the method's own if that is not galore's:
     coap 32, dct_adamw 1"""
@@ -95,8 +95,10 @@ class TrainConfig:
     """stop when this many steps in a row had a gradient that was not finite"""
 
     param_dtype: str | None = None
-    """type of the parameters in a step, of their gradients and of the moments (not
-    8-bit ones): float32 or bfloat16"""
+    """type of the parameters in a step and of their gradients: float32 or bfloat16"""
+    state_dtype: str | None = None
+    """type of moments and bases between steps (not of 8-bit ones): float32 or bfloat16;
+    left out: as --param-dtype"""
     compute_dtype: str | None = None
     """type of activations and matrix products: float32 or bfloat16"""
     weights: str = "plain"
@@ -166,6 +168,7 @@ class Resolved(TrainConfig):
     tokenizer: str = ""
     packing: str = ""
     param_dtype: str = ""
+    state_dtype: str = ""
     compute_dtype: str = ""
     seq_len: int = 0
     batch_size: int = 0
@@ -186,7 +189,6 @@ class Resolved(TrainConfig):
 
 
 SIDES = ("short", "long", "left", "right", "auto")
-NO_SIDE = ("adamw", "adamw_8bit", "gwt")
 WEIGHTS = ("plain", "stochastic-bf16", "int8")  # kinds of `lro.weight_storage`
 
 # Methods that read no whole gradient between refreshes; dct_adamw has one at every
@@ -196,8 +198,8 @@ SENDS = "galore galore_8bit q_galore coap sara natural_galore galore_plus".split
 # A checkpoint written under another value of these does not fit; the rest (learning
 # rate, length, evaluation, logging) may change between a run and its continuation.
 IDENTITY = (
-    "preset optimizer packing seq_len batch_size seed param_dtype compute_dtype "
-    "weights tokenizer rank level update_proj_gap b1 b2"
+    "preset optimizer packing seq_len batch_size seed param_dtype state_dtype "
+    "compute_dtype weights tokenizer rank level update_proj_gap b1 b2"
 ).split()
 
 
@@ -217,6 +219,7 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
     # The later wins: the preset, the method's own defaults, the flags.
     values = defaults | given
     values.setdefault("warmup", values["steps"] // 10)
+    values.setdefault("state_dtype", values["param_dtype"])
     resolved = Resolved(**values)
     _check(resolved, preset.model)
     model = dataclasses.replace(
@@ -234,6 +237,7 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         "tokenizer": ("bytes", "bpe"),
         "packing": ("padded", "packed"),
         "param_dtype": ("float32", "bfloat16"),
+        "state_dtype": ("float32", "bfloat16"),
         "compute_dtype": ("float32", "bfloat16"),
         "weights": WEIGHTS,
         "activation_policy": tuple(ACTIVATIONS),

@@ -38,13 +38,14 @@ def low_rank(config: Resolved) -> dict[str, Any]:
         "weight_decay": config.weight_decay or None,
         "mask": is_decayed if config.weight_decay else None,
         "layer_axis": 0,
-        "mu_dtype": config.param_dtype,  # as the papers, and as Optax's AdamW
-        "nu_dtype": config.param_dtype,
+        "state_dtype": config.state_dtype,
         "seed": config.seed,
     }
 
 
-def adamw(config: Resolved, lr: optax.Schedule) -> optax.GradientTransformation:
+def adamw(
+    config: Resolved, lr: optax.Schedule, **_: Any
+) -> optax.GradientTransformation:
     decay = {"weight_decay": config.weight_decay, "mask": is_decayed}
     return optax.adamw(lr, config.b1, config.b2, config.eps, **decay)
 
@@ -58,8 +59,6 @@ def of_library(name: str) -> Factory:
     ) -> optax.GradientTransformation:
         options = low_rank(config) | side
         options |= {"update_proj_gap": config.update_proj_gap, "level": config.level}
-        if "block" in takes:  # moments are codes, of one type only
-            del options["mu_dtype"], options["nu_dtype"]
         if "heads" in takes:  # kernels cut into heads have one basis for all of them
             heads = PRESETS[config.preset].model.heads
             options["heads"] = lambda at: heads if re.search(r"/[qkv]/", at) else 1
@@ -69,7 +68,6 @@ def of_library(name: str) -> Factory:
     return make
 
 
-FULL = ("adamw", "adamw_8bit")  # project nothing
 OPTIMIZERS: dict[str, Factory] = {
     name: adamw if name == "adamw" else of_library(name) for name in METHODS
 }
@@ -101,8 +99,6 @@ def build_optimizer(
             f"unknown optimizer {config.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
         )
     rate = learning_rate(config)
-    if config.optimizer in FULL:
-        return OPTIMIZERS[config.optimizer](config, rate)
     side = {"side": config.side} if config.side else {}
     return OPTIMIZERS[config.optimizer](
         config, rate, param_shardings=param_shardings, **side

@@ -15,20 +15,19 @@ import lowrank_optax as lro
 from examples.llama.model import ModelConfig
 
 # The library's methods, and Optax's AdamW to compare them with.
-NAMES = (
-    "adamw_8bit", "galore", "galore_8bit", "q_galore", "fira", "subtrack", "grass_walk",
-    "grass_jump", "ldadam", "online_subspace_descent", "apollo", "apollo_mini", "coap",
-    "sara", "dct_adamw", "natural_galore", "galore_plus", "frugal", "gwt", "sumo",
-)  # fmt: skip
 METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.adamw,
-    **{name: getattr(lro, name) for name in NAMES},
+    **{name: method.factory for name, method in lro.METHODS.items()},
 }
 
 
 def parameters(optimizer: str) -> Mapping[str, inspect.Parameter]:
     """The arguments that an optimizer takes."""
     return inspect.signature(METHODS[optimizer]).parameters
+
+
+# Those that lay no basis on a side of a matrix: they project nothing, or on an axis.
+NO_SIDE = tuple(name for name in METHODS if "side" not in parameters(name))
 
 
 def method_defaults(optimizer: str) -> dict[str, Any]:
@@ -124,7 +123,7 @@ PRESETS: dict[str, Preset] = {
     "130m": _llama(768, 2048, 12, 12, Recipe(20_000, rank=256)),
     "250m": _llama(768, 2560, 24, 16, Recipe(40_000, rank=256)),
     "350m": _llama(1024, 2736, 24, 16, Recipe(60_000, rank=256)),
-    "1b": _llama(2048, 5461, 24, 32, Recipe(100_000, rank=1024)),
+    "1b": _llama(2048, 5461, 24, 32, Recipe(100_000, rank=512)),
     "3b": _llama(2560, 6848, 32, 32, Recipe(120_000, lr=0.005, rank=1024)),
     "7b": _llama(4096, 11008, 32, 32, _7B, max_length=2048),
     "13b": _llama(5120, 13824, 40, 40, _7B),

@@ -16,6 +16,8 @@ from lowrank_optax.methods._shared import Recipe, Transformation
 from lowrank_optax.transforms import cast_moments
 from lowrank_optax.transforms.cast import keep_dtypes
 
+_VECTOR = re.compile(r"norm|(^|/)(scale|bias)$")
+
 
 class _Options(has.Decay, has.Moments): ...
 
@@ -54,7 +56,8 @@ def column_sgd(
       vector_scale: learning rate of the vectors per unit of that of the matrices
         (authors: 1 up to 350M, 5 at 1B, 10 at 7B).
       layer_axis: axis that stacks layers; stacked vectors are vectors.
-      state_dtype: storage dtype of momentum and moments; None is float32.
+      state_dtype: storage dtype of the momentum; None is the parameter's. Moments of
+        vectors are float32.
 
     Raises:
       ValueError: at init, if ``head`` is given and finds no matrix.
@@ -66,16 +69,13 @@ def column_sgd(
         before its bias is corrected.
     """
     its = Recipe(**options)
-    dtype = jnp.float32 if state_dtype is None else state_dtype
-    # A bias is a factor of whole columns, and their rms divides it out again.
-    trace = optax.ema(momentum, debias=False, accumulator_dtype=dtype)
     columns = optax.stateless_with_tree_map(lambda g, _: _divided(g, axis))
     # Nothing stands in a bracket, so the vectors' Adam is made at once.
     adam = optax.scale_by_adam(its.b1, its.b2, 1e-8 if its.eps is None else its.eps)
-    adam = cast_moments(adam, dtype, dtype)
+    adam = cast_moments(adam, jnp.float32, jnp.float32)
     tx = optax.partition(
         {
-            "head": optax.chain(trace, columns),
+            "head": optax.chain(_average(momentum, state_dtype), columns),
             "matrix": columns,
             "vector": optax.chain(adam, optax.scale(vector_scale)),
         },
@@ -88,6 +88,30 @@ def column_sgd(
     return its.decayed(optax.with_extra_args_support(tx), learning_rate, authors=False)
 
 
+def _average(decay: Any, dtype: Any) -> optax.GradientTransformation:
+    """Returns the mean of the gradients so far, without a correction of its bias.
+
+    The bias is a factor of whole columns, and their rms divides it out again.
+    """
+
+    def init(params: Any) -> optax.TraceState:
+        return optax.TraceState(
+            jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        mean = jax.tree.map(
+            lambda m, g: decay * m + (1 - decay) * jnp.asarray(g, jnp.float32),
+            state.trace,
+            updates,
+        )
+        kept = jax.tree.map(lambda x, m: x.astype(m.dtype), mean, state.trace)
+        return mean, optax.TraceState(kept)
+
+    return optax.GradientTransformation(init, update)
+
+
 def _divided(gradient: Any, axis: int) -> Array:
     wide = jnp.asarray(gradient, jnp.float32)
     rms = jnp.sqrt(jnp.mean(wide**2, axis, keepdims=True))
@@ -97,10 +121,12 @@ def _divided(gradient: Any, axis: int) -> Array:
 
 def _roles(head: str | None, layer_axis: int | None, params: Any) -> Any:
     """Labels every leaf, a box as a whole."""
-    least = 2 if layer_axis is None else 3
 
     def role(path: Any, leaf: Any) -> str:
-        if jnp.ndim(unbox(leaf)) < least:
+        axes = jnp.ndim(unbox(leaf))
+        # Where layers are stacked, a leaf of two axes may be one vector for each.
+        stacked = layer_axis is not None and axes == 2
+        if axes < 2 or (stacked and _VECTOR.search(path_string(path))):
             return "vector"
         return "head" if re.search(head or "lm_head", path_string(path)) else "matrix"
 

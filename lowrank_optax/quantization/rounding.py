@@ -119,8 +119,8 @@ def dither(seeds: Sequence[Any], shape: Sequence[int], first: Any = 0) -> Array:
     """
     seed = jnp.uint32(0)
     for number in seeds:
-        seed = _hash(seed ^ jnp.asarray(number).astype(jnp.uint32))
-    place, stride = jnp.asarray(first).astype(jnp.uint32), 1
+        seed = _hash(seed ^ jnp.asarray(number, jnp.uint32))
+    place, stride = jnp.asarray(first, jnp.uint32), 1
     # Axis by axis, so that a sharded array is rounded where it lies.
     for axis in reversed(range(len(shape))):
         along = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
