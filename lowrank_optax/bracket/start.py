@@ -79,7 +79,7 @@ def _check_moments(bracket: Bracket, inner_state: Any) -> None:
     recovery = bracket.recovery
     if recovery is None or recovery.accumulates:
         return
-    if optax.tree_utils.tree_get(inner_state, "mini_step") is not None:
+    if optax.tree_utils.tree_get_all_with_path(inner_state, "mini_step"):
         raise ValueError(
             f"{type(recovery).__name__} does not work around an accumulation inside "
             "the bracket. Put optax.MultiSteps around the whole optimizer instead."

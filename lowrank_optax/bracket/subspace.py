@@ -202,7 +202,12 @@ def step(
     count = jnp.asarray(optax.safe_increment(state.count))
     stored = [k.stored for k in kept]
     pending = [k.pending for k in kept]
-    recovery = [k.recovery for k in kept]
+    new_recovery = [k.recovery for k in kept]
+    if state.recovery_state and bracket.recovery.whole:
+        # What such a recovery keeps of a leaf has never left its boxes.
+        new_recovery = plan.treedef.unflatten(new_recovery)
+    else:
+        new_recovery = plan.boxed(state.recovery_state, new_recovery)
     new_state = SubspaceState(
         # Micro-batches in the middle of a sum do not count: gaps are in whole steps.
         count if done is None else jnp.where(done, count, state.count),
@@ -211,7 +216,7 @@ def step(
         plan.boxed(state.pending, pending),
         stored_as(before.inner_state, inner_state),
         stored_as(before.full_state, full_state),
-        plan.boxed(state.recovery_state, recovery),
+        new_recovery,
     )
     return new_updates, new_state
 
@@ -227,8 +232,14 @@ def _is_summed(inner_state: Any) -> Any:
     """Returns whether no accumulation is under way, None where there never is one."""
     # `optax.MultiSteps` is known by this field, wherever it stands inside. It is 0 at
     # the start, and again after the micro-batch that completes a sum.
-    steps = optax.tree_utils.tree_get(inner_state, "mini_step")
-    return None if steps is None else steps == 0
+    found = optax.tree_utils.tree_get_all_with_path(inner_state, "mini_step")
+    if len(found) > 1:
+        raise ValueError(
+            f"The bracket's inner transformation accumulates in {len(found)} places "
+            "(optax.MultiSteps), so that no one moment ends a sum. Put one "
+            "optax.MultiSteps around all that stands between project and backproject."
+        )
+    return found[0][1] == 0 if found else None
 
 
 def _gain(bracket: Bracket, count: Array) -> Any:

@@ -174,6 +174,9 @@ class recover_scale(Recovery):
 
 def _regram(basis: Any, low: Array) -> Array:
     """Returns ``(P^T P) R``, on both sides where there are two bases."""
-    left, *right = (wide(b) for b in jax.tree.leaves(basis))
+    bases = [wide(b) for b in jax.tree.leaves(basis)]
+    if not bases:  # an orthonormal transform that is computed and not stored
+        return low
+    left, *right = bases
     low = jnp.matmul(gram(left), low, precision=HIGHEST)
     return by_blocks(low, gram(right[0]), HIGHEST) if right else low

@@ -8,6 +8,7 @@ differ nothing has been shown, and the law runs the wrapped step.
 """
 
 import collections
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,13 +39,19 @@ def _parameter(x: Any) -> str:
     a difference, which is safe.
     """
     if _is_jaxpr(x):
-        names = [f"{i} {v.aval}" for i, v in enumerate(getattr(x, "jaxpr", x).invars)]
-        return _hash("jaxpr", *expressions(x, names))
+        return _program(x)
     if isinstance(x, jax.sharding.Sharding | jax.sharding.PartitionSpec):
         return repr(None)  # where a number lies does not change it
     if isinstance(x, tuple | list):
         return _hash("tuple", *map(_parameter, x))
     return _value(x) if isinstance(x, np.ndarray | jax.Array) else repr(x)
+
+
+@functools.lru_cache(maxsize=1000)  # equal leaves share theirs
+def _program(jaxpr: Any) -> str:
+    invars = getattr(jaxpr, "jaxpr", jaxpr).invars
+    names = [f"{i} {v.aval}" for i, v in enumerate(invars)]
+    return _hash("jaxpr", *expressions(jaxpr, names))
 
 
 def expressions(
