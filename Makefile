@@ -12,7 +12,7 @@ WORKERS ?= 2
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 # Another jax: every method and every kind of state, fewer variants of them.
-LATEST_TESTS ?= -m "not slow and not tpu_aot and not variant"
+LATEST_TESTS ?= -m "not slow and not whole and not tpu_aot and not variant"
 
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # 3.12 before newer ones; on PATH before the version managers' folders.
@@ -28,8 +28,8 @@ LATEST_CANDIDATES := python3.12 $(wildcard \
 PIP := -m pip --disable-pip-version-check
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help train test lint types format test-slow test-latest find-latest docs \
-    bench clean FORCE
+.PHONY: help train test lint types format test-slow test-whole test-latest \
+    find-latest docs bench clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -54,6 +54,9 @@ format: $(VENV)/.dev  ## format and mend what the linter can mend
 
 test-slow: $(VENV)/.dev  ## the tests marked slow
 	$(PYTHON) $(PYTEST) -m slow
+
+test-whole: $(VENV)/.dev  ## whole runs of the trainer, notebooks and long pages
+	$(PYTHON) $(PYTEST) -m "whole and not slow"
 
 test-latest: $(LATEST)/.dev  ## without variants, on Python >= 3.12 with the newest jax
 	$(LATEST)/bin/python $(PYTEST) $(LATEST_TESTS)

@@ -313,6 +313,7 @@ def digest(drawn):
     return hashlib.sha256(joined).hexdigest()
 
 
+@pytest.mark.whole
 def test_bases_are_the_same_in_another_process():
     """Python's own hash of a path, for one, differs between processes."""
     code = "import tests.conftest\nfrom tests.test_apollo import bases, digest\n"

@@ -23,6 +23,13 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+# Their examples compile steps on meshes, or many of them.
+LONG = {
+    "docs/api/activations.md",
+    "docs/distributed.md",
+    "docs/methods/q_galore.md",
+    "docs/pods.md",
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -166,7 +173,14 @@ def blocks(text):
         yield text[: match.start()].count("\n") + 1, match.group(1)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=label)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.whole) if label(page) in LONG else page
+        for page in PAGES
+    ],
+    ids=label,
+)
 def test_page_examples(page):
     """All blocks of one page share a namespace, as a reader would type them."""
     namespace = {"__name__": "__main__"}
@@ -202,6 +216,7 @@ def test_trainer_flags_exist():
 # --- notebooks ---------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
 def test_notebook_runs(path, monkeypatch):
     # As a reader's: the tests' own flags would leave its loops unoptimized.

@@ -126,6 +126,7 @@ def train_micro(folder, shards, *flags):
     return losses, decisions
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("micro_preset")
 def test_a_run_follows_its_plan(shards, tmp_path):
     """Two runs that differ in the budget: the same first loss, other gradients."""
@@ -149,6 +150,7 @@ def test_a_run_follows_its_plan(shards, tmp_path):
     assert settings["activation_budget"] == "30%"
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("micro_preset")
 def test_a_resumed_run_has_the_plan_of_the_one_that_stopped(
     shards, tmp_path, monkeypatch
@@ -173,6 +175,7 @@ def layer_gradients(definition, params, batch, wrap=None):
     return jax.jit(gradient, compiler_options=QUICK)(params, batch)
 
 
+@pytest.mark.whole
 def test_gradients_are_within_the_predicted_error():
     """Of the trainer's model, whatever the policy: at most 1.5 of what was predicted.
 

@@ -45,6 +45,7 @@ def metrics(shards, tmp_path):
     return run
 
 
+@pytest.mark.whole
 def test_layerwise_goes_on_with_a_plain_run_and_back(metrics, tmp_path, monkeypatch):
     """Layer-wise and on two devices from step 3 to 6; refreshes at 0, 3 and 6 of 8.
 
@@ -112,6 +113,7 @@ def check_compressed(metrics, mesh, **flags):
     assert [ratio > 0.9999 for ratio in ratios] == [True, False, False] * 2
 
 
+@pytest.mark.whole
 def test_compressed_equals_plain_data_parallelism(metrics, tmp_path, capsys):
     check_compressed(metrics, "")
     told = capsys.readouterr().out

@@ -162,6 +162,7 @@ def check_layouts(monkeypatch, batches, optimizer, layouts, ff_width=48):
         np.testing.assert_allclose(found, expected, rtol=TOLERANCE, err_msg=mesh)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("optimizer", "layout"), [("adamw", ("fsdp=4", 4)), ("galore", LAYOUTS["all"])]
 )
@@ -219,6 +220,7 @@ def sides(mesh, devices, **flags):
     return {path.split("/")[-2]: side for path, side in found.items()}
 
 
+@pytest.mark.whole
 def test_sides(monkeypatch):
     preset(monkeypatch, ff_width=96)
     short = {"q": "left", "k": "left", "v": "left", "o": "left"}
@@ -240,6 +242,7 @@ def test_sides(monkeypatch):
         sides("", 1, side="top")
 
 
+@pytest.mark.whole
 def test_a_checkpoint_is_restored_on_another_mesh(monkeypatch, tmp_path):
     preset(monkeypatch)
     args = "galore", "data=2,fsdp=2,tensor=2", 8, "int8"

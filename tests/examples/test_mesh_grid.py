@@ -47,6 +47,7 @@ COVER = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("method", "kind", "sizes"), COVER)
 def test_losses_agree(method, kind, sizes):
     check(run_on(kind, method, sizes, LAYOUTS[sizes]), method)

@@ -137,6 +137,7 @@ def test_a_plan_that_fits(capsys):
     assert "subtrack" in out and "fits" in out
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("quick_table")
 def test_a_plan_that_does_not_fit_names_what_would(capsys):
     flags = ["--topology", "v5e:2x2", "--activation-policy", "none", "--batch", "512"]
@@ -148,6 +149,7 @@ def test_a_plan_that_does_not_fit_names_what_would(capsys):
     assert "--optimizer gwt" not in out  # its state is not what is too large
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("quick_table")
 def test_where_one_change_is_not_enough_two_are_named(capsys):
     flags = ["--topology", "v5e:1x1", "--activation-policy", "none", "--batch", "4"]
@@ -175,6 +177,7 @@ def test_compiling_needs_the_compiler(capsys, monkeypatch):
     assert code == 2 and "pip install '.[tpu]'" in err
 
 
+@pytest.mark.whole
 def test_the_compiler_decides(capsys, monkeypatch):
     monkeypatch.setattr(plan, "COMPARED", ())
     monkeypatch.setattr(plan, "require_compiler", lambda topology: None)
@@ -213,6 +216,7 @@ def quick_table(monkeypatch):
     monkeypatch.setattr(plan, "COMPARED", ("adamw", "gwt"))
 
 
+@pytest.mark.whole
 def test_a_budget_is_planned_for_the_rows_of_one_device():
     """Twice the devices, half of what each keeps: kept bytes are a sum over rows."""
     kept = []

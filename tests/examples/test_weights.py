@@ -66,6 +66,7 @@ def run(config: TrainConfig, **changes):
     return trainer, result, keys
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_training_and_going_on(kind, config, tmp_path, capsys):
     whole, result, keys = run(config, weights=kind)
