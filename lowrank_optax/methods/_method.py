@@ -18,9 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-import optax
 from jax.core import Tracer
-from jaxtyping import Array
 
 from lowrank_optax.bracket.chain import project
 from lowrank_optax.methods._shared import COMMON, Arg, Leaves, Options
@@ -366,58 +364,3 @@ def _entries(section: str) -> dict[str, str]:
     """Returns argument -> description of an ``Args`` section."""
     entries = re.split(r"^(\w+): ", textwrap.dedent(section), flags=re.MULTILINE)
     return dict(zip(entries[1::2], entries[2::2], strict=True))
-
-
-# --- static arguments --------------------------------------------------------------
-
-_NUMERIC = (
-    optax.ScalarOrSchedule,
-    optax.ScalarOrSchedule | None,
-    float | Array,
-    float | Array | None,
-    float,
-    float | None,
-    Array,
-    Array | None,
-)
-
-
-def static_args(fn: Callable[..., Any]) -> tuple[str, ...]:
-    """Returns the names of a function's arguments that are not numbers to tune.
-
-    ``optax.inject_hyperparams`` turns every number it is not told about into an
-    array, ranks included, and every callable into a schedule.
-
-    Args:
-      fn: a method of this library, such as ``lro.galore``, or a factory of your own.
-        Its arguments that are annotated as ``float``, an array, or
-        ``optax.ScalarOrSchedule`` are numbers to tune; so are those without annotation
-        whose default is a float, and a ``learning_rate``.
-
-    Returns:
-      The names for ``static_args``.
-
-    Examples:
-      >>> import optax
-      >>> import lowrank_optax as lro
-      >>> "rank" in lro.static_args(lro.galore), "scale" in lro.static_args(lro.galore)
-      (True, False)
-      >>> make = optax.inject_hyperparams(
-      ...     lro.galore, static_args=lro.static_args(lro.galore)
-      ... )
-      >>> tx = make(learning_rate=1e-3, rank=8)
-    """
-    try:
-        # Annotations may be strings, as under `from __future__ import annotations`, and
-        # their names may be out of reach.
-        parameters = inspect.signature(fn, eval_str=True).parameters.values()
-    except (NameError, SyntaxError, TypeError):
-        parameters = inspect.signature(fn).parameters.values()
-    return tuple(p.name for p in parameters if not _is_numeric(p))
-
-
-def _is_numeric(parameter: inspect.Parameter) -> bool:
-    if parameter.annotation is inspect.Parameter.empty:
-        number = isinstance(parameter.default, float)
-        return number or parameter.name == "learning_rate"
-    return parameter.annotation in _NUMERIC
