@@ -59,6 +59,26 @@ class Method:
     direction: Callable[..., Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Fixed:
+    """The default of an argument that is no number to tune.
+
+    ``optax.inject_hyperparams`` makes arrays of all ints and schedules of all
+    callables, defaults included; what stands in such a box it hands on as it is.
+    """
+
+    value: Any
+
+    def __repr__(self) -> str:
+        """Reads like the value itself, in ``help()`` and signatures."""
+        return repr(self.value)
+
+
+def plain(value: Any) -> Any:
+    """Returns what is in the box, or a value that is in none."""
+    return value.value if isinstance(value, Fixed) else value
+
+
 _methods: dict[str, Method] = {}
 METHODS: Mapping[str, Method] = types.MappingProxyType(_methods)
 """Every method, by name and in the order of the tables; see ``lro.Method``."""
@@ -92,6 +112,7 @@ def method(
     def decorate(recipe: F) -> F:
         name = recipe.__name__
         signature, texts = _complete(recipe, defaults or {})
+        signature = _boxed(signature)
         rules = _rules(signature, ignored, uses)
         make = _checked(recipe, f"lro.{name}", signature, rules)
         source = f"{reference}, https://arxiv.org/abs/{paper}"
@@ -180,6 +201,23 @@ def _complete(
     return own.replace(parameters=parameters), texts
 
 
+def _boxed(signature: inspect.Signature) -> inspect.Signature:
+    """Puts defaults into boxes that would otherwise be injected.
+
+    Not those of ranks and gaps, which everybody who injects says are static.
+    """
+
+    def box(p: inspect.Parameter) -> inspect.Parameter:
+        tuned = float in typing.get_args(p.annotation) or p.annotation is float
+        injected = type(p.default) is int or callable(p.default)
+        named = p.name in ("rank", "update_proj_gap", "learning_rate")
+        if tuned or named or p.default is p.empty or not injected:
+            return p
+        return p.replace(default=Fixed(p.default))
+
+    return signature.replace(parameters=[*map(box, signature.parameters.values())])
+
+
 def _texts(group: Any) -> dict[str, str]:
     hints = typing.get_type_hints(group, include_extras=True)
     return {
@@ -238,6 +276,8 @@ def _checked(
                     f"Drop `{argument}`, or give {names}."
                 )
         bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = plain(value)
         return recipe(*bound.args, **bound.kwargs)
 
     make: Any = checked
@@ -266,8 +306,8 @@ def _given(bound: inspect.BoundArguments, name: str) -> bool:
     ``optax.inject_hyperparams`` passes the defaults of all arguments, the numbers as
     arrays. A traced number's value is unknown: it counts as the default.
     """
-    default = bound.signature.parameters[name].default
-    value = bound.arguments.get(name, default)
+    default = plain(bound.signature.parameters[name].default)
+    value = plain(bound.arguments.get(name, default))
     if isinstance(value, jax.Array) and isinstance(default, float | int):
         if isinstance(value, Tracer):
             return False
@@ -280,8 +320,8 @@ def _given(bound: inspect.BoundArguments, name: str) -> bool:
 
 def _acts(bound: inspect.BoundArguments, name: str) -> bool:
     """Whether an argument does something: a float does at its default, too."""
-    default = bound.signature.parameters[name].default
-    value = bound.arguments.get(name, default)
+    default = plain(bound.signature.parameters[name].default)
+    value = plain(bound.arguments.get(name, default))
     if value is None or value is False:
         return False
     return isinstance(default, float) or _given(bound, name)
