@@ -34,6 +34,29 @@ IGNORED = (
     "growth_limit beside recovery",
     "mask without weight_decay",
 )
+# What other libraries call an argument, and what it is called here.
+RENAMED = {
+    "lr": "write learning_rate=",
+    "galore_scale": "write scale=",
+    "alpha": "write scale=",
+    "betas": "write b1= and b2=, one number each",
+    "beta1": "write b1=",
+    "beta2": "write b2=",
+    "epsilon": "write eps=",
+    "wd": "write weight_decay=",
+    "decay": "write weight_decay=",
+    "proj_type": 'write side=, where "std" is "short", "reverse_std" is "long" and '
+    '"full" is "both"',
+    "proj": "write projector=, such as lro.svd(rank=8)",
+    "proj_gap": "write update_proj_gap=",
+    "gap": "write update_proj_gap=",
+    "r": "write rank=",
+    "scale_type": 'write granularity=, where "channel" is "column"',
+    "optim_target_modules": "write select=, what the leaves' paths contain",
+    "target_modules": "write select=, what the leaves' paths contain",
+    "params": "parameters go to init and update: tx.init(params)",
+    "model": "parameters go to init and update: tx.init(params)",
+}
 # A scale_by_ form leaves these to its method.
 STEP = ("learning_rate", "weight_decay", "mask")
 
@@ -261,6 +284,7 @@ def _checked(
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{called}: {error}.") from None
+        _check_values(called, bound)
         for argument, word, others in rules:
             if not _given(bound, argument):
                 continue
@@ -287,6 +311,8 @@ def _checked(
 
 def _unknown(called: str, name: str, signature: inspect.Signature) -> str:
     message = f"{called} has no argument `{name}`."
+    if name in RENAMED:
+        return f"{message} Here, {RENAMED[name]}."
     close = difflib.get_close_matches(name, signature.parameters, n=1)
     if close:
         return f"{message} Did you mean `{close[0]}`?"
@@ -298,6 +324,58 @@ def _unknown(called: str, name: str, signature: inspect.Signature) -> str:
     if having:
         return f"{message} It is one of {', '.join(having)}."
     return f"{message} It takes: {', '.join(signature.parameters)}."
+
+
+def _check_values(called: str, bound: inspect.BoundArguments) -> None:
+    """Raises where something else stands in a number's place."""
+    for name, value in bound.arguments.items():
+        hint = bound.signature.parameters[name].annotation
+        kinds = typing.get_args(hint) or (hint,)
+        if float in kinds and not (value is None and type(None) in kinds):
+            _check_number(called, name, plain(value), str in kinds)
+    rate, rank = (bound.arguments.get(n) for n in ("learning_rate", "rank"))
+    whole = isinstance(rate, int) and not isinstance(rate, bool) and rate > 1
+    if whole and isinstance(rank, float):
+        raise TypeError(
+            f"{called}: learning_rate={rate} and rank={rank} seem to have changed "
+            f"places. The learning rate comes first: learning_rate={rank}, rank={rate}."
+        )
+
+
+def _check_number(called: str, name: str, value: Any, choice: bool) -> None:
+    schedule = name == "learning_rate"
+    wanted = "a number or a schedule" if schedule else "a number"
+    hint = f"Write {name}=0.1, say."
+    if isinstance(value, str):
+        if choice:  # it is checked where it is used
+            return
+        hint = "Write it without quotes."
+    elif isinstance(value, list | tuple) and not hasattr(value, "init"):
+        hint = "Write one number."
+        if name in ("b1", "b2"):
+            hint = "Write b1 and b2 apart, one number each."
+    elif hasattr(value, "init"):
+        hint = "A transformation stands in a chain: optax.chain(first, second)."
+    elif isinstance(value, dict):
+        hint = "Parameters go to init and update: tx.init(params)."
+    elif isinstance(value, bool) or value is None:
+        pass
+    elif callable(value) and not schedule:
+        hint = (
+            "It has no schedule of its own: optax.inject_hyperparams(fn, "
+            f"static_args=lro.static_args(fn))(..., {name}=schedule) gives it one."
+        )
+    else:
+        return  # numbers, arrays, tracers, schedules, and what acts like one
+    raise TypeError(
+        f"{called}: `{name}` must be {wanted}, got {_short(value)} of type "
+        f"{type(value).__name__}. {hint}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _given(bound: inspect.BoundArguments, name: str) -> bool:
