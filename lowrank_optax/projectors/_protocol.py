@@ -245,7 +245,8 @@ class OrthonormalProjector(BasisProjector):
 
 def check_complete(projector: Projector) -> None:
     """Raises TypeError if a projector's class lacks a method that it must define."""
-    kind, missing = type(projector), None
+    kind: Any = type(projector)
+    missing = None
     if kind.start is Projector.start:
         missing = "start"
     elif projector.stores_basis and kind.refresh is Projector.refresh:

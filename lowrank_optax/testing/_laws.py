@@ -149,7 +149,7 @@ def _inject_hyperparams(subject: Subject) -> None:
     hyperparams = _hyperparams(start)
     # As an array of float32, 0.999 is 6e-8 off, which is 6e-5 of 1 - 0.999.
     last_state, step = _run_in_place(subject, tx, rtol=1e-4)
-    last = default(len(subject.gradients) - 1) if callable(default) else default
+    last: Any = default(len(subject.gradients) - 1) if callable(default) else default
     rate = _hyperparams(last_state)["learning_rate"]
     np.testing.assert_allclose(rate, last, rtol=1e-6)
     if callable(default):

@@ -230,13 +230,13 @@ def _minimize(
 
         for k, (tag, always, users) in enumerate(values):
             if always:
-                at_most(tag, None, k, 0)
+                at_most(tag, None, k, 0.0)
                 continue
             for j in users:
-                at_most(tag, j, k, 1)
+                at_most(tag, j, k, 1.0)
         for s, (members, _) in enumerate(joint):
             for k in members:
-                at_most(None, k, len(values) + s, 0)
+                at_most(None, k, len(values) + s, 0.0)
     allowed = np.tile(tables.allowed.ravel(), groups).astype(float)
     found = optimize.milp(
         row(weights, [again * t for t in cost]),
