@@ -52,7 +52,9 @@ class Parts:
         step = angle if self.basis == "walk" else "line_search"
         move = MOVES[self.basis]
         projector = lro.grassmann(config.rank, gap, move=move, step=step)
-        transport = lro.rotate_moments(config.b1, config.b2, self.transport)
+        transport = lro.align_signs()  # "off": no moment turns
+        if self.transport != "off":
+            transport = lro.rotate_moments(config.b1, config.b2, self.transport)
         recovery = [lro.recover_scale()] if self.recovery == "on" else []
         bracket = lro.chain(
             lro.project(projector, transport=transport, layer_axis=0, seed=config.seed),

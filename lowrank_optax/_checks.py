@@ -27,6 +27,16 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
       TypeError: if it is not an int (bools, floats and arrays included).
       ValueError: if it is below ``least``.
     """
+    if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+        raise TypeError(
+            f"`{name}` must be {'a positive' if least else 'an'} int, got {value!r} "
+            f"of type str. Write it without quotes: {name}={value.strip()}."
+        )
+    if callable(value) and not isinstance(value, type):
+        raise TypeError(
+            f"`{name}` must be {'a positive' if least else 'an'} int, got a function: "
+            "a number that fixes array shapes or the program itself has no schedule."
+        )
     # Python counts True as an int. NumPy's integers are Integral and pass.
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(

@@ -115,7 +115,7 @@ class TrainConfig:
     takes, such as 30%, or bytes in all. A plan decides what is kept, compressed or
     recomputed (adacc); it is written to the run's folder"""
     activation_error: float = 0.05
-    """largest relative error of the layers' gradient that the plan for
+    """largest bound on the error of the layers' gradient that the plan for
     --activation-budget may cause, as measured on the first batch; 0: any"""
     replan_every: int = 500
     """steps after which errors are measured again and the plan is made anew where it

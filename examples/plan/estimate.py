@@ -26,6 +26,7 @@ class Parts:
 
     Attributes:
       parameters: as they are stored.
+      loaded: the same in the type of the step, where they are stored in another.
       state: of the optimizer.
       sums: of the gradients of micro-batches, in float32; 0 where there is one.
       kept: by all layers for their backward pass, their inputs included.
@@ -37,6 +38,7 @@ class Parts:
     """
 
     parameters: int
+    loaded: int
     state: int
     sums: int
     kept: int
@@ -48,7 +50,7 @@ class Parts:
     @property
     def temporaries(self) -> int:
         backward = self.gradients + self.working + self.gathered
-        return self.sums + self.kept + max(self.loss, backward)
+        return self.loaded + self.sums + self.kept + max(self.loss, backward)
 
     @property
     def total(self) -> int:
@@ -78,17 +80,26 @@ def estimate(
     _, params = abstract_model(model)
     shardings = param_shardings(mesh, params)
     own = lro.bytes_per_device(params, shardings)
+    weights = lro.weight_storage(config.weights, config.param_dtype, layer_axis=0)
+    stored = lro.bytes_per_device(jax.eval_shape(weights.store, params))
     one = of_one_device(config, sizes)
     whole, cut, working = _activations(one, model, profile)
     count, whole_bytes = count_params(params), lro.bytes_per_device(params)
+    gradients = own
+    if config.layerwise:  # of one layer, and of the largest that is in none
+        layers = lro.bytes_per_device(params["layers"]) // model.layers
+        rest = [x for name, x in params.items() if name != "layers"]
+        sizes_of = [lro.bytes_per_device(x) for x in jax.tree.leaves(rest)]
+        gradients = own * (layers + max(sizes_of)) // whole_bytes
     return Parts(
-        parameters=own,
+        parameters=own * stored // whole_bytes,
+        loaded=own if config.weights != "plain" else 0,
         state=state_bytes(tx, params, shardings),
         # Numbers on one device, of four bytes each.
         sums=4 * own * count // whole_bytes if config.micro_batches > 1 else 0,
         kept=whole + cut // sizes["tensor"],
         loss=_loss(one, model, sizes),
-        gradients=own,
+        gradients=gradients,
         working=working // sizes["tensor"],
         gathered=_gathered(model, params, sizes),
     )
@@ -112,9 +123,12 @@ def _activations(
         "names": dict.fromkeys(PRODUCTS, "save"),
         "adacc": activations.transformer_policy(),
     }
-    policy = policies.get(config.activation_policy, {})
+    chosen = config.activation_policy
+    if config.layerwise:  # each layer is computed again
+        chosen = "full"
+    policy = policies.get(chosen, {})
     found = activations.predict(layers.block, args, count, policy, hardware=profile)
-    if config.activation_policy != "none":
+    if chosen != "none":
         return found.input_bytes, found.kept_bytes, found.working_bytes
     # What reverse mode keeps by itself: the leaves of the function that it returns.
     own, x = args

@@ -7,6 +7,7 @@ Exit codes: 0 it fits; 1 it does not, with what would; 2 the command needs mendi
 import contextlib
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,36 +41,46 @@ MARGIN = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanConfig:
-    """Say whether a training run fits on a TPU slice or on GPUs, before renting it."""
+class PlanConfig(TrainConfig):
+    """Say whether a training run fits on a TPU slice or on GPUs, before renting it.
 
-    preset: str = "7b"
-    """model, as for training"""
-    optimizer: str = "galore"
-    """name, as for training"""
-    rank: int | None = None
-    """of the projection; left out: the preset's"""
-    side: str = ""
-    """which side of a matrix its basis lies on, as for training"""
-    topology: str = "v5e:16x16"
+    The flags are the trainer's, with its defaults, and those below.
+    """
+
+    topology: str = ""
     """a TPU and its extent (v5e:16x16, v4:4x4x8, v5p:2x2x2, v6e:4x4), or a GPU and a
-    number (h100:8)"""
-    mesh: str = "fsdp=-1"
-    """sizes of data, fsdp, tensor, as for training"""
-    batch: int = 512
-    """rows per optimizer step, on all devices together"""
-    seq: int = 2048
-    """length of a row, tokens"""
-    micro_batches: int = 1
-    """parts that the rows of one step are computed in, one after another"""
-    param_dtype: str = "bfloat16"
-    """of parameters, gradients and moments"""
-    activation_policy: str = "full"
-    """none, full, names or adacc, as for training"""
-    activation_budget: str = ""
-    """a percentage or bytes, as for training; it takes the place of the policy"""
+    number (h100:8, rtx4090:1, a100-40:4); empty: v5e:16x16, or one device that has
+    --memory"""
+    memory: str = ""
+    """of one device, in place of the data sheet's: 24GB, 22.5GiB or bytes"""
     compile: bool = False
     """also compile the step with the TPU's compiler (extra tpu; minutes)"""
+
+
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of 24GB, 22.5GiB and the like."""
+    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(found[2].upper()) if found else None
+    try:
+        size = float(found[1]) * unit if found and unit else 0.0
+    except ValueError:
+        size = 0.0
+    if size < 1:
+        raise UsageError(f"--memory must be a size such as 24GB or 22GiB; got {text!r}")
+    return int(size)
+
+
+def devices_of(plan: PlanConfig) -> lro.Topology:
+    """The devices that are asked for; those of --memory alone have no name."""
+    if plan.memory and not plan.topology:
+        return lro.Topology(f"one device of {plan.memory}", "rtx4090", (1,))
+    try:
+        return lro.parse_topology(plan.topology or "v5e:16x16")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Run:
     model: ModelConfig
     topology: lro.Topology
     sizes: dict[str, int]
+    memory: int = 0
 
     @property
     def tx(self) -> optax.GradientTransformation:
@@ -92,7 +104,7 @@ class Run:
     @property
     def memory_bytes(self) -> int:
         """Of one device."""
-        return memory_bytes(self.topology)
+        return self.memory or memory_bytes(self.topology)
 
     def parts(self) -> Parts:
         return estimate(
@@ -108,51 +120,45 @@ class Run:
 def plan_run(plan: PlanConfig, **changes: Any) -> Run:
     """The run that the flags, or the flags with changes, describe."""
     plan = dataclasses.replace(plan, **changes)
-    config, model = resolve(
-        TrainConfig(
-            preset=plan.preset,
-            optimizer=plan.optimizer,
-            rank=plan.rank,
-            side="" if plan.optimizer in NO_SIDE else plan.side,
-            batch_size=plan.batch,
-            seq_len=plan.seq,
-            micro_batches=plan.micro_batches,
-            param_dtype=plan.param_dtype,
-            compute_dtype="bfloat16",
-            activation_policy="none"
-            if plan.activation_budget
-            else plan.activation_policy,
-            activation_budget=plan.activation_budget,
-        )
-    )
-    try:
-        topology = lro.parse_topology(plan.topology)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    sizes = parse_mesh(plan.mesh, topology.devices)
+    flags = {f.name: getattr(plan, f.name) for f in dataclasses.fields(TrainConfig)}
+    if "optimizer" in changes and plan.optimizer in NO_SIDE:
+        flags["side"] = ""
+    config, model = resolve(TrainConfig(**flags))
+    memory = parse_memory(plan.memory) if plan.memory else 0
+    topology = devices_of(plan)
+    devices = topology.devices
+    each = config.batch_size // config.micro_batches
+    # As the trainer chooses: all devices, if the rows can be cut over them, else one.
+    mesh = config.mesh or ("data=-1" if config.compressed else "fsdp=-1")
+    if not config.mesh and not config.compressed and each % devices:
+        mesh, devices = "fsdp=1", 1
+    sizes = parse_mesh(mesh, devices)
     # Every micro-batch is cut over all devices, so both numbers must divide the rows.
     parts = math.prod(sizes[axis] for axis in ROWS) * config.micro_batches
     if config.batch_size % parts:
         raise UsageError(
-            f"{plan.batch} rows in {plan.micro_batches} micro-batches cannot be cut "
-            f"over data x fsdp = {parts // config.micro_batches} devices; the nearest "
-            f"that works is --batch {-(-plan.batch // parts) * parts}"
+            f"{config.batch_size} rows in {config.micro_batches} micro-batches cannot "
+            f"be cut over data x fsdp = {parts // config.micro_batches} devices; the "
+            f"nearest that works is --batch-size "
+            f"{-(-config.batch_size // parts) * parts}"
         )
-    return Run(config, model, topology, sizes)
+    config = dataclasses.replace(config, mesh=mesh)
+    return Run(config, model, topology, sizes, memory)
 
 
-def verdict(total: int, topology: lro.Topology) -> str:
+def verdict(total: int, topology: lro.Topology, memory: int = 0) -> str:
     """In words; an estimate close to what a device has decides nothing."""
-    room = memory_bytes(topology)
+    room = memory or memory_bytes(topology)
     if total > room:
         return "too much"
     return "fits" if total <= MARGIN * room else "close: --compile"
 
 
-def breakdown(parts: Parts, topology: lro.Topology) -> str:
+def breakdown(parts: Parts, topology: lro.Topology, memory: int = 0) -> str:
     """A line for each part."""
     rows = [*dataclasses.asdict(parts).items()]
-    rows += [("at the fullest", parts.total), ("a device has", memory_bytes(topology))]
+    room = memory or memory_bytes(topology)
+    rows += [("at the fullest", parts.total), ("a device has", room)]
     return "\n".join(f"  {name:<14} {size / MIB:>12,.1f} MiB" for name, size in rows)
 
 
@@ -170,18 +176,19 @@ def what_fits(plan: PlanConfig) -> Iterator[tuple[str, int | None, str, Parts]]:
 
 def ways_out(plan: PlanConfig) -> Iterator[str]:
     """Changes, each alone, with which the run would fit."""
+    config, topology = plan_run(plan).config, devices_of(plan)
     changes: list[tuple[str, dict[str, Any]]] = [
         (f"--activation-policy {name}", {"activation_policy": name})
         for name in ("adacc", "full")
-        if name != plan.activation_policy and not plan.activation_budget
+        if name != config.activation_policy and not plan.activation_budget
     ]
-    number = plan.micro_batches
-    while plan.batch % (2 * number) == 0:
+    number = config.micro_batches
+    while config.batch_size % (2 * number) == 0:
         number *= 2
         changes.append((f"--micro-batches {number}", {"micro_batches": number}))
     changes += [
         (f"--topology {name} --mesh fsdp=-1", {"topology": name, "mesh": "fsdp=-1"})
-        for name in lro.parse_topology(plan.topology).larger()
+        for name in (topology.larger() if plan.topology or not plan.memory else ())
     ]
     found: set[str] = set()
     for text, change in changes:
@@ -192,11 +199,11 @@ def ways_out(plan: PlanConfig) -> Iterator[str]:
         with contextlib.suppress(UsageError):
             run = plan_run(plan, **change)
             total = run.parts().total
-            if total <= MARGIN * memory_bytes(run.topology):
+            if total <= MARGIN * run.memory_bytes:
                 found.add(kind)
                 yield f"{text} would take {total / MIB:,.0f} MiB"
     run = plan_run(plan)
-    parts, room = run.parts(), MARGIN * memory_bytes(run.topology)
+    parts, room = run.parts(), MARGIN * run.memory_bytes
     for name in COMPARED[1:]:
         rank = None if name in NO_RANK else plan.rank
         state = plan_run(plan, optimizer=name, rank=rank).state()
@@ -216,24 +223,33 @@ def report(plan: PlanConfig) -> bool:
     run = plan_run(plan)
     if plan.compile:
         require_compiler(run.topology)
-    parts, topology = run.parts(), run.topology
+    parts, topology, memory = run.parts(), run.topology, run.memory
+    config = run.config
     _, params = abstract_model(run.model)
+    used = math.prod(run.sizes.values())
+    if used < topology.devices:
+        print(
+            f"one of {topology.devices} devices is used, as in training: the rows of a "
+            "micro-batch cannot be cut over all; a --batch-size, --micro-batches or "
+            "--mesh that fits uses more"
+        )
     mesh = ", ".join(f"{axis} {run.sizes[axis]}" for axis in AXES)
-    rank = "" if plan.optimizer in NO_RANK else f", rank {run.config.rank}"
+    rank = "" if plan.optimizer in NO_RANK else f", rank {config.rank}"
     print(
         f"{plan.preset} ({count_params(params):,} parameters) with "
-        f"{plan.optimizer}{rank}, on {topology.devices} devices of "
-        f"{plan.topology} ({mesh}); {plan.batch} rows of {plan.seq} tokens\n"
-        f"estimate for one device: {verdict(parts.total, topology)}\n"
-        f"{breakdown(parts, topology)}\nthe same run with:\n"
+        f"{plan.optimizer}{rank}, on {used} devices of "
+        f"{topology.name} ({mesh}); {config.batch_size} rows of {config.seq_len} "
+        "tokens\n"
+        f"estimate for one device: {verdict(parts.total, topology, memory)}\n"
+        f"{breakdown(parts, topology, memory)}\nthe same run with:\n"
         f"  {'optimizer':<14}{'rank':>6}{'parameters':>12}{'state':>16}{'all':>18}"
     )
     for name, number, dtype, row in what_fits(plan):
         print(
             f"  {name:<14}{number or '-':>6}{dtype:>12}{row.state / MIB:>12,.1f} MiB"
-            f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology)}"
+            f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology, memory)}"
         )
-    room = memory_bytes(topology)
+    room = run.memory_bytes
     # The exit code knows no "close": an estimate within the memory fits.
     fits = parts.total <= room
     if not fits:

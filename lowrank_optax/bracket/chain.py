@@ -10,7 +10,7 @@ from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.storage import Storage
 from lowrank_optax.bracket.subspace import subspace
 from lowrank_optax.leaves.part import Made, Part, made
-from lowrank_optax.projectors import Projector
+from lowrank_optax.projectors import Projector, check_complete
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport
 
@@ -93,6 +93,7 @@ class project(Part):
                 "lro.project expected a projector such as lro.power(rank=128), got "
                 f"{type(self.projector).__name__}."
             )
+        check_complete(self.projector)
         # Only for its checks: an unknown side is refused where it was written.
         self.selection()
 

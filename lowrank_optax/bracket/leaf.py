@@ -249,6 +249,7 @@ class LowLeaf(Part):
 
     def _renew(self, clock, at, gradient, before: Renewable, owed: Renewable):
         new = self.projector.refresh(self.matrix, gradient, before.stored, at)
+        self._check_type(before.stored, new)
         # Signs come before the rotation, which has to lead to the vectors that stay.
         # Packing comes last, so that both see the new basis before it is rounded.
         if self.transport.aligns:
@@ -261,6 +262,18 @@ class LowLeaf(Part):
         renewed = Renewable(stored, jnp.zeros_like(before.pending), moments)
         # Of the new basis before it is packed: a codec turns NaN into a number.
         return _where(_finite(new), renewed, owed)
+
+    def _check_type(self, stored: Any, new: Any) -> None:
+        """Raises if a refresh returns what cannot be stored in the old one's place."""
+        packed = jax.eval_shape(self.projector.pack, new)
+        found, expected = jax.tree.map(_type, (packed, stored))
+        if found != expected:
+            matrix, name = self.matrix, type(self.projector).__name__
+            raise ValueError(
+                f"{name}.refresh returned {found} for a matrix [m={matrix.m}, "
+                f"n={matrix.n}] at rank {matrix.rank}, and {name}.start {expected}; "
+                "they must be the same. A basis is [m, rank]."
+            )
 
     def basis(self, at: At, stored: Any) -> Any:
         """Returns what the projector uses this step, with leading batch axes."""
@@ -450,3 +463,7 @@ def _finite(stored: Any) -> Array:
     return jnp.all(
         jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(stored)])
     )
+
+
+def _type(x: Any) -> str:
+    return f"{x.dtype}{[*x.shape]}"

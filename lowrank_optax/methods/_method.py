@@ -18,9 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-import optax
 from jax.core import Tracer
-from jaxtyping import Array
 
 from lowrank_optax.bracket.chain import project
 from lowrank_optax.methods._shared import COMMON, Arg, Leaves, Options
@@ -36,6 +34,29 @@ IGNORED = (
     "growth_limit beside recovery",
     "mask without weight_decay",
 )
+# What other libraries call an argument, and what it is called here.
+RENAMED = {
+    "lr": "write learning_rate=",
+    "galore_scale": "write scale=",
+    "alpha": "write scale=",
+    "betas": "write b1= and b2=, one number each",
+    "beta1": "write b1=",
+    "beta2": "write b2=",
+    "epsilon": "write eps=",
+    "wd": "write weight_decay=",
+    "decay": "write weight_decay=",
+    "proj_type": 'write side=, where "std" is "short", "reverse_std" is "long" and '
+    '"full" is "both"',
+    "proj": "write projector=, such as lro.svd(rank=8)",
+    "proj_gap": "write update_proj_gap=",
+    "gap": "write update_proj_gap=",
+    "r": "write rank=",
+    "scale_type": 'write granularity=, where "channel" is "column"',
+    "optim_target_modules": "write select=, what the leaves' paths contain",
+    "target_modules": "write select=, what the leaves' paths contain",
+    "params": "parameters go to init and update: tx.init(params)",
+    "model": "parameters go to init and update: tx.init(params)",
+}
 # A scale_by_ form leaves these to its method.
 STEP = ("learning_rate", "weight_decay", "mask")
 
@@ -59,6 +80,26 @@ class Method:
     reference: str
     factory: Callable[..., Any]
     direction: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Fixed:
+    """The default of an argument that is no number to tune.
+
+    ``optax.inject_hyperparams`` makes arrays of all ints and schedules of all
+    callables, defaults included; what stands in such a box it hands on as it is.
+    """
+
+    value: Any
+
+    def __repr__(self) -> str:
+        """Reads like the value itself, in ``help()`` and signatures."""
+        return repr(self.value)
+
+
+def plain(value: Any) -> Any:
+    """Returns what is in the box, or a value that is in none."""
+    return value.value if isinstance(value, Fixed) else value
 
 
 _methods: dict[str, Method] = {}
@@ -94,6 +135,7 @@ def method(
     def decorate(recipe: F) -> F:
         name = recipe.__name__
         signature, texts = _complete(recipe, defaults or {})
+        signature = _boxed(signature)
         rules = _rules(signature, ignored, uses)
         make = _checked(recipe, f"lro.{name}", signature, rules)
         source = f"{reference}, https://arxiv.org/abs/{paper}"
@@ -182,6 +224,23 @@ def _complete(
     return own.replace(parameters=parameters), texts
 
 
+def _boxed(signature: inspect.Signature) -> inspect.Signature:
+    """Puts defaults into boxes that would otherwise be injected.
+
+    Not those of ranks and gaps, which everybody who injects says are static.
+    """
+
+    def box(p: inspect.Parameter) -> inspect.Parameter:
+        tuned = float in typing.get_args(p.annotation) or p.annotation is float
+        injected = type(p.default) is int or callable(p.default)
+        named = p.name in ("rank", "update_proj_gap", "learning_rate")
+        if tuned or named or p.default is p.empty or not injected:
+            return p
+        return p.replace(default=Fixed(p.default))
+
+    return signature.replace(parameters=[*map(box, signature.parameters.values())])
+
+
 def _texts(group: Any) -> dict[str, str]:
     hints = typing.get_type_hints(group, include_extras=True)
     return {
@@ -225,6 +284,7 @@ def _checked(
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{called}: {error}.") from None
+        _check_values(called, bound)
         for argument, word, others in rules:
             if not _given(bound, argument):
                 continue
@@ -240,6 +300,8 @@ def _checked(
                     f"Drop `{argument}`, or give {names}."
                 )
         bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = plain(value)
         return recipe(*bound.args, **bound.kwargs)
 
     make: Any = checked
@@ -249,6 +311,8 @@ def _checked(
 
 def _unknown(called: str, name: str, signature: inspect.Signature) -> str:
     message = f"{called} has no argument `{name}`."
+    if name in RENAMED:
+        return f"{message} Here, {RENAMED[name]}."
     close = difflib.get_close_matches(name, signature.parameters, n=1)
     if close:
         return f"{message} Did you mean `{close[0]}`?"
@@ -262,14 +326,66 @@ def _unknown(called: str, name: str, signature: inspect.Signature) -> str:
     return f"{message} It takes: {', '.join(signature.parameters)}."
 
 
+def _check_values(called: str, bound: inspect.BoundArguments) -> None:
+    """Raises where something else stands in a number's place."""
+    for name, value in bound.arguments.items():
+        hint = bound.signature.parameters[name].annotation
+        kinds = typing.get_args(hint) or (hint,)
+        if float in kinds and not (value is None and type(None) in kinds):
+            _check_number(called, name, plain(value), str in kinds)
+    rate, rank = (bound.arguments.get(n) for n in ("learning_rate", "rank"))
+    whole = isinstance(rate, int) and not isinstance(rate, bool) and rate > 1
+    if whole and isinstance(rank, float):
+        raise TypeError(
+            f"{called}: learning_rate={rate} and rank={rank} seem to have changed "
+            f"places. The learning rate comes first: learning_rate={rank}, rank={rate}."
+        )
+
+
+def _check_number(called: str, name: str, value: Any, choice: bool) -> None:
+    schedule = name == "learning_rate"
+    wanted = "a number or a schedule" if schedule else "a number"
+    hint = f"Write {name}=0.1, say."
+    if isinstance(value, str):
+        if choice:  # it is checked where it is used
+            return
+        hint = "Write it without quotes."
+    elif isinstance(value, list | tuple) and not hasattr(value, "init"):
+        hint = "Write one number."
+        if name in ("b1", "b2"):
+            hint = "Write b1 and b2 apart, one number each."
+    elif hasattr(value, "init"):
+        hint = "A transformation stands in a chain: optax.chain(first, second)."
+    elif isinstance(value, dict):
+        hint = "Parameters go to init and update: tx.init(params)."
+    elif isinstance(value, bool) or value is None:
+        pass
+    elif callable(value) and not schedule:
+        hint = (
+            "It has no schedule of its own: optax.inject_hyperparams(fn, "
+            f"static_args=lro.static_args(fn))(..., {name}=schedule) gives it one."
+        )
+    else:
+        return  # numbers, arrays, tracers, schedules, and what acts like one
+    raise TypeError(
+        f"{called}: `{name}` must be {wanted}, got {_short(value)} of type "
+        f"{type(value).__name__}. {hint}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _given(bound: inspect.BoundArguments, name: str) -> bool:
     """Whether an argument has another value than its default.
 
     ``optax.inject_hyperparams`` passes the defaults of all arguments, the numbers as
     arrays. A traced number's value is unknown: it counts as the default.
     """
-    default = bound.signature.parameters[name].default
-    value = bound.arguments.get(name, default)
+    default = plain(bound.signature.parameters[name].default)
+    value = plain(bound.arguments.get(name, default))
     if isinstance(value, jax.Array) and isinstance(default, float | int):
         if isinstance(value, Tracer):
             return False
@@ -282,8 +398,8 @@ def _given(bound: inspect.BoundArguments, name: str) -> bool:
 
 def _acts(bound: inspect.BoundArguments, name: str) -> bool:
     """Whether an argument does something: a float does at its default, too."""
-    default = bound.signature.parameters[name].default
-    value = bound.arguments.get(name, default)
+    default = plain(bound.signature.parameters[name].default)
+    value = plain(bound.arguments.get(name, default))
     if value is None or value is False:
         return False
     return isinstance(default, float) or _given(bound, name)
@@ -366,58 +482,3 @@ def _entries(section: str) -> dict[str, str]:
     """Returns argument -> description of an ``Args`` section."""
     entries = re.split(r"^(\w+): ", textwrap.dedent(section), flags=re.MULTILINE)
     return dict(zip(entries[1::2], entries[2::2], strict=True))
-
-
-# --- static arguments --------------------------------------------------------------
-
-_NUMERIC = (
-    optax.ScalarOrSchedule,
-    optax.ScalarOrSchedule | None,
-    float | Array,
-    float | Array | None,
-    float,
-    float | None,
-    Array,
-    Array | None,
-)
-
-
-def static_args(fn: Callable[..., Any]) -> tuple[str, ...]:
-    """Returns the names of a function's arguments that are not numbers to tune.
-
-    ``optax.inject_hyperparams`` turns every number it is not told about into an
-    array, ranks included, and every callable into a schedule.
-
-    Args:
-      fn: a method of this library, such as ``lro.galore``, or a factory of your own.
-        Its arguments that are annotated as ``float``, an array, or
-        ``optax.ScalarOrSchedule`` are numbers to tune; so are those without annotation
-        whose default is a float, and a ``learning_rate``.
-
-    Returns:
-      The names for ``static_args``.
-
-    Examples:
-      >>> import optax
-      >>> import lowrank_optax as lro
-      >>> "rank" in lro.static_args(lro.galore), "scale" in lro.static_args(lro.galore)
-      (True, False)
-      >>> make = optax.inject_hyperparams(
-      ...     lro.galore, static_args=lro.static_args(lro.galore)
-      ... )
-      >>> tx = make(learning_rate=1e-3, rank=8)
-    """
-    try:
-        # Annotations may be strings, as under `from __future__ import annotations`, and
-        # their names may be out of reach.
-        parameters = inspect.signature(fn, eval_str=True).parameters.values()
-    except (NameError, SyntaxError, TypeError):
-        parameters = inspect.signature(fn).parameters.values()
-    return tuple(p.name for p in parameters if not _is_numeric(p))
-
-
-def _is_numeric(parameter: inspect.Parameter) -> bool:
-    if parameter.annotation is inspect.Parameter.empty:
-        number = isinstance(parameter.default, float)
-        return number or parameter.name == "learning_rate"
-    return parameter.annotation in _NUMERIC

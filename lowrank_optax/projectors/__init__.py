@@ -6,6 +6,7 @@ from lowrank_optax.projectors._protocol import (
     OrthonormalProjector as OrthonormalProjector,
 )
 from lowrank_optax.projectors._protocol import Projector as Projector
+from lowrank_optax.projectors._protocol import check_complete as check_complete
 from lowrank_optax.projectors._two_sided import TwoSidedBasis as TwoSidedBasis
 from lowrank_optax.projectors._two_sided import two_sided as two_sided
 from lowrank_optax.projectors.correlation import correlation as correlation

@@ -255,6 +255,26 @@ class OrthonormalProjector(BasisProjector):
         return bool(jnp.finfo(dtype).eps <= jnp.finfo(jnp.float32).eps)
 
 
+def check_complete(projector: Projector) -> None:
+    """Raises TypeError if a projector's class lacks a method that it must define."""
+    kind: Any = type(projector)
+    missing = None
+    if kind.start is Projector.start:
+        missing = "start"
+    elif projector.stores_basis and kind.refresh is Projector.refresh:
+        missing = "refresh"
+    elif kind.refresh is BasisProjector.refresh and (
+        kind.renew is BasisProjector.renew and kind.compute is BasisProjector.compute
+    ):
+        missing = "compute"
+    if missing:
+        raise TypeError(
+            f"{kind.__name__} defines no `{missing}`. A projector of its own kind has "
+            "`start` and `refresh`; a subclass of lro.OrthonormalProjector needs "
+            "`compute(self, matrix, gradient, old, at)` alone, which returns [m, rank]."
+        )
+
+
 # As many as `lro.power` takes by default.
 COLD_SWEEPS = 12
 

@@ -17,7 +17,12 @@ from jax.sharding import AbstractMesh, AxisType
 # Extents that slices come in; of v4 and v5p any three sizes make one.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _TPUS = {"v4": None, "v5e": _FLAT, "v5p": None, "v6e": _FLAT}
-_GPUS = ("a100", "h100", "h200")
+_GPUS = ("a100", "a100-40", "h100", "h200", "rtx3090", "rtx4090", "rtx5090")
+# As people write them, without spaces.
+_ALSO = {
+    "a100-80": "a100", "a100-80gb": "a100", "a100-40gb": "a100-40", "3090": "rtx3090",
+    "4090": "rtx4090", "5090": "rtx5090",
+}  # fmt: skip
 
 # The compiler must look neither for a TPU nor for another process that has one.
 _ENVIRONMENT = {
@@ -72,7 +77,7 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads a TPU's name and its extent, or a GPU's name and a number.
+    """Reads a TPU's name and its extent, or a GPU's name and a number (else one).
 
     Args:
       text: such as "v5e:16x16", "v4:4x4x8" or "h100:8".
@@ -89,7 +94,10 @@ def parse_topology(text: str) -> Topology:
       >>> slice.chip, slice.devices, list(slice.larger())
       ('v5e', 32, ['v5e:8x8', 'v5e:8x16', 'v5e:16x16'])
     """
-    chip, _, extent = text.lower().partition(":")
+    chip, _, extent = text.lower().replace(" ", "").partition(":")
+    chip = _ALSO.get(chip, chip)
+    if chip in _GPUS:
+        extent = extent or "1"
     sizes = extent.split("x")
     good = all(size.isdecimal() and int(size) > 0 for size in sizes)
     if chip in _GPUS:

@@ -33,8 +33,9 @@ class rotate_moments(Transport):
       form: "debiased" (default) leaves a motionless basis without effect; "paper"
         is SubTrack++'s formula as printed, which applies the correction twice and
         makes the next steps several times too large; "root" is COAP's, which treats
-        the roots as a vector although they have no sign; "off" keeps the moments, as
-        ``lro.align_signs``.
+        the roots as a vector although they have no sign. To turn nothing, take
+        ``lro.align_signs`` (the basis' signs follow the old one) or
+        ``lro.keep_moments``.
 
     Raises:
       ValueError: if ``form`` is unknown, or (at init) if the inner optimizer has no
@@ -54,14 +55,11 @@ class rotate_moments(Transport):
     b2: float | Array = 0.999
     form: str = "debiased"
 
+    moves = True
+
     def __post_init__(self):
         """Checks the form."""
-        _checks.choice("form", self.form, ("debiased", "paper", "root", "off"))
-
-    @property
-    def moves(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether there is anything to do."""
-        return self.form != "off"
+        _checks.choice("form", self.form, ("debiased", "paper", "root"))
 
     def move(
         self, moments: tuple[Group, ...], rotation: Rotation, count: Array

@@ -1,6 +1,7 @@
 """What computing again costs, from the jaxpr, and what rounding costs, from data."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
 from lowrank_optax.activations.checkpoint.policy import TRANSFORMER_TAGS
-from lowrank_optax.activations.planner import probes
+from lowrank_optax.activations.checkpoint.program import trace
+from lowrank_optax.activations.planner import milp, probes
+from lowrank_optax.activations.planner.costs import _Replay
 from tests.activations import model
 
 ROWS, LENGTH, WIDTH, FF = 2, 16, 32, 88
@@ -45,7 +48,8 @@ def test_every_tag_of_the_block_costs_its_own_product():
     for tag in ("norm1", "norm2", "act"):
         assert 0 < tags[tag].flops < 5 * TOKENS * FF
     assert tags["act"].traffic == 3 * 4 * TOKENS * FF
-    assert tags["h"].children == ("norm2",) and tags["gate"].children == ("act",)
+    users = {link.tag: {cost.links[k].tag for k in link.users} for link in cost.links}
+    assert users["h"] == {"norm2"} and users["gate"] == {"act"}
 
 
 def test_the_backward_pass_has_the_operations_that_xla_counts():
@@ -84,9 +88,64 @@ def test_a_tag_that_only_its_child_needs():
 
     w, x = jnp.ones((32, 32)), jnp.ones((8, 32))
     proj, h = activations.block_cost(fn, (w, x)).tags
-    assert proj.flops == 0 and proj.children == ("h",)
+    assert proj.flops == 0
     assert 0 < h.flops < 3 * 8 * 32
-    assert proj.joint_flops >= 2 * 8 * 32 * 32
+    cost = activations.block_cost(fn, (w, x))
+    assert [(link.always, link.users) for link in cost.links] == [
+        (False, (1,)),
+        (True, ()),
+    ]
+    (product,) = (run for run in cost.reruns if run.values == (0,))
+    assert product.flops >= 2 * 8 * 32 * 32
+
+
+def chain(w, x):
+    """Projection, dropout, residual: each is only needed by the next."""
+    out = checkpoint_name(jnp.tanh(x) @ w["o"], "out")
+    drop = checkpoint_name(out * 0.5, "drop")
+    h = checkpoint_name(x + drop, "h")
+    return h + jnp.tanh(h) @ w["b"]
+
+
+def gated(w, x):
+    """One product, two pieces."""
+    gate, up = jnp.split(x @ w["gu"], 2, -1)
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up + 1.0, "up")
+    return checkpoint_name(jax.nn.silu(gate) * up, "act") @ w["b"]
+
+
+def shared_name(w, x):
+    """Two values of one name, and one that is cut from two products."""
+    a = checkpoint_name(x @ w["o"], "both")
+    b = checkpoint_name(jnp.sin(x) @ w["b"], "both")
+    return checkpoint_name(a * b, "product") ** 2 @ w["o"]
+
+
+@pytest.mark.parametrize("fn", [chain, gated, shared_name, model.block])
+def test_any_set_of_tags_is_priced_by_the_replay(fn):
+    """Links and reruns add up to the operations that are needed, for every set."""
+    d = 32
+    w = {"o": jnp.ones((d, d)), "b": jnp.ones((d, d)), "gu": jnp.ones((d, 2 * d))}
+    x = jnp.ones((8, d))
+    if fn is model.block:
+        params, x = model.inputs(1, WIDTH, FF, ROWS, LENGTH)
+        w = jax.tree.map(lambda p: p[0], params)
+    cost = activations.block_cost(fn, (w, x))
+    program, flat = trace(fn, (w, x), {})
+    tagged = [value for value in program.tagged if not value.inside]
+    replay = _Replay(program, flat, tagged, len(jax.tree.leaves(x)))
+    plain = activations.Hardware("plain", 1e3, 1e30, 1, 1, efficiency=1.0)
+    actions = tuple(activations.parse_action(a) for a in ("save", "recompute"))
+    errors = {(tag.tag, a): 0.0 for tag in cost.tags for a in actions}
+    tables = milp.build(cost, actions, (1,), plain, errors, {})
+    names = [tag.tag for tag in cost.tags]
+    for kept in itertools.product((True, False), repeat=min(len(names), 6)):
+        kept = [*kept, *[True] * (len(names) - len(kept))]
+        gone = {name for name, keep in zip(names, kept, strict=True) if not keep}
+        expected = replay.flops(gone) - replay.flops(())
+        chosen = np.array([int(not keep) for keep in kept])
+        assert tables.total(chosen[None])[1] == pytest.approx(expected)
+        assert sum(tables.times(chosen)) == pytest.approx(expected)
 
 
 def test_loops_calls_masks_keys_and_integers():

@@ -23,8 +23,18 @@ def problems(draw):
     allowed = np.ones((tags, actions), bool)
     if actions > 1:
         allowed[draw(st.integers(0, tags - 1)), draw(st.integers(0, actions - 1))] = 0
-    pairs = itertools.permutations(range(tags), 2)
-    joint = [(a, (b,), draw(number)) for a, b in pairs]
+    # Values of random tags; later ones may need earlier ones, and work is shared.
+    count, some = draw(st.integers(0, 4)), st.booleans()
+    values = tuple(
+        (
+            draw(st.integers(0, tags - 1)),
+            draw(some),
+            tuple(j for j in range(k + 1, count) if draw(some)),
+        )
+        for k in range(count)
+    )
+    sets = {tuple(k for k in range(count) if draw(some)) for _ in range(3)} - {()}
+    shared = tuple((members, draw(number)) for members in sorted(sets))
     tables = dict(
         layers=tuple(draw(st.integers(1, 3)) for _ in range(groups)),
         nbytes=table(number).astype(float),
@@ -32,7 +42,8 @@ def problems(draw):
         error2=table(number).astype(float),
         allowed=allowed,
         dropped=np.arange(actions) == draw(st.integers(0, actions - 1)),
-        joint=tuple(j for j in joint if j[2]),
+        values=values,
+        shared=shared,
     )
     # Halves: no sum of whole numbers lies on a bound, where rounding would decide.
     return tables, draw(st.integers(0, 60)) + 0.5, draw(st.integers(0, 12)) + 0.01

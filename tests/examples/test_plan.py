@@ -13,7 +13,7 @@ import pytest
 
 import lowrank_optax as lro
 from examples.llama import optimizers
-from examples.llama.config import TrainConfig, resolve
+from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model, init_params
 from examples.llama.placement import make_mesh, param_shardings
 from examples.plan import plan
@@ -122,8 +122,11 @@ def test_galore_on_the_long_side():
     assert found // 2**20 == 641  # AdamW in float32: 3088
 
 
+SHAPE = "--batch-size 16 --seq-len 256 --micro-batches 1 --param-dtype bfloat16".split()
+
+
 def run(capsys, *flags):
-    code = plan.main(["--preset", "130m", "--batch", "16", "--seq", "256", *flags])
+    code = plan.main(["--preset", "130m", *SHAPE, *flags])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -140,7 +143,14 @@ def test_a_plan_that_fits(capsys):
 @pytest.mark.whole
 @pytest.mark.usefixtures("quick_table")
 def test_a_plan_that_does_not_fit_names_what_would(capsys):
-    flags = ["--topology", "v5e:2x2", "--activation-policy", "none", "--batch", "512"]
+    flags = [
+        "--topology",
+        "v5e:2x2",
+        "--activation-policy",
+        "none",
+        "--batch-size",
+        "512",
+    ]
     code, out, _ = run(capsys, *flags)
     assert code == 1 and "it does not fit" in out
     assert "--micro-batches 4 would take" in out
@@ -152,8 +162,15 @@ def test_a_plan_that_does_not_fit_names_what_would(capsys):
 @pytest.mark.whole
 @pytest.mark.usefixtures("quick_table")
 def test_where_one_change_is_not_enough_two_are_named(capsys):
-    flags = ["--topology", "v5e:1x1", "--activation-policy", "none", "--batch", "4"]
-    code, out, _ = run(capsys, *flags, "--seq", "6144")
+    flags = [
+        "--topology",
+        "v5e:1x1",
+        "--activation-policy",
+        "none",
+        "--batch-size",
+        "4",
+    ]
+    code, out, _ = run(capsys, *flags, "--seq-len", "6144")
     assert code == 1
     assert re.search(r"it does not fit; --activation-policy full --micro-batches", out)
 
@@ -163,10 +180,65 @@ def test_bad_plans(capsys):
     assert code == 2 and "unknown topology 'v9:2x2': expected v5e or v6e" in err
     code, _, err = run(capsys, "--topology", "v5e:2x2", "--mesh", "fsdp=3")
     assert code == 2 and "names 3 devices, and there are 4" in err
-    code, _, err = run(capsys, "--topology", "v5e:16x16")
-    assert code == 2 and "the nearest that works is --batch 256" in err
+    code, _, err = run(capsys, "--topology", "v5e:16x16", "--mesh", "fsdp=-1")
+    assert code == 2 and "the nearest that works is --batch-size 256" in err
     code, _, err = run(capsys, "--topology", "v5e:2x2", "--activation-budget", "x")
     assert code == 2 and "must be a percentage" in err
+
+
+def test_a_plan_is_of_the_run_that_the_trainer_would_make():
+    """One configuration: flags and defaults are the trainer's, whatever the preset."""
+    own = {field.name for field in dataclasses.fields(plan.PlanConfig)}
+    trainers = dataclasses.fields(TrainConfig)
+    assert own - {field.name for field in trainers} == {"topology", "memory", "compile"}
+    for preset, flags in (("tiny", {}), ("1b", {}), ("60m", {"micro_batches": 2})):
+        found = plan.plan_run(
+            plan.PlanConfig(preset=preset, topology="v5e:2x2", **flags)
+        )
+        config, model = resolve(TrainConfig(preset=preset, **flags))
+        assert dataclasses.replace(found.config, mesh="") == config
+        assert found.model == model
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("22.5GiB", 45 * 2**29), ("512 mb", 512 * 10**6), ("9", 9)],
+)
+def test_memory_in_words(text, size):
+    found = plan.plan_run(plan.PlanConfig(memory=text))
+    assert found.memory_bytes == size and found.topology.devices == 1
+    assert plan.verdict(size, found.topology, size) == "close: --compile"
+    for wrong in ("24 bananas", "GB", "0", "-3GB", "1.2.3GB"):
+        with pytest.raises(UsageError, match="--memory must be a size such as 24GB"):
+            plan.parse_memory(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "gb"),
+    [
+        ("RTX 3090", 24),
+        ("4090:2", 24),
+        ("rtx5090:1", 32),
+        ("A100-40GB:8", 40),
+        ("a100-80:8", 80),
+        ("h200", 141),
+    ],
+)
+def test_cards_as_people_write_them(text, gb):
+    topology = lro.parse_topology(text)
+    assert memory_bytes(topology) == gb * 10**9 and not topology.is_tpu
+
+
+def test_what_is_stored_otherwise_and_layer_by_layer_is_counted():
+    def parts(**flags):
+        return plan.plan_run(
+            plan.PlanConfig(preset="60m", topology="v5e:1x1", **flags)
+        ).parts()
+
+    plain = parts(activation_policy="full")
+    codes = parts(activation_policy="full", weights="int8")
+    assert codes.parameters < plain.parameters and codes.loaded == plain.parameters
+    assert parts(layerwise=True).gradients < plain.gradients
 
 
 def test_compiling_needs_the_compiler(capsys, monkeypatch):
@@ -201,7 +273,9 @@ def test_the_compiler_decides(capsys, monkeypatch):
 def test_the_compiled_step_takes_what_was_estimated():
     pytest.importorskip("libtpu")
     command = [sys.executable, "-m", "examples.plan", "--preset", "60m"]
-    options = "--topology v5e:2x2 --batch 64 --seq 512 --rank 64 --compile".split()
+    options = (
+        "--topology v5e:2x2 --batch-size 64 --seq-len 512 --rank 64 --compile".split()
+    )
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=env)

@@ -54,10 +54,13 @@ def subtrackpp(case: Case, x64: bool = True) -> Replay:
 
 def _from_the_paper(case: Case, dtype: Any) -> optax.GradientTransformation:
     config = case.config
-    form = config["projection_aware_form"]
+    form = config.get("projection_aware_form", "off")
     if (form == "off") == config["projection_aware"]:
         raise ValueError("The config says two things about transport.")
-    transport = lro.rotate_moments(config["b1"], config["b2"], form)
+    # Without transport nothing is done at all: signs are not aligned either.
+    transport = lro.keep_moments()
+    if config["projection_aware"]:
+        transport = lro.rotate_moments(config["b1"], config["b2"], form)
     wide = {"basis_dtype": dtype, "dtype": dtype}
     if config["recovery"]:
         return _method(case, transport, "paper", **wide)

@@ -41,7 +41,7 @@ def plan_activations(
     With one action ``a`` for each tag ``t`` in each group ``g`` of ``L_g`` of the L
     layers, ``x[g, t, a]`` in {0, 1} and the working set ``W``, it solves::
 
-        min   sum_g L_g sum_ta time[t, a] x[g, t, a]
+        min   sum_g L_g (sum_ta time[t, a] x[g, t, a] + again[g])
         with  sum_a x[g, t, a] = 1
               sum_g L_g (inputs + sum_ta bytes[t, a] x[g, t, a]) + W <= budget
               sum_g (L_g / L) sum_ta error[t, a]^2 x[g, t, a] <= error_budget^2
@@ -51,8 +51,11 @@ def plan_activations(
     pass for encoding and one for decoding. W is an estimate, see ``BlockCost``. Errors
     are measured on ``example_args``, one tag at a time, and add in squares.
 
-    A tag that only another tag needs (one that is added to something, say) costs time
-    only if that one is not kept either; this enters as a further variable for the pair.
+    What is computed again for several tags (one product that is cut into queries, keys
+    and values) counts once, and what only another tag needs (a product that is added to
+    something, say) counts if that one is not kept either, and so on along the chain.
+    These are further variables of the program, and the sum is the replay's own count of
+    operations, for the plan as for recomputing everything.
     Of equally fast plans the one with fewer bytes is taken, and then the one whose
     actions stand first in ``actions``.
 
@@ -65,7 +68,9 @@ def plan_activations(
       budget_bytes: for all that ``plan.predicted.total_bytes`` counts.
       budget_fraction: instead of that, in (0, 1]: the tagged values may take this part
         of what saving all of them takes. Inputs and the working set come on top.
-      error_budget: the largest relative error of a layer's gradient; None: any.
+      error_budget: what ``plan.predicted.error``, a bound on the relative error of a
+        layer's gradient, may be at most; None: any. The error itself is smaller, see
+        ``Prediction``.
       hardware: a profile's name, or a ``Hardware``, as from ``calibrate``.
       actions: those that may be chosen: strings or ``Action`` objects.
       roles: tag -> role, for errors without data; see ``transformer_policy``.

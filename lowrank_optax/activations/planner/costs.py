@@ -29,10 +29,6 @@ class TagCost:
       flops: additional operations of the backward pass if this tag alone is not kept.
       traffic: bytes that the memory moves for them, from the nearest tagged values and
         arguments.
-      children: the tags that are computed from this one without another between.
-      joint_flops: additional operations if the children are not kept either, beyond
-        those of the children. It is larger than ``flops`` where only the children need
-        the value: a product that is only added to something, say.
     """
 
     tag: str
@@ -40,8 +36,36 @@ class TagCost:
     nbytes: int
     flops: float
     traffic: int
-    children: tuple[str, ...] = ()
-    joint_flops: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """When a tagged value is computed again: it is not kept, and somebody needs it.
+
+    Attributes:
+      tag: the value's.
+      always: whether the backward pass itself reads the value.
+      users: numbers of the later values whose computation reads it.
+    """
+
+    tag: str
+    always: bool
+    users: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rerun:
+    """Operations that run again, once, as soon as one of some values does.
+
+    Attributes:
+      values: their numbers: several where they are cut from one product.
+      flops: of the operations.
+      traffic: bytes that the memory moves for them.
+    """
+
+    values: tuple[int, ...]
+    flops: float
+    traffic: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +81,9 @@ class BlockCost:
         the one that is being formed. An estimate.
       forward_flops: of the forward pass.
       backward_flops: of the backward pass if every tag is kept.
+      links: one per tagged value, in the order of evaluation.
+      reruns: what is computed again; together with ``links`` the replay's own count,
+        whatever is kept.
     """
 
     tags: tuple[TagCost, ...]
@@ -64,6 +91,8 @@ class BlockCost:
     working_bytes: int
     forward_flops: float
     backward_flops: float
+    links: tuple[Link, ...] = ()
+    reruns: tuple[Rerun, ...] = ()
 
 
 def block_cost(block: Callable, args: Sequence[Any], fuses: Any = True) -> BlockCost:
@@ -106,22 +135,16 @@ def block_cost(block: Callable, args: Sequence[Any], fuses: Any = True) -> Block
     tags = []
     for name in names:
         own = _own(forward, name)
-        # A value that only a child needs costs nothing until the child is dropped as
-        # well, so that the tag is dropped alone and together with its children.
-        children = tuple(c for c in names if name in _ancestors(forward, c) - {c})
-        flops = max(replay.flops({name}) - base, 0.0)
-        joint = replay.flops({name, *children}) - replay.flops(children)
         tags.append(
             TagCost(
                 tag=name,
                 values=tuple(value for value in tagged if value.tag == name),
                 nbytes=sum(v.nbytes for o in own if o.tag for v in o.writes),
-                flops=flops,
+                flops=max(replay.flops({name}) - base, 0.0),
                 traffic=operations.traffic(own),
-                children=children,
-                joint_flops=max(joint, flops),
             )
         )
+    links, reruns = replay.again()
     return BlockCost(
         tags=tuple(tags),
         input_bytes=sum(value_of(x).nbytes for x in jax.tree.leaves(args[1:2])),
@@ -129,6 +152,8 @@ def block_cost(block: Callable, args: Sequence[Any], fuses: Any = True) -> Block
         working_bytes=max(replay.peak(d, fuses) for d in (set(names), ())),
         forward_flops=math.fsum(o.flops for o in operations.needed(forward, outputs)),
         backward_flops=base,
+        links=links,
+        reruns=reruns,
     )
 
 
@@ -143,12 +168,6 @@ def _own(forward: Sequence[Operation], tag: str) -> list[Operation]:
             alive.update(operation.reads)
             found.append(operation)
     return found[::-1]
-
-
-def _ancestors(forward: Sequence[Operation], tag: str) -> set[str]:
-    """Returns the nearest tags that a tag is computed from."""
-    reads = {v for o in _own(forward, tag) for v in o.reads}
-    return {o.tag for o in forward if o.tag and not reads.isdisjoint(o.writes)}
 
 
 class _Replay:
@@ -189,6 +208,39 @@ class _Replay:
         """Returns the operations if these tags are not kept."""
         found = operations.needed(self.operations, self.outputs, dropped)
         return math.fsum(operation.flops for operation in found)
+
+    def again(self) -> tuple[tuple[Link, ...], tuple[Rerun, ...]]:
+        """Returns what runs again, by the tagged values that bring it about.
+
+        From the end to the beginning, every value learns who asks for it: the backward
+        pass itself, or tagged values that are computed again.
+        """
+        ends = [o for o in self.operations if o.stored is not None]
+        number = {operation: k for k, operation in enumerate(ends)}
+        always = -1
+        asked: dict[Any, set[int]] = {value: {always} for value in self.outputs}
+        links: list[Link] = []
+        groups: dict[tuple[int, ...], list[Operation]] = {}
+        for operation in reversed(self.operations):
+            by = set().union(*(asked.get(v, ()) for v in operation.writes))
+            k = number.get(operation)
+            if k is not None:
+                users = tuple(sorted(by - {always}))
+                links.append(Link(operation.tag, always in by, users))
+                by = {k} if by else by
+                # The traffic of what leads to this value alone includes writing it.
+                groups.setdefault((k,), []).append(operation)
+            elif by and always not in by:
+                groups.setdefault(tuple(sorted(by)), []).append(operation)
+            for value in operation.reads if by else ():
+                asked.setdefault(value, set()).update(by)
+        reruns = []
+        for values, found in groups.items():
+            flops = math.fsum(operation.flops for operation in found)
+            if flops:
+                traffic = operations.traffic(found[::-1])
+                reruns.append(Rerun(values, flops, traffic))
+        return tuple(links[::-1]), tuple(reruns)
 
     def peak(self, dropped: Collection[str], fuses: bool) -> int:
         """Returns the most bytes alive at once if these tags are not kept."""

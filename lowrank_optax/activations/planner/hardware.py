@@ -63,6 +63,8 @@ _TPU = (
     "generation 3 with 16 lanes"
 )
 
+_RTX = "NVIDIA's architecture paper of the GeForce RTX {}, dense; nominal rate of PCIe"
+
 # name -> profile. Products in bfloat16 without sparsity.
 HARDWARE: Mapping[str, Hardware] = {
     profile.name: profile
@@ -78,6 +80,22 @@ HARDWARE: Mapping[str, Hardware] = {
             80 * 10**9,
             31.5e9,
             source="NVIDIA A100 data sheet, 80 GB SXM; PCIe generation 4 with 16 lanes",
+        ),
+        Hardware(
+            "a100-40",
+            312e12,
+            1555e9,
+            40 * 10**9,
+            31.5e9,
+            source="NVIDIA A100 data sheet, 40 GB; PCIe generation 4 with 16 lanes",
+        ),
+        # Of the RTX cards the products that sum in float32.
+        Hardware("rtx3090", 71e12, 936e9, 24 * 10**9, 31.5e9, source=_RTX.format(3090)),
+        Hardware(
+            "rtx4090", 165.2e12, 1008e9, 24 * 10**9, 31.5e9, source=_RTX.format(4090)
+        ),
+        Hardware(
+            "rtx5090", 209.5e12, 1792e9, 32 * 10**9, 63e9, source=_RTX.format(5090)
         ),
         Hardware(
             "h100",
@@ -112,8 +130,8 @@ def hardware_profile(hardware: Any) -> Hardware:
     """Returns the profile of a name, or the profile that is given.
 
     Args:
-      hardware: "v4", "v5e", "v5p", "v6e", "a100", "h100", "h200", "cpu" or a
-        ``Hardware``.
+      hardware: "v4", "v5e", "v5p", "v6e", "a100" (80 GB), "a100-40", "h100", "h200",
+        "rtx3090", "rtx4090", "rtx5090", "cpu" or a ``Hardware``.
 
     Raises:
       ValueError: if the name is unknown.

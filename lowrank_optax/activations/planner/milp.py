@@ -11,8 +11,10 @@ from lowrank_optax.activations.checkpoint.actions import Action, Offload
 from lowrank_optax.activations.planner.costs import BlockCost, TagCost
 from lowrank_optax.activations.planner.hardware import Hardware
 
-# (tag, its children, additional ms if neither it nor one of those is kept).
-Joint = tuple[int, tuple[int, ...], float | int]
+# (tag, whether the backward pass itself reads the value, later values that need it).
+Value = tuple[int, bool, tuple[int, ...]]
+# (values, ms if one of them is computed again).
+Shared = tuple[tuple[int, ...], float | int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Tables:
     Attributes:
       layers: the number of layers in each group.
       nbytes: ``[tags, actions]``, kept per layer.
-      time: ``[tags, actions]``, ms per layer.
+      time: ``[tags, actions]``, ms per layer, of encoding and decoding.
       error2: ``[tags, actions]``, squares of relative errors.
       allowed: ``[tags, actions]``.
-      dropped: ``[actions]``, whether one keeps nothing, which ``joint`` is about.
-      joint: time that is not a sum over tags.
-      again: ms of a layer of which nothing is kept.
+      dropped: ``[actions]``, whether one keeps nothing.
+      values: the tagged values; one is computed again if it is not kept, and the
+        backward pass or a later value that is computed again needs it.
+      shared: the time of that, which is no sum over tags: one product may lead to
+        several values, and a value may be needed by another one alone.
     """
 
     layers: tuple[int, ...]
@@ -36,8 +40,32 @@ class Tables:
     error2: np.ndarray
     allowed: np.ndarray
     dropped: np.ndarray
-    joint: tuple[Joint, ...] = ()
-    again: float = 0.0
+    values: tuple[Value, ...] = ()
+    shared: tuple[Shared, ...] = ()
+
+    def again(self, gone: np.ndarray) -> float:
+        """Returns the ms of computing again, ``gone``: which tags are not kept."""
+        runs = [False] * len(self.values)
+        # From the last one: only later values need an earlier one.
+        for k in reversed(range(len(runs))):
+            tag, always, users = self.values[k]
+            runs[k] = bool(gone[tag]) and (always or any(runs[j] for j in users))
+        return math.fsum(
+            ms for values, ms in self.shared if any(runs[k] for k in values)
+        )
+
+    def times(self, chosen: np.ndarray) -> list[float]:
+        """Returns the ms of every tag of a layer; their sum is the layer's.
+
+        Of what runs again for several tags, the first of them is charged.
+        """
+        gone, found, before = np.zeros(len(chosen), bool), [], 0.0
+        for tag, action in enumerate(chosen):
+            gone[tag] = self.dropped[action]
+            now = self.again(gone)
+            found.append(float(self.time[tag, action]) + now - before)
+            before = now
+        return found
 
     def total(self, assignment: np.ndarray) -> tuple[float, float, float]:
         """Returns bytes, ms, mean squared error of actions ``[groups, tags]``."""
@@ -45,9 +73,7 @@ class Tables:
         nbytes = time = error2 = 0.0
         for layers, chosen in zip(self.layers, assignment, strict=True):
             nbytes += layers * self.nbytes[tags, chosen].sum()
-            each = self.time[tags, chosen].sum()
-            gone = self.dropped[chosen]
-            each += sum(t for p, c, t in self.joint if gone[p] and gone[list(c)].any())
+            each = self.time[tags, chosen].sum() + self.again(self.dropped[chosen])
             time += layers * each
             error2 += layers * self.error2[tags, chosen].sum()
         return float(nbytes), float(time), float(error2 / sum(self.layers))
@@ -71,14 +97,6 @@ def build(
     finite = np.isfinite(error)  # where a measurement overflowed the action is barred
     barred = table(lambda tag, action: action in forbidden.get(tag.tag, ()))
     index = {tag.tag: i for i, tag in enumerate(costs.tags)}
-    joint = []
-    # Linear costs know one tag at a time; the time by which a pair is dearer than its
-    # parts gets an entry, and later a variable, of its own.
-    for tag in costs.tags:
-        alone = _again(tag.flops, tag, hardware)
-        more = _again(tag.joint_flops, tag, hardware) - alone
-        if tag.children and more > 0:
-            joint.append((index[tag.tag], tuple(index[c] for c in tag.children), more))
     return Tables(
         layers=layers,
         nbytes=table(_nbytes).astype(float),
@@ -86,8 +104,11 @@ def build(
         error2=np.where(finite, error, 0.0) ** 2,
         allowed=finite & ~barred,
         dropped=np.asarray([not action.keeps for action in actions]),
-        joint=tuple(joint),
-        again=math.fsum(_again(tag.joint_flops, tag, hardware) for tag in costs.tags),
+        values=tuple((index[k.tag], k.always, k.users) for k in costs.links),
+        shared=tuple(
+            (run.values, 1e3 * hardware.seconds(run.flops, run.traffic))
+            for run in costs.reruns
+        ),
     )
 
 
@@ -96,15 +117,10 @@ def _nbytes(tag: TagCost, action: Action) -> int:
     return sum(action.nbytes(value.shape, value.dtype) for value in tag.values)
 
 
-def _again(flops: float | int, tag: TagCost, hardware: Hardware) -> float:
-    """Returns the ms of computing a tag again; 0 if no gradient needs it."""
-    return 1e3 * hardware.seconds(flops, tag.traffic) if flops else 0.0
-
-
 def _time(tag: TagCost, action: Action, hardware: Hardware) -> float:
-    """Returns the ms of an action: both of its passes over the memory, or a replay."""
+    """Returns the ms of an action's two passes over the memory."""
     if not action.keeps:
-        return _again(tag.flops, tag, hardware)
+        return 0.0  # what runs again is shared between tags
     kept = _nbytes(tag, action)
     if kept >= tag.nbytes:
         return 0.0
@@ -124,7 +140,7 @@ def solve(tables: Tables, budget: Any, error2: Any) -> np.ndarray | None:
     # Far below the resolution of times, so that bytes and then the order of the actions
     # decide between equally fast assignments and the answer is one.
     ties = 1e-6 * _part(tables.nbytes) + 1e-8 * _part(_order(tables))
-    longest = _scale(np.append(tables.time.ravel(), [t for *_, t in tables.joint]))
+    longest = _scale(np.append(tables.time.ravel(), [t for _, t in tables.shared]))
     weights = 1e3 * (tables.time / longest + ties)
     return _minimize(tables, weights, 1e3 / longest, budget, error2)
 
@@ -148,20 +164,30 @@ def _part(values: np.ndarray) -> np.ndarray:
 
 
 def _minimize(
-    tables: Tables, weights: np.ndarray, joint: float, budget: Any, error2: Any
+    tables: Tables, weights: np.ndarray, again: float, budget: Any, error2: Any
 ) -> np.ndarray | None:
-    """Solves the program: variables ``[groups, tags, actions]``, then pairs."""
+    """Solves the program.
+
+    Its variables are ``x[groups, tags, actions]``, and per group whether each tagged
+    value is computed again, and each set of values that share work.
+    """
     optimize = scipy_optimize()
     groups, (tags, actions) = len(tables.layers), weights.shape
-    pairs = tables.joint if joint else ()
+    values = tables.values if again else ()
+    joint = [s for s in tables.shared if again and len(s[0]) > 1]
+    more = len(values) + len(joint)
+    cost = [
+        math.fsum(t for s, t in tables.shared if s == (k,)) for k in range(len(values))
+    ]
+    cost += [t for _, t in joint]
     size = groups * tags * actions
-    width = size + groups * len(pairs)
+    width = size + groups * more
     share = np.asarray(tables.layers) / sum(tables.layers)
 
     # Everything is a mean per layer: a group weighs as much as it has layers.
     def row(table: np.ndarray, rest: Sequence[float] = ()) -> np.ndarray:
         each = [*np.asarray(table).ravel()]
-        rest = [*rest] or [0.0] * len(pairs)
+        rest = [*rest] or [0.0] * more
         return np.concatenate([np.kron(share, each), np.kron(share, rest)])
 
     rows: list[np.ndarray] = []
@@ -187,21 +213,33 @@ def _minimize(
         if math.isfinite(bound):
             unit = max(_scale(table), 1e-300)
             add(row(table / unit), -np.inf, bound / unit)
-    # y[g, pair] >= x[parent dropped] + x[child dropped] - 1: the pair's variable is 1
-    # if neither is kept. It costs time, so that it is 0 otherwise, and needs no
-    # integrality.
+    # y[g, k] >= x[dropped] if the backward pass needs value k, y[g, k] >= x[dropped] +
+    # y[g, j] - 1 if value j does, z[g, set] >= y[g, k] for k in the set. They cost
+    # time, so that they are 0 otherwise, and need no integrality.
     for g in range(groups):
-        for j, (parent, children, _) in enumerate(pairs):
-            for child in children:
-                both = np.zeros((groups, tags, actions))
-                both[g, parent, tables.dropped] += 1
-                both[g, child, tables.dropped] += 1
-                pair = np.zeros(groups * len(pairs))
-                pair[g * len(pairs) + j] = -1
-                add(np.concatenate([both.ravel(), pair]), -np.inf, 1)
+
+        def at_most(tag: int | None, plus: int | None, minus: int, bound: float, g=g):
+            gone = np.zeros((groups, tags, actions))
+            if tag is not None:
+                gone[g, tag, tables.dropped] = 1
+            rest = np.zeros((groups, more))
+            if plus is not None:
+                rest[g, plus] = 1
+            rest[g, minus] = -1
+            add(np.concatenate([gone.ravel(), rest.ravel()]), -np.inf, bound)
+
+        for k, (tag, always, users) in enumerate(values):
+            if always:
+                at_most(tag, None, k, 0.0)
+                continue
+            for j in users:
+                at_most(tag, j, k, 1.0)
+        for s, (members, _) in enumerate(joint):
+            for k in members:
+                at_most(None, k, len(values) + s, 0.0)
     allowed = np.tile(tables.allowed.ravel(), groups).astype(float)
     found = optimize.milp(
-        row(weights, [joint * t for *_, t in pairs]),
+        row(weights, [again * t for t in cost]),
         constraints=optimize.LinearConstraint(np.array(rows), low, high),
         integrality=np.concatenate([np.ones(size), np.zeros(width - size)]),
         bounds=optimize.Bounds(0, np.concatenate([allowed, np.ones(width - size)])),

@@ -127,13 +127,14 @@ def plan_of(
 
     segments: list[Segment] = []
     for layers, chosen in zip(tables.layers, assignment.tolist(), strict=True):
+        times = tables.times(np.asarray(chosen))
         choices = tuple(
             Choice(
                 tag=tag.tag,
                 action=actions[a],
                 nbytes=int(tables.nbytes[t, a]),
                 saved_bytes=tag.nbytes,
-                time_ms=float(tables.time[t, a]),
+                time_ms=times[t],
                 error=math.sqrt(tables.error2[t, a]),
             )
             for t, (tag, a) in enumerate(zip(costs.tags, chosen, strict=True))
@@ -147,7 +148,9 @@ def plan_of(
         segments=tuple(segments),
         predicted=predicted(*tables.total(assignment)),
         full_save=predicted(everything, 0.0, 0.0),
-        full_recompute=predicted(0, n_layers * tables.again, 0.0),
+        full_recompute=predicted(
+            0, n_layers * tables.again(np.ones(len(costs.tags), bool)), 0.0
+        ),
         budget_bytes=budget_bytes,
         hardware=hardware,
         probed=probed,
