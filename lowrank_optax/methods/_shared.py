@@ -207,6 +207,8 @@ COMMON = {
     "min_size": "matrices with fewer moments keep them in float32.",
     "growth_limit": "largest ratio of a norm to that of the step before; None for no "
     "limit. See ``lro.recover_scale`` for its reset.",
+    "entry_limit": "largest entry of ``G diag(phi)``, in root mean squares of N_j; "
+    'None for no limit, as with ``conventions="authors"``. See ``lro.recover_scale``.',
 }
 
 
