@@ -100,7 +100,7 @@ def test_a_second_moment_does_not_vanish():
     assert largest[0] < 2 < 10 < largest[1]
 
 
-@pytest.mark.parametrize("form", ["debiased", "root"])
+@pytest.mark.parametrize("form", ["bounded", "root"])
 def test_transports_move_decoded_moments(form):
     """After a refresh the moments are those of the float run, up to the codes."""
     transport = lro.rotate_moments(0.9, 0.96875, form)

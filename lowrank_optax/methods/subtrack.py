@@ -31,7 +31,7 @@ def tracked(
 ) -> Transformation:
     """Returns SubTrack++'s pipeline around any projector."""
     # As printed, the paper's formula corrects the bias of the second moment twice.
-    turn = rotate_moments(its.b1, its.b2, "paper" if its.authors else "debiased")
+    turn = rotate_moments(its.b1, its.b2, "paper" if its.authors else "bounded")
     limit = None if its.authors else entry_limit
     recovery = recover_scale(growth_limit=growth_limit, entry_limit=limit)
     tx = chain(
