@@ -28,7 +28,7 @@ from lowrank_optax.bracket.state import (
     SubspaceView,
 )
 from lowrank_optax.leaves.matrix import refill, restore, unbox
-from lowrank_optax.leaves.moments import by_leaf, with_moments
+from lowrank_optax.leaves.moments import by_leaf, finite_or, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
@@ -58,6 +58,9 @@ def subspace(
 
     so the inner optimizer's state has ``r n`` elements in place of ``m n``. Leaves
     that are not projected go through the same inner at full size and unscaled.
+    Numbers whose square overflows, in R or in a leaf that is not projected, are zeros
+    for the inner optimizer and take no step, column by column of R, and a moment that
+    overflows keeps its value: one of 1e20 would freeze its place for good.
     ``lro.chain`` is the spelling of this primitive as a pipeline.
 
     Args:
@@ -206,8 +209,7 @@ def step(
 def clock_of(state: SubspaceState, layer: Any = None) -> Clock:
     """Returns the bracket's time."""
     done = _is_summed(state.inner_state)
-    is_open = jnp.bool_(True) if done is None else done
-    return Clock(state.count, is_open, state.key, 0 if layer is None else layer.index)
+    return Clock(state.count, done, state.key, 0 if layer is None else layer.index)
 
 
 def _is_summed(inner_state: Any) -> Any:
@@ -284,11 +286,13 @@ def _inner(
         directions, inner_state = transformation(bracket.inner).update(
             low, view.state_transported, low_params, **{**extra_args, "subspace": view}
         )
+        inner_state = finite_or(inner_state, view.state_transported)
         directions, full_state = plan.arrays(directions), ()
         if bracket.full is not None:
             others, full_state = transformation(bracket.full).update(
                 rest, state.full_state, rest_params, **extra_args
             )
+            full_state = finite_or(full_state, state.full_state)
             directions = [
                 d if leaf.matrix else other
                 for leaf, d, other in zip(

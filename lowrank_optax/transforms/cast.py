@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.leaves import moments as _moments
 from lowrank_optax.leaves.matrix import is_box, refill, unbox
+from lowrank_optax.linalg.products import has_square, kept_if
 from lowrank_optax.quantization import is_quantized
 
 
@@ -110,3 +111,20 @@ def _cast_tree(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda x: x if is_quantized(x) else x.astype(dtype), tree, is_leaf=is_quantized
     )
+
+
+def without_overflow(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Does for ``inner`` what a bracket does with numbers whose square overflows.
+
+    They are zeros to ``inner``, entry by entry, and take no step; a moment that
+    overflows keeps its value.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra_args):
+        sound = jax.tree.map(has_square, updates)
+        shown = jax.tree.map(kept_if, sound, updates)
+        out, new = inner.update(shown, state, params, **extra_args)
+        return jax.tree.map(kept_if, sound, out), _moments.finite_or(new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
