@@ -21,7 +21,8 @@ def cast_moments(
     """Stores the moments of ``inner`` in other dtypes than it computes in.
 
     Optax has ``mu_dtype`` for some optimizers and no ``nu_dtype``. Here the moments
-    are cast to float32 before ``inner`` runs and back to their storage dtype after.
+    are cast to float32 before ``inner`` runs and back to their storage dtype after. A
+    second moment that is not zero is not stored as zero, nor as infinity.
 
     Args:
       inner: any transformation whose states name their moments ``mu``, ``nu``,
@@ -52,7 +53,15 @@ def cast_moments(
         return moments.rebuild(groups)
 
     def store(state: Any) -> Any:
-        return cast(state, storage.get)
+        moments = _moments.find(state)
+        groups = tuple(
+            {
+                field: _narrowed(tree, storage[field]) if field == "nu" else tree
+                for field, tree in group.items()
+            }
+            for group in moments.groups
+        )
+        return cast(moments.rebuild(groups), storage.get)
 
     def load(state: Any) -> Any:
         # Only moments that are stored otherwise are cast; None leaves the others alone.
@@ -102,6 +111,23 @@ def _returned(gradient: Any, update: Any) -> Any:
     wanted, found = unbox(gradient), unbox(update)
     floats = jnp.issubdtype(wanted.dtype, jnp.floating)
     return refill(update, found.astype(wanted.dtype)) if floats else update
+
+
+def _narrowed(tree: Any, dtype: Any) -> Any:
+    """Brings what is not zero into a narrower dtype's range: float16 ends at 6e-8.
+
+    A second moment below would become zero, and Adam divide by eps alone; one above
+    65504 an infinity that never decays.
+    """
+    if dtype is None or jnp.finfo(dtype).minexp <= jnp.finfo(jnp.float32).minexp:
+        return tree
+    info = jnp.finfo(dtype)
+    least, most = (jnp.float32(x) for x in (info.smallest_subnormal, info.max))
+
+    def narrowed(x: Any) -> Any:
+        return x if is_quantized(x) else jnp.where(x > 0, jnp.clip(x, least, most), x)
+
+    return jax.tree.map(narrowed, tree, is_leaf=is_quantized)
 
 
 def _cast_tree(tree: Any, dtype: Any) -> Any:
