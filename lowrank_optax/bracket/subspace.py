@@ -181,7 +181,8 @@ def step(
 
     # The clock asked the old inner state whether a sum begins; the new one says whether
     # this step has completed it.
-    gain, done = _gain(bracket, state.count), _is_summed(inner_state)
+    gain = _gain(bracket, state.count)
+    done = _has_stepped(state.inner_state, inner_state)
     seen = _seen(plan, bracket, inner_state, view)
     closed = [
         leaf.close(clock, o, d, k, m, gain, done)
@@ -218,6 +219,18 @@ def _is_summed(inner_state: Any) -> Any:
     # the start, and again after the micro-batch that completes a sum.
     steps = optax.tree_utils.tree_get(inner_state, "mini_step")
     return None if steps is None else steps == 0
+
+
+def _has_stepped(before: Any, after: Any) -> Any:
+    """Returns whether an accumulation inside is complete, None where there is none.
+
+    Of two states: a micro-batch that ``optax.MultiSteps`` was told to skip completes
+    nothing, though no sum is under way behind it either.
+    """
+    steps = optax.tree_utils.tree_get(after, "gradient_step")
+    if steps is None:
+        return None
+    return steps != optax.tree_utils.tree_get(before, "gradient_step")
 
 
 def _gain(bracket: Bracket, count: Array) -> Any:
