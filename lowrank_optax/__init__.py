@@ -8,6 +8,7 @@ from lowrank_optax.methods import *
 
 # The bracket.
 from lowrank_optax.bracket.chain import backproject as backproject
+from lowrank_optax.bracket.chain import behind as behind
 from lowrank_optax.bracket.chain import chain as chain
 from lowrank_optax.bracket.chain import project as project
 from lowrank_optax.bracket.selection import Selection as Selection

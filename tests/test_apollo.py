@@ -130,7 +130,7 @@ def reference(grads, drawn, granularity, limit, b1=0.9, b2=0.999, eps=1e-8):
 )
 def test_the_formula(granularity, limit):
     options = {"scale": SCALE, "granularity": granularity, "growth_limit": limit}
-    tx = apollo(base_optimizer=spy(), **options)
+    tx = apollo(base_optimizer=spy(), entry_limit=None, **options)
     tree = {"a": TREE["a"], "stack": TREE["stack"]}
     grads = [noise(tree, k, 1.0 + k) for k in range(5)]
     steps = run(tx, grads)

@@ -263,14 +263,37 @@ def test_the_gather_is_exact(dtype):
         low[gone] = np.nan
         low = jnp.asarray(low, dtype)
         rotation = lro.dct(5).rotation(jnp.asarray(old), jnp.asarray(new))
-        fields: Any = {"mu": low, "nu": low + 1, "trace": low + 2, "ema": low + 3}
+        fields: Any = {"mu": low, "nu": jnp.abs(low), "trace": low + 2, "ema": low + 3}
         (moved,) = lro.gather_moments().move((fields,), rotation, jnp.int32(1))
         for field, before in fields.items():
             want = np.zeros(low.shape, low.dtype)
+            if field == "nu":
+                # New rows are filled; which rows are old is what is asked here.
+                fill = np.asarray(moved[field])
+                stay = np.isin(new, old)
+                assert (
+                    np.isfinite(fill[~stay].astype(np.float32)).all() or stay.sum() == 0
+                )
+                want[~stay] = fill[~stay]
             for slot, column in enumerate(new):
                 if column in old:
                     want[slot] = np.asarray(before)[old.tolist().index(column)]
             assert_bit_equal(moved[field], want)
+
+
+def test_a_new_column_has_the_second_moment_of_the_others():
+    """On pure noise it is theirs, and the released code's zero on request."""
+    nu = jnp.full((3, 5), 4.0)
+    group = {"mu": jnp.ones((3, 5)), "nu": nu}
+    for new in ([0, 1, 7], [6, 7, 8]):
+        rotation = lro.dct(3).rotation(jnp.asarray([0, 1, 2]), jnp.asarray(new))
+        (filled,) = lro.gather_moments().move((group,), rotation, jnp.int32(9))
+        np.testing.assert_allclose(filled["nu"], nu, rtol=1e-6)
+        stays = np.isin(new, [0, 1, 2])
+        np.testing.assert_array_equal(filled["mu"][:, 0], stays)
+        plain = lro.gather_moments(fill=False)
+        (released,) = plain.move((group,), rotation, jnp.int32(9))
+        np.testing.assert_array_equal(released["nu"][:, 0], 4.0 * stays)
 
 
 def test_the_gather_on_both_sides():
@@ -343,13 +366,18 @@ def test_error_feedback_keeps_what_was_left_out():
     assert np.linalg.norm(left) > 0.5 * np.linalg.norm(grads[0]["w"])
 
 
-def test_both_conventions_are_the_same():
+def test_the_conventions_differ_in_new_columns_alone():
+    """The authors' second moments of new columns start at zero."""
     grads = [{"w": jnp.asarray(normal(k, 12, 20))} for k in range(2)]
-    runs = [
-        run(lro.dct_adamw(1.0, 3, weight_decay=0.1, conventions=c), grads)[-1]
-        for c in ("optax", "authors")
-    ]
-    assert_bit_equal(*runs)
+
+    def last(**options):
+        return run(lro.dct_adamw(1.0, 3, weight_decay=0.1, **options), grads)[-1]
+
+    zeros = lro.gather_moments(fill=False)
+    authors = last(conventions="authors")
+    assert_bit_equal(last(transport=zeros), authors)
+    with pytest.raises(AssertionError):
+        assert_bit_equal(last(), authors)
 
 
 def test_a_resumed_run_goes_on_as_before():

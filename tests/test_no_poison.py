@@ -134,6 +134,38 @@ def test_healthy_leaves_are_refreshed_beside_a_bad_one(row):
     assert_bit_equal(bases(state)[bad_leaf], bases(before)[bad_leaf])
 
 
+OVERFLOWING = {"1e20": 1e20, "1e30": 1e30, "3e38": 3e38}
+
+
+@each_row
+@pytest.mark.parametrize("value", OVERFLOWING)
+def test_a_number_whose_square_overflows_is_not_remembered(row, value):
+    """Finite, so that `apply_if_finite` lets it pass: no NaN, and nothing frozen."""
+    one = subject(row)
+    for when in WHEN.values():
+        for extent in ("element", "tree"):
+            params, before = one.run[when]
+            bad = spoil(one.gradients[when], OVERFLOWING[value], extent)
+            run = one.step(params, before, bad)
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(run))
+            for gradient in good_gradients(row)[when:]:
+                last, run = run[0], one.step(*run, gradient)
+                assert all(np.isfinite(x).all() for x in jax.tree.leaves(run))
+            # Steps are of the size of the rate, 1e-2, from and to weights near 1: what
+            # does not move by a float32 spacing has stopped.
+            moved = [
+                float(np.mean(np.asarray(a) != np.asarray(b)))
+                for a, b in zip(*map(jax.tree.leaves, (last, run[0])), strict=True)
+            ]
+            assert min(moved) > 0.8
+            # The bad numbers themselves took no step.
+            far = [
+                float(np.abs(np.asarray(a) - np.asarray(b)).max())
+                for a, b in zip(*map(jax.tree.leaves, (params, run[0])), strict=True)
+            ]
+            assert max(far) < 20
+
+
 @functools.cache
 def clip():
     """Global clipping by itself: with the plain step it is the chain of both."""

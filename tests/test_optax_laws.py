@@ -1,6 +1,7 @@
 """Every method under every Optax wrapper, tree and life cycle: rows x laws."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -33,7 +34,7 @@ from tests.chosen import (
     laws,
     newest,
 )
-from tests.rows import GAP, ROWS, subject
+from tests.rows import GAP, NOT_INSIDE, RAW, ROWS, subject
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,84 @@ def test_multi_steps_inside_keeps_the_basis_of_an_accumulation():
     for step in (1, 2, 4, 5):
         assert_bit_equal(bases[step], bases[step - 1])
     assert np.any(bases[3] != bases[2])
+
+
+ADAM = optax.scale_by_adam()
+AUTHORS = ("galore", "fira")
+EVERY = 3
+
+
+def hosts():
+    """Methods that host an accumulation, under either order of the decay."""
+    rows = []
+    for name, method in lro.METHODS.items():
+        taken = inspect.signature(method.factory).parameters
+        if "base_optimizer" in taken and method.factory not in NOT_INSIDE:
+            rows.append(pytest.param(name, "optax", id=name))
+    return [*rows, *(pytest.param(n, "authors", id=f"{n}_authors") for n in AUTHORS)]
+
+
+@pytest.mark.parametrize(("name", "conventions"), hosts())
+def test_decay_behind_an_accumulation_is_once_per_step(name, conventions):
+    """Only the decay moves the weights, and its schedule counts real steps."""
+    factory = lro.METHODS[name].factory
+    taken = inspect.signature(factory).parameters
+    options = {"rank": 2, "weight_decay": 0.5, "conventions": conventions}
+    options = {key: x for key, x in options.items() if key in taken}
+    inner = optax.MultiSteps(RAW if conventions == "authors" else ADAM, EVERY)
+    tx = factory(
+        lambda count: 0.1 / (1.0 + count),
+        base_optimizer=inner.gradient_transformation(),
+        **options,
+    )
+    params = {"kernel": jnp.ones((16, 12))}
+    zero, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+    step, found = jax.jit(step_of(tx)), []
+    for _ in range(2 * EVERY):
+        params, state = step(params, state, zero)
+        found.append(params["kernel"][0, 0])
+    first, second = 1 - 0.1 * 0.5, (1 - 0.1 * 0.5) * (1 - 0.05 * 0.5)
+    want = [1, 1, first, first, first, second]
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+def test_what_stands_behind_follows_the_bracket():
+    """A skipped micro-batch is no step either, and updates in between are zero."""
+    skip = optax.MultiSteps(ADAM, 2, should_skip_update_fn=optax.skip_not_finite)
+    parts = lro.project(lro.svd(2, 3), select="."), skip, lro.backproject()
+    rate = optax.scale_by_learning_rate(lambda count: 1.0 / (1.0 + count))
+    tx = lro.behind(lro.chain(*parts), optax.add_decayed_weights(0.1), rate)
+    reference = optax.chain(
+        lro.chain(parts[0], ADAM, parts[2]), optax.add_decayed_weights(0.1), rate
+    )
+    params = {"kernel": jnp.ones((8, 6))}
+    gradient = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+    bad = {"kernel": jnp.full((8, 6), jnp.nan)}
+    run, plain = (jax.jit(t.update) for t in (tx, reference))
+    state, known = tx.init(params), reference.init(params)
+    for step in range(2):
+        for micro in (bad, gradient, bad):
+            updates, state = run(micro, state, params)
+            assert not np.any(updates["kernel"])
+        updates, state = run(gradient, state, params)
+        expected, known = plain(gradient, known, params)
+        # Another program: the mean of two equal gradients is exact.
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+        assert int(state[0].count) == int(state[2].count) == step + 1
+
+
+@pytest.mark.parametrize("where", ["inner", "full"])
+def test_two_times_behind_a_bracket_are_refused(where):
+    every = optax.MultiSteps(ADAM, 2)
+    inner, full = (every, ADAM) if where == "inner" else (ADAM, every)
+    inner, full = (
+        x.gradient_transformation() if isinstance(x, optax.MultiSteps) else x
+        for x in (inner, full)
+    )
+    bracket = lro.chain(lro.project(lro.svd(2), full=full), inner, lro.backproject())
+    tx = lro.behind(bracket, optax.add_decayed_weights(0.1))
+    with pytest.raises(ValueError, match=r"accumulates gradients and .* does not"):
+        tx.init({"kernel": jnp.ones((8, 6)), "bias": jnp.zeros(6)})
 
 
 # --- extra arguments -----------------------------------------------------------------

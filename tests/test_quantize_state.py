@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax import quantization
-from lowrank_optax.quantization import QuantizedArray, blockwise_int8, dequantize
+from lowrank_optax.quantization import (
+    QuantizedArray,
+    affine,
+    blockwise_int8,
+    dequantize,
+    float8,
+    linear_int4,
+    symmetric,
+)
 from lowrank_optax.testing import assert_bit_equal
 
 ADAM = optax.scale_by_adam(0.9, 0.96875, 1e-8)
@@ -85,13 +93,28 @@ def test_state_bytes():
     assert table.total == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
-def test_a_second_moment_does_not_vanish():
+@pytest.mark.parametrize(
+    "codec",
+    [
+        UNSIGNED,
+        blockwise_int8(16),
+        linear_int4(16),
+        float8("e4m3", 16),
+        float8("e5m2", 16),
+        affine(4, 16),
+        affine(8, 16),
+        symmetric(4, 16),
+        symmetric(8, 16),
+    ],
+    ids=str,
+)
+def test_a_second_moment_does_not_vanish(codec):
     """Elements 1e-8 of their block's largest: with zeros Adam would step by 1 / eps."""
     gradient = {"w": jnp.full((16, 16), 1e-6).at[:, 0].set(1.0)}
     released = blockwise_int8(16, signed=False, keep_nonzero=False)
     largest = []
-    for codec in (UNSIGNED, released):
-        tx = quantized(nu=codec, min_size=0)
+    for each in (codec, released):
+        tx = quantized(nu=each, min_size=0)
         state = tx.init(gradient)
         update = jax.jit(tx.update)
         _, state = update(gradient, state)
@@ -100,7 +123,7 @@ def test_a_second_moment_does_not_vanish():
     assert largest[0] < 2 < 10 < largest[1]
 
 
-@pytest.mark.parametrize("form", ["debiased", "root"])
+@pytest.mark.parametrize("form", ["bounded", "root"])
 def test_transports_move_decoded_moments(form):
     """After a refresh the moments are those of the float run, up to the codes."""
     transport = lro.rotate_moments(0.9, 0.96875, form)

@@ -135,7 +135,9 @@ def test_recover_scale_against_the_residual_formed(
     shape, projector, granularity, residual
 ):
     """The svd's bases are known to be orthonormal, given ones are not."""
-    recovery = lro.recover_scale(granularity=granularity, residual=residual)
+    recovery = lro.recover_scale(
+        granularity=granularity, residual=residual, entry_limit=None
+    )
     one = Bracket(shape, recovery, projector=projector)
     update = jax.jit(one.tx.update)
     for share in (0.9, 0.3, 0.03, 2e-3):
@@ -196,7 +198,7 @@ def test_the_norm_is_that_of_the_basis_as_it_is(basis_dtype):
 @pytest.mark.parametrize("granularity", ["column", "tensor"])
 def test_of_the_gradient(granularity):
     """APOLLO's rule: `scale G diag(phi)`, and N itself is not in it."""
-    recovery = lro.recover_scale("gradient", granularity, None)
+    recovery = lro.recover_scale("gradient", granularity, None, entry_limit=None)
     g = with_residual(WIDE, 0.5)
     ((update, state),) = Bracket(WIDE, recovery).run([g])
     _, _, whole = formed(g, state.basis["w"], granularity)

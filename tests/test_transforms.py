@@ -177,6 +177,19 @@ def test_cast_moments_leaves_what_it_is_not_told():
     assert trace.init({"w": jnp.zeros(2)}).trace["w"].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_narrow_second_moment_neither_vanishes_nor_overflows(dtype):
+    """Squares of 1e-6 and 1e3 lie outside float16."""
+    tx = lro.cast_moments(optax.scale_by_adam(), nu_dtype=dtype)
+    gradient = {"w": jnp.float32([1e-6, 1e-3, 1e4, 0.0])}
+    state, update = tx.init(gradient), jax.jit(tx.update)
+    for factor in (1.0, 1e-3):
+        step, state = update({"w": factor * gradient["w"]}, state)
+        assert float(jnp.abs(step["w"]).max()) < 10
+        np.testing.assert_array_equal(state.nu["w"] > 0, gradient["w"] > 0)
+        assert np.isfinite(np.float32(state.nu["w"])).all()
+
+
 def test_cast_moments_around_an_accumulation():
     every = optax.MultiSteps(optax.scale_by_adam(), 2).gradient_transformation()
     tx = lro.cast_moments(every, jnp.bfloat16, jnp.bfloat16)

@@ -111,11 +111,15 @@ def make_steps(
             # compiler.
             if layout is not None:
                 grads = jax.lax.with_sharding_constraint(grads, layout.params)
+        norm = optax.tree.norm(grads)
         with jax.named_scope(OPTIMIZER):
+            # The guard looks at entries. Finite ones whose squares are not would reach
+            # the second moments: they count as not finite, and as a skipped step.
+            grads = jax.tree.map(lambda g: jnp.where(norm < jnp.inf, g, jnp.nan), grads)
             updates, opt_state = tx.update(grads, opt_state, params)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "tokens": jnp.sum(batch["mask"]),
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,

@@ -3,18 +3,20 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.bracket.leaf import when
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.storage import Storage
 from lowrank_optax.bracket.subspace import subspace
-from lowrank_optax.leaves.part import Made, Part, made
+from lowrank_optax.leaves.part import Made, Part, made, transformation
 from lowrank_optax.projectors import Projector, check_complete
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport
 
-_ORDER = "project -> transformations -> [recovery] -> backproject"
+_ORDER = "project -> transformations -> [recovery] -> backproject -> [transformations]"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,6 +139,9 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
     subspace, so its state is small. The result is an ordinary transformation, to be
     used in ``optax.chain`` and everywhere else.
 
+    What stands behind it, at full size, goes into an ``optax.chain`` around it, or into
+    ``lro.behind`` if ``optax.MultiSteps`` stands inside.
+
     Args:
       *stages: one ``lro.project``, any number of Optax transformations, at most one
         recovery, one ``lro.backproject``.
@@ -203,6 +208,101 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
         stagger=first.stagger,
         seed=first.seed,
     )
+
+
+def behind(bracket: Any, *stages: Any) -> optax.GradientTransformationExtraArgs:
+    """Chains transformations behind a bracket, in the bracket's time.
+
+    ``optax.chain(bracket, *stages)``, but where ``optax.MultiSteps`` stands inside the
+    bracket: the stages run, and their states advance, when it steps, once per
+    accumulation. ``optax.chain`` would decay the weights at every micro-batch, and go
+    through a schedule as many times too fast. In between the update is the bracket's,
+    which is zero. The methods' ``weight_decay`` stands here by itself.
+
+    Args:
+      bracket: a bracket, or what this function returned.
+      *stages: Optax transformations.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``, with the state of ``optax.chain``.
+
+    Raises:
+      ValueError: at init, if only one of the inner optimizer and ``full`` accumulates:
+        there is no one time to be had.
+
+    Examples:
+      >>> import optax
+      >>> import lowrank_optax as lro
+      >>> tx = lro.behind(
+      ...     lro.chain(
+      ...         lro.project(lro.power(rank=4)),
+      ...         optax.MultiSteps(optax.scale_by_adam(), 4),
+      ...         lro.backproject(),
+      ...     ),
+      ...     optax.add_decayed_weights(0.1),
+      ...     optax.scale_by_learning_rate(optax.linear_schedule(1e-2, 0.0, 1000)),
+      ... )
+    """
+    stages = tuple(
+        stage.gradient_transformation()
+        if isinstance(stage, optax.MultiSteps)
+        else transformation(stage)
+        for stage in stages
+    )
+    plain = optax.chain(bracket, *stages)
+    each = [optax.with_extra_args_support(stage) for stage in stages]
+
+    def init(params: Any) -> Any:
+        state: Any = plain.init(params)
+        _check_one_time(state[0])
+        return state
+
+    def update(updates, state, params=None, **extra_args):
+        accumulates = optax.tree_utils.tree_get_all_with_path(state, "gradient_step")
+        if not accumulates:
+            return plain.update(updates, state, params, **extra_args)
+        before, *states = state
+        updates, after = bracket.update(updates, before, params, **extra_args)
+        done, kept = _has_stepped(before, after), [after]
+        for stage, old in zip(each, states, strict=True):
+            moved, new = stage.update(updates, old, params, **extra_args)
+            updates = when(done, moved, updates)
+            kept.append(when(done, new, old))
+        return updates, tuple(kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _accumulations(state: Any) -> list[tuple[bool, Any]]:
+    """Returns the steps of every accumulation, and whether it is that of ``full``."""
+    found = optax.tree_utils.tree_get_all_with_path(state, "gradient_step")
+    return [("full_state" in jax.tree_util.keystr(path), x) for path, x in found]
+
+
+def _check_one_time(state: Any) -> None:
+    in_full = {of_full for of_full, _ in _accumulations(state)}
+    has_full = [
+        x
+        for _, x in optax.tree_utils.tree_get_all_with_path(state, "full_state")
+        if jax.tree.leaves(x)
+    ]
+    if has_full and len(in_full) == 1:
+        one, other = ("`full`", "the inner optimizer")[
+            :: -1 if in_full == {False} else 1
+        ]
+        raise ValueError(
+            f"{one} accumulates gradients and {other} does not, so that what stands "
+            "behind the bracket (weight decay, a schedule) would have two times to "
+            "follow. Accumulate in both, or put optax.MultiSteps around the whole "
+            "optimizer."
+        )
+
+
+def _has_stepped(before: Any, after: Any) -> Any:
+    """Returns whether the accumulation inside the bracket is complete."""
+    (_, new), *_ = sorted(_accumulations(after), key=lambda pair: pair[0])
+    (_, old), *_ = sorted(_accumulations(before), key=lambda pair: pair[0])
+    return new != old
 
 
 def _name(stage: Any) -> str:

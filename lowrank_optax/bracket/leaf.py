@@ -18,7 +18,7 @@ from jaxtyping import Array
 from lowrank_optax.bracket.state import Clock, Kept, Moments, Opened, Renewable
 from lowrank_optax.leaves.matrix import Matrix, refill, unbox
 from lowrank_optax.leaves.part import Part
-from lowrank_optax.linalg.products import Operand
+from lowrank_optax.linalg.products import Operand, has_square, kept_if
 from lowrank_optax.projectors import At, Projector
 from lowrank_optax.recovery import LeafView, Recovered, Recovery
 from lowrank_optax.transport import Transport
@@ -42,8 +42,9 @@ class FullLeaf(Part):
         self, clock: Clock, gradient: Any, weights: Any, kept: Kept, moments: Any
     ) -> Opened:
         """Casts the gradient and the parameter to the inner's dtype."""
-        del clock, kept, moments
+        del kept, moments
         low, seen = cast(gradient, self.dtype), Operand(gradient)
+        low = _shown(has_square(gradient), low, clock)
         if weights is None:
             return Opened(low, None, seen, None)
         return Opened(low, cast(weights, self.dtype), seen, Operand(weights))
@@ -63,7 +64,8 @@ class FullLeaf(Part):
         gradient = opened.gradient.stored
         if isinstance(direction, optax.MaskedNode):  # no elements, and no direction
             return gradient, None, kept
-        return cast(stepped(direction, gain), gradient.dtype), None, kept
+        update = cast(stepped(direction, gain), gradient.dtype)
+        return kept_if(has_square(gradient), update), None, kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,11 +180,16 @@ class LowLeaf(Part):
             if self.projector.stores_basis:
                 previous = self.basis(at, kept.stored)
             low = self.down(at, renewed.stored, basis, seen)
+            # Column by column: whether one overflows no other device need know. A
+            # projection on both sides has no column for each of the matrix'.
+            axes = (-2, -1) if self.matrix.side == "both" else -2
+            sound = jnp.all(has_square(low), axes, keepdims=True)
+            low = _shown(sound, low, clock)
             whole = low_weights = None
             if weights is not None:
                 whole = self.matrix.operand(weights)
                 low_weights = self.down(at, renewed.stored, basis, whole)
-        return Opened(low, low_weights, seen, whole, basis, previous, renewed)
+        return Opened(low, low_weights, seen, whole, basis, previous, renewed, sound)
 
     def at(self, clock: Clock) -> At:
         """Returns place and time of every matrix."""
@@ -210,7 +217,8 @@ class LowLeaf(Part):
             return self.projector.is_due(stored, clock.count + shift)
 
         # A sum under way stands in the coordinates of the basis that it began with.
-        return clock.open & (self.lift(one, stored, self.shift) | pending)
+        wanted = self.lift(one, stored, self.shift) | pending
+        return wanted if clock.open is None else clock.open & wanted
 
     def refresh(
         self, clock: Clock, at: At, gradient: Operand, before: Renewable
@@ -261,7 +269,10 @@ class LowLeaf(Part):
         stored = self.projector.pack(new)
         renewed = Renewable(stored, jnp.zeros_like(before.pending), moments)
         # Of the new basis before it is packed: a codec turns NaN into a number.
-        return _where(_finite(new), renewed, owed)
+        good = _finite(new)
+        if self.transport.moves:
+            good &= _finite(moments)
+        return _where(good, renewed, owed)
 
     def _check_type(self, stored: Any, new: Any) -> None:
         """Raises if a refresh returns what cannot be stored in the old one's place."""
@@ -386,23 +397,33 @@ class LowLeaf(Part):
             recovered, state = self.recovery.update(
                 self.matrix, state, view, self.scale
             )
-        terms = []
+        # What overflowed takes no step. Said of the small factors where there are such:
+        # a pass over the lifted product would cost as much as the product.
+        terms, sound = [], opened.sound
+        own = gradient.along(sound)
         # The learning rate multiplies the thin factors where it can: behind the product
         # it would take a pass over [m, n].
         if recovered.low is not None:
-            low = stepped(recovered.low, gain)
+            low = stepped(
+                kept_if(sound & jnp.isfinite(recovered.low), recovered.low), gain
+            )
             terms.append(self.projector.up(self.matrix, basis, low))
         if recovered.phi is not None:
             phi = stepped(recovered.phi, gain)
             # A gradient in bfloat16 is widened, or phi would be rounded to 8 bits.
-            terms.append(gradient.astype(phi.dtype).times(phi))
+            term = gradient.astype(phi.dtype).times(phi)
+            terms.append(term.map(lambda x: kept_if(own & jnp.isfinite(x), x)))
         if recovered.addend is not None:
             addend = Operand.of(recovered.addend, self.matrix.transposed)
+            addend = addend.map(lambda x: kept_if(own & jnp.isfinite(x), x))
             terms.append(addend.map(lambda x: stepped(x, gain)))
+        outside = recovered.outside
+        if outside is not None:
+            outside = outside.map(lambda x: kept_if(own & jnp.isfinite(x), x))
         total = functools.reduce(lambda a, b: a.map(jnp.add, b), terms)
-        if recovered.outside is None:  # else one more term is to come
+        if outside is None:  # else one more term is to come
             total = total.map(lambda x: cast(x, self.update_dtype))
-        return total, recovered.outside, state
+        return total, outside, state
 
     def _advance(self, clock: Clock, at: At, opened: Opened, kept: Kept) -> Any:
         """Moves the bases after use, but for those that were found in this step.
@@ -453,9 +474,19 @@ def _where(flag: Array, after: Any, before: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), after, before)
 
 
+def _shown(sound: Any, low: Array, clock: Clock) -> Array:
+    """Returns what the inner optimizer sees: zeros for what is not sound.
+
+    An accumulation is shown what is not finite: it may have been told to skip that.
+    """
+    if clock.open is not None:
+        sound = sound | ~jnp.isfinite(low)
+    return kept_if(sound, low)
+
+
 def _healthy(gradient: Operand) -> Array:
     # One reduction tells all: a maximum with a NaN or an infinity in it is not finite.
-    return jnp.isfinite(gradient.peak) & (gradient.peak > 0)
+    return has_square(gradient.peak) & (gradient.peak > 0)
 
 
 def _finite(stored: Any) -> Array:

@@ -393,7 +393,7 @@ class Planner:
 
         # Asked of the projector itself: bands, blocks and two sides are not all [r, n].
         def project(stored: Any) -> Array:
-            at = door.at(Clock(jnp.int32(0), jnp.bool_(True), self.key_data(), 0))
+            at = door.at(Clock(jnp.int32(0), None, self.key_data(), 0))
             zeros = jnp.zeros(door.matrix.shape, door.dtype)
             basis = door.basis(at, stored)
             return door.down(at, stored, basis, door.matrix.operand(zeros))

@@ -86,13 +86,13 @@ class Clock(NamedTuple):
     Attributes:
       count: steps of the inner optimizer taken so far.
       open: False in the middle of a gradient accumulation, when the sum under way
-        fixes the basis.
+        fixes the basis; None where nothing accumulates.
       key_data: the bracket's key.
       layer: which layer the first one of every stack is; 0 where stacks are whole.
     """
 
     count: Array
-    open: Array
+    open: Array | None
     key_data: Array
     layer: Array | int
 
@@ -130,6 +130,9 @@ class Opened(NamedTuple):
       basis: the basis of this step, None on full leaves.
       previous: that of the step before, ``()`` where none is stored.
       renewed: what is kept from here on, and the moments in the new coordinates.
+      sound: which columns of ``low`` have finite squares, ``[*batch, 1, n]`` (with
+        side="both" whether all have, ``[*batch, 1, 1]``); the others are zeros in
+        ``low`` and in the update. None on full leaves.
     """
 
     low: Array
@@ -139,6 +142,7 @@ class Opened(NamedTuple):
     basis: Any = None
     previous: Any = None
     renewed: Any = None
+    sound: Any = None
 
 
 class Moments(NamedTuple):

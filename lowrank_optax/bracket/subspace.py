@@ -29,7 +29,7 @@ from lowrank_optax.bracket.state import (
 )
 from lowrank_optax.bracket.storage import Storage, load, store
 from lowrank_optax.leaves.matrix import refill, restore, unbox
-from lowrank_optax.leaves.moments import by_leaf, with_moments
+from lowrank_optax.leaves.moments import by_leaf, finite_or, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import BasisProjector, Projector, gaussian
 from lowrank_optax.recovery import Recovery
@@ -60,6 +60,9 @@ def subspace(
 
     so the inner optimizer's state has ``r n`` elements in place of ``m n``. Leaves
     that are not projected go through the same inner at full size and unscaled.
+    Numbers whose square overflows, in R or in a leaf that is not projected, are zeros
+    for the inner optimizer and take no step, column by column of R, and a moment that
+    overflows keeps its value: one of 1e20 would freeze its place for good.
     ``lro.chain`` is the spelling of this primitive as a pipeline.
 
     Args:
@@ -251,7 +254,8 @@ def step(
 
     # The clock asked the old inner state whether a sum begins; the new one says whether
     # this step has completed it.
-    gain, done = _gain(bracket, state.count), _is_summed(inner_state)
+    gain = _gain(bracket, state.count)
+    done = _has_stepped(state.inner_state, inner_state)
     seen = _seen(plan, bracket, inner_state, view)
     closed = [
         leaf.close(clock, o, d, k, m, gain, done)
@@ -287,8 +291,7 @@ def step(
 def clock_of(state: SubspaceState, layer: Any = None) -> Clock:
     """Returns the bracket's time."""
     done = _is_summed(state.inner_state)
-    is_open = jnp.bool_(True) if done is None else done
-    return Clock(state.count, is_open, state.key, 0 if layer is None else layer.index)
+    return Clock(state.count, done, state.key, 0 if layer is None else layer.index)
 
 
 def _is_summed(inner_state: Any) -> Any:
@@ -303,6 +306,18 @@ def _is_summed(inner_state: Any) -> Any:
             "optax.MultiSteps around all that stands between project and backproject."
         )
     return found[0][1] == 0 if found else None
+
+
+def _has_stepped(before: Any, after: Any) -> Any:
+    """Returns whether an accumulation inside is complete, None where there is none.
+
+    Of two states: a micro-batch that ``optax.MultiSteps`` was told to skip completes
+    nothing, though no sum is under way behind it either.
+    """
+    steps = optax.tree_utils.tree_get(after, "gradient_step")
+    if steps is None:
+        return None
+    return steps != optax.tree_utils.tree_get(before, "gradient_step")
 
 
 def _gain(bracket: Bracket, count: Array) -> Any:
@@ -371,11 +386,13 @@ def _inner(
         directions, inner_state = transformation(bracket.inner).update(
             low, view.state_transported, low_params, **{**extra_args, "subspace": view}
         )
+        inner_state = finite_or(inner_state, view.state_transported)
         directions, full_state = plan.arrays(directions), ()
         if bracket.full is not None:
             others, full_state = transformation(bracket.full).update(
                 rest, state.full_state, rest_params, **extra_args
             )
+            full_state = finite_or(full_state, state.full_state)
             directions = [
                 d if leaf.matrix else other
                 for leaf, d, other in zip(

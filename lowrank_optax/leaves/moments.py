@@ -187,3 +187,18 @@ def _refilled(leaf: Any, moment: Array) -> Any:
     if is_quantized(leaf):
         return refill_tree(leaf, unbox_tree(leaf).encode(moment))
     return refill(leaf, moment)
+
+
+def finite_or(state: Any, before: Any) -> Any:
+    """Returns a state whose moments keep their old entries where new ones overflow.
+
+    ``before``: the state before the update. What is encoded is finite as it is.
+    """
+    new, old = find(state, factors=True), find(before, factors=True)
+
+    def choose(x: Any, last: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.where(jnp.isfinite(x), x, last)
+
+    return new.rebuild(jax.tree.map(choose, new.groups, old.groups))

@@ -23,6 +23,22 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
+def has_square(x: Array) -> Any:
+    """Returns where a number and its square are finite; anything else counts as such.
+
+    Second moments hold squares, and those of float32 end at 3e38: a gradient above
+    1.8e19 would leave an infinity that never decays.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return True
+    return jnp.isfinite(jnp.square(wide(x)))
+
+
+def kept_if(flag: Any, x: Array) -> Array:
+    """Returns x, and zeros where the flag does not hold."""
+    return jnp.where(flag, x, jnp.zeros_like(x))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operand:

@@ -31,7 +31,8 @@ T = TypeVar("T")
 IGNORED = (
     "rank, update_proj_gap, basis_dtype beside projector",
     "b1, b2, eps beside base_optimizer",
-    "growth_limit beside recovery",
+    "growth_limit, entry_limit beside recovery",
+    "entry_limit beside conventions",
     "mask without weight_decay",
 )
 # What other libraries call an argument, and what it is called here.

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.bracket.chain import project
+from lowrank_optax.bracket.chain import behind, project
 from lowrank_optax.leaves.part import made
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
@@ -203,6 +203,8 @@ COMMON = {
     "min_size": "matrices with fewer moments keep them in ``state_dtype``.",
     "growth_limit": "largest ratio of a norm to that of the step before; None for no "
     "limit. See ``lro.recover_scale`` for its reset.",
+    "entry_limit": "largest entry of ``G diag(phi)``, in root mean squares of N_j; "
+    'None for no limit, as with ``conventions="authors"``. See ``lro.recover_scale``.',
 }
 
 
@@ -256,19 +258,21 @@ class Recipe(types.SimpleNamespace):
 
     def corrected_adam(self) -> Any:
         """Returns ``adam`` with its bias corrected inside, where it is small."""
-        return self._corrected(self.adam(), made)
+        if not self._corrects:
+            return self.adam()
+        correction = made(scale_by_bias_correction, self.b1, self.b2)
+        return made(optax.chain, self.adam(), correction)
 
     def correct(self, tx: Transformation) -> Transformation:
         """Corrects the authors' Adam behind the bracket."""
-        return self._corrected(tx, lambda factory, *args: factory(*args))
+        if not self._corrects:
+            return tx
+        return behind(tx, scale_by_bias_correction(self.b1, self.b2))
 
-    def _corrected(self, stage: Any, call: Any) -> Any:
+    @property
+    def _corrects(self) -> bool:
         # An optimizer that is given, and Optax' Adam, see to their bias themselves.
-        if getattr(self, "base_optimizer", None) is not None or not self.authors:
-            return stage
-        return call(
-            optax.chain, stage, call(scale_by_bias_correction, self.b1, self.b2)
-        )
+        return getattr(self, "base_optimizer", None) is None and self.authors
 
     def decayed(
         self, tx: Transformation, learning_rate: Any, authors: bool | None = None
@@ -278,4 +282,4 @@ class Recipe(types.SimpleNamespace):
             return tx
         authors = self.authors if authors is None else authors
         form = decay_after if authors else decay_before
-        return optax.chain(tx, form(learning_rate, self.weight_decay, self.mask))
+        return behind(tx, form(learning_rate, self.weight_decay, self.mask))

@@ -9,6 +9,7 @@ from lowrank_optax.methods._method import method
 from lowrank_optax.methods._shared import Transformation
 from lowrank_optax.quantization import Codec, blockwise_int8
 from lowrank_optax.transforms import decay_before, quantize_state
+from lowrank_optax.transforms.cast import without_overflow
 
 
 @method("8-bit AdamW", "2110.02861", "Dettmers et al. (2021)")
@@ -39,7 +40,7 @@ def adamw_8bit(
     adam = optax.scale_by_adam(b1, b2, eps)
     stages: list[Any] = [
         # Adam treats every leaf by itself, so only one is decoded at a time.
-        quantize_state(adam, mu, nu, min_size, leafwise=True),
+        without_overflow(quantize_state(adam, mu, nu, min_size, leafwise=True)),
         optax.scale_by_learning_rate(learning_rate),
     ]
     if weight_decay is not None:

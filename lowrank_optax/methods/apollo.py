@@ -23,6 +23,7 @@ def apollo(
     *,
     granularity: str = "column",
     growth_limit: float | Array | None = 1.01,
+    entry_limit: float | Array | None = 10.0,
     **options: Unpack[_Options],
 ) -> Transformation:
     """APOLLO: SGD's direction with Adam's step sizes, estimated in a random subspace.
@@ -32,7 +33,7 @@ def apollo(
 
         R     = P^T G                                  [r, n]
         N     = Adam's direction from R                [r, n]
-        phi_j = |N_j| / (|R_j| + 1e-8)                 n numbers
+        phi_j = |N_j| / (|R_j| + 1e-8)                 n numbers, limited
         U     = G diag(phi)
         U    <- U min(1, growth_limit |U_before| / |U|)
         W    <- W - lr (sqrt(scale) U + weight_decay W)
@@ -58,6 +59,8 @@ def apollo(
         corrected root, and decay uses the weights before the step;
         ``conventions="authors"`` restores the code's order in all three.
       * A step without gradient does not hold the limiter down afterwards.
+      * phi is limited: a draw that hardly sees the gradient, likely at rank 1, stepped
+        as far as that is unlikely.
     """
     its = Recipe(**options)
     tx = chain(
@@ -66,7 +69,10 @@ def apollo(
         # Adam's direction tells the size of the step alone: G takes its place, column
         # by column. No residual and no basis vector enters the update.
         recover_scale(
-            of="gradient", granularity=granularity, growth_limit=growth_limit
+            of="gradient",
+            granularity=granularity,
+            growth_limit=growth_limit,
+            entry_limit=None if its.authors else entry_limit,
         ),
         backproject(its.scale**0.5, learning_rate),
     )
@@ -84,6 +90,7 @@ def apollo_mini(
     *,
     granularity: str = "tensor",
     growth_limit: float | Array | None = 1.01,
+    entry_limit: float | Array | None = 10.0,
     **options: Unpack[_Options],
 ) -> Transformation:
     """APOLLO-Mini: APOLLO with rank 1 and one step size per matrix.
@@ -110,6 +117,7 @@ def apollo_mini(
         rank,
         granularity=granularity,
         growth_limit=growth_limit,
+        entry_limit=entry_limit,
         **options,
     )
 

@@ -14,7 +14,7 @@ from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method
 from lowrank_optax.methods._shared import Recipe, Transformation
 from lowrank_optax.transforms import cast_moments
-from lowrank_optax.transforms.cast import keep_dtypes
+from lowrank_optax.transforms.cast import keep_dtypes, without_overflow
 
 _VECTOR = re.compile(r"norm|(^|/)(scale|bias)$")
 
@@ -82,7 +82,7 @@ def column_sgd(
         functools.partial(_roles, head, layer_axis),
     )
     # No bracket stands here to cast what leaves it.
-    tx = keep_dtypes(tx)
+    tx = without_overflow(keep_dtypes(tx))
     if learning_rate is not None:
         tx = optax.chain(tx, optax.scale_by_learning_rate(learning_rate))
     return its.decayed(optax.with_extra_args_support(tx), learning_rate, authors=False)

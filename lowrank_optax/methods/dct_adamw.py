@@ -40,7 +40,8 @@ def dct_adamw(
 
         A  = G + E                                  E = 0 without error feedback
         P  = the r columns of D with the largest |D^T A| (summed over n)  when due
-        mu, nu: those of columns that stay go along, new columns start at zero
+        mu, nu: those of columns that stay go along; a new column's mu is zero, its nu
+              that of a typical column that stays
         R  = P^T A,   E <- A - P R
         N  = Adam's direction from R                [r, n]
         W <- W - lr (scale P N + weight_decay W)
@@ -54,20 +55,25 @@ def dct_adamw(
       error_feedback: keep E (authors: optional).
       transport: what a new choice does to the moments; None is ``lro.gather_moments()``
         (with another projector, align signs).
-      conventions: "optax" and "authors" are the same here: the released code corrects
-        the bias before eps and decays before the step.
+      conventions: with "authors" a new column's nu starts at zero; else both are the
+        same here: the released code corrects the bias before eps and decays before the
+        step.
 
     Differences from the authors' code:
       * Those of ``lro.dct``.
       * Moments are gathered. The code multiplies them by the matrix of inner products
         of old and new columns, which leaves rounding where nothing should be.
+      * The second moment of a new column starts at that of the others, in the code at
+        zero, after which its first step is three times too large.
       * Error feedback is off by default and is kept in float32 or bfloat16; the 8-bit
         and 4-bit codecs of the code are not offered.
     """
     its = Recipe(**options)
     projector = its.bases(dct, rank, its.update_proj_gap, kind, norm)
     # Vectors of one fixed basis stay as they are or go: there is nothing to rotate.
-    gather = gather_moments() if projector.selects else align_signs()
+    gather = align_signs()
+    if projector.selects:
+        gather = gather_moments(fill=not its.authors)
     # E is what the projection left out; gathered moments have no further part in it.
     feedback = [feed_back(dtype=error_dtype, momentum=False)] if error_feedback else []
     tx = chain(

@@ -18,6 +18,7 @@ def fira(
     rank: Any = 128,
     *,
     growth_limit: float | Array | None = 1.01,
+    entry_limit: float | Array | None = 10.0,
     granularity: str = "column",
     **options: Unpack[Options],
 ) -> Transformation:
@@ -26,7 +27,7 @@ def fira(
     GaLore's step (``lro.galore``: basis P, projection ``R = P^T G``, Adam's direction
     N, both ``[r, n]``), and what GaLore drops, column by column as far as Adam went::
 
-        phi_j  = |N_j| / (|R_j| + 1e-8)                      n numbers
+        phi_j  = |N_j| / (|R_j| + 1e-8)                      n numbers, limited
         Lambda = (G - P R) diag(phi)
         Lambda <- Lambda min(1, growth_limit |Lambda_before| / |Lambda|)
         W <- W - lr (scale P N + Lambda + weight_decay W)
@@ -37,6 +38,8 @@ def fira(
     Differences from the authors' code:
       * The residual is the paper's ``G - P P^T G``; the code's ``G - scale P P^T G``
         still holds part of the gradient inside the subspace.
+      * phi is limited: columns that the basis hardly sees take steps of 1e5 learning
+        rates there.
       * Everything listed under ``lro.galore``. ``conventions="authors"`` restores all
         of it, with the bias correction behind the limiter.
     """
@@ -48,6 +51,7 @@ def fira(
             granularity=granularity,
             growth_limit=growth_limit,
             residual="authors" if its.authors else "paper",
+            entry_limit=None if its.authors else entry_limit,
         ),
         backproject(its.scale, learning_rate),
     )

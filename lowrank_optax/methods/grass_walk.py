@@ -23,6 +23,7 @@ def grass_walk(
     *,
     step: str | float | Array = 0.1,
     growth_limit: float | Array | None = 1.01,
+    entry_limit: float | Array | None = 10.0,
     **options: Unpack[TrackedOptions],
 ) -> Transformation:
     """GrassWalk: the subspace walks at random, moments and residual as SubTrack++.
@@ -48,7 +49,7 @@ def grass_walk(
     its = Recipe(**options)
     # Only the move of the basis differs from SubTrack++: at random, by a fixed angle.
     walk = its.bases(grassmann, rank, its.update_proj_gap, step=step, move="walk")
-    return tracked(its, learning_rate, walk, growth_limit)
+    return tracked(its, learning_rate, walk, growth_limit, entry_limit)
 
 
 scale_by_grass_walk = direction(grass_walk)
@@ -65,6 +66,7 @@ def grass_jump(
     rank: Any = 128,
     *,
     growth_limit: float | Array | None = 1.01,
+    entry_limit: float | Array | None = 10.0,
     **options: Unpack[TrackedOptions],
 ) -> Transformation:
     """GrassJump: a new random subspace at every refresh, the rest as SubTrack++.
@@ -80,7 +82,7 @@ def grass_jump(
     """
     its = Recipe(**options)
     jump = its.bases(grassmann, rank, its.update_proj_gap, move="jump")
-    return tracked(its, learning_rate, jump, growth_limit)
+    return tracked(its, learning_rate, jump, growth_limit, entry_limit)
 
 
 scale_by_grass_jump = direction(grass_jump)

@@ -71,8 +71,10 @@ def ldadam(
       * Error feedback is off by default, and E is a state instead of being kept in
         ``.grad``.
       * The first basis comes from block power steps (the SVD with
-        ``conventions="authors"``, which changes nothing else), the others from shifted
-        CholeskyQR.
+        ``conventions="authors"``), the others from shifted CholeskyQR.
+      * A turned second moment has the square of the first as its floor, and what the
+        basis lost of it is filled: ``lro.rotate_moments``. ``conventions="authors"``
+        takes ``form="debiased"`` in its place.
       * A zero or non-finite gradient leaves the basis as it is, and a B of rank below
         r the directions it does not fill.
     """
@@ -84,8 +86,9 @@ def ldadam(
         its.b1 if rho is None else rho,
         cold_start="svd" if its.authors else "power",
     )
+    turn = rotate_moments(its.b1, its.b2, "debiased" if its.authors else "bounded")
     tx = chain(
-        its.open(projector, rotate_moments(its.b1, its.b2)),
+        its.open(projector, turn),
         # The released code corrects the bias first and decays first, as Optax does.
         its.adam(authors=False),
         # Though behind Adam, E is added to the gradient before that is projected.

@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.bracket.chain import backproject, chain
+from lowrank_optax.bracket.chain import backproject, behind, chain
 from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method
 from lowrank_optax.methods._shared import Recipe, Transformation
@@ -132,9 +132,9 @@ def online_subspace_descent(
     tx = chain(its.open(projector), its.corrected_adam(), backproject(its.scale, rate))
     if after_lift is not None:
         _checks.transformation("after_lift", after_lift, "scale_by_sign()")
-        tx = optax.chain(tx, after_lift)
+        tx = behind(tx, after_lift)
         if learning_rate is not None:
-            tx = optax.chain(tx, optax.scale_by_learning_rate(learning_rate))
+            tx = behind(tx, optax.scale_by_learning_rate(learning_rate))
     return its.decayed(optax.with_extra_args_support(tx), learning_rate)
 
 

@@ -22,15 +22,21 @@ class TrackedOptions(has.Usual, has.Recovered, has.Stored, has.Conventions):
 
 
 def tracked(
-    its: Recipe, learning_rate: Any, projector: Projector, growth_limit: Any
+    its: Recipe,
+    learning_rate: Any,
+    projector: Projector,
+    growth_limit: Any,
+    entry_limit: Any,
 ) -> Transformation:
     """Returns SubTrack++'s pipeline around any projector."""
     # As printed, the paper's formula corrects the bias of the second moment twice.
-    turn = rotate_moments(its.b1, its.b2, "paper" if its.authors else "debiased")
+    turn = rotate_moments(its.b1, its.b2, "paper" if its.authors else "bounded")
+    limit = None if its.authors else entry_limit
+    recovery = recover_scale(growth_limit=growth_limit, entry_limit=limit)
     tx = chain(
         its.open(projector, turn),
         its.adam(),
-        its.recovery or recover_scale(growth_limit=growth_limit),
+        its.recovery or recovery,
         backproject(its.scale, learning_rate),
     )
     return its.decayed(its.correct(tx), learning_rate)
@@ -50,6 +56,7 @@ def subtrack(
     max_angle: float | Array | None = None,
     damping: float | Array = 1.0,
     growth_limit: float | Array | None = 1.01,
+    entry_limit: float | Array | None = 10.0,
     **options: Unpack[TrackedOptions],
 ) -> Transformation:
     """SubTrack++: the basis turns, the moments turn with it, nothing is dropped.
@@ -63,8 +70,8 @@ def subtrack(
         Lambda = (G - S R) diag(|N_j| / (|R_j| + 1e-8))         limited in growth
         W <- W - lr (scale S N + Lambda + weight_decay W)
 
-    with Lambda as in ``lro.recover_scale``. State per matrix: ``m r + 2 r n`` and one
-    number.
+    with Lambda as in ``lro.recover_scale``, its ratio limited. State per matrix:
+    ``m r + 2 r n`` and one number.
 
     Args:
       step: "line_search" turns by the exact minimizer; a number is the paper's eta
@@ -76,7 +83,8 @@ def subtrack(
       base_optimizer: the inner transformation in place of Adam; it needs moments with
         decays ``b1`` and ``b2``, or another ``transport``.
       transport: in place of ``lro.rotate_moments(b1, b2)``.
-      recovery: in place of ``lro.recover_scale(growth_limit=growth_limit)``.
+      recovery: in place of ``lro.recover_scale`` with ``growth_limit`` and
+        ``entry_limit``.
 
     Differences from the authors' code:
       * Where it contradicts the paper, the paper is followed. Tall and square matrices
@@ -86,6 +94,7 @@ def subtrack(
       * The second moment keeps its size: the code multiplies it by ``1 - b2`` at every
         turn, and the formula as printed corrects its bias twice.
       * The residual is ``G - S R``, the code's ``G - scale S R``.
+      * The ratio ``|N_j| / |R_j|`` is limited.
       * The turn is the exact line search, and the first basis comes from block power
         steps.
       * ``conventions="authors"`` puts Adam's eps on the uncorrected root (1e-6), the
@@ -102,7 +111,7 @@ def subtrack(
         damping=damping,
         cold_start="svd" if its.authors else "power",
     )
-    return tracked(its, learning_rate, projector, growth_limit)
+    return tracked(its, learning_rate, projector, growth_limit, entry_limit)
 
 
 scale_by_subtrack = direction(subtrack)

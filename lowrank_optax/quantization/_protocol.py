@@ -14,6 +14,8 @@ from lowrank_optax._meshes import with_auto_axes
 from lowrank_optax.quantization.blocks import Cut, pack, unpack
 from lowrank_optax.quantization.rounding import uniform
 
+_CANNOT = object()
+
 Axes = tuple[Any, ...]  # the mesh axes that each axis of an array is cut over
 
 
@@ -48,7 +50,8 @@ class Codec:
     Numbers below 1.2e-38 in magnitude count as zero where the backend flushes them.
 
     A subclass finds the scales of blocks (``fit``), and given its block's scale turns
-    an entry into a code (``code``) and a code into a number (``value``).
+    an entry into a code (``code``) and a code into a number (``value``). If it has a
+    field ``keep_nonzero``, it can serve second moments (``for_second_moments``).
     """
 
     # Without annotations, so that these are no fields of the dataclasses below.
@@ -92,6 +95,27 @@ class Codec:
     def value(self, codes: Array, scale: Array, zero: Any) -> Array:
         """Returns the numbers that codes stand for, in float32."""
         raise NotImplementedError
+
+    def for_second_moments(self) -> "Codec":
+        """Returns this codec so that no entry but zero is stored as zero.
+
+        Adam divides by the root of a second moment and ``eps``: by ``eps`` alone where
+        a small one became zero, which steps as far as 1e5 learning rates. A codec says
+        by a field ``keep_nonzero`` that it can: None is switched on here, and False,
+        asked for, stays.
+
+        Raises:
+          ValueError: if the codec has no such field.
+        """
+        keeps = getattr(self, "keep_nonzero", _CANNOT)
+        if keeps is _CANNOT:
+            raise ValueError(
+                f"{type(self).__name__} may store small numbers as zero, and cannot "
+                "serve a second moment: the optimizer would divide by eps alone. Use "
+                "blockwise_int8(signed=False), or give the codec a field `keep_nonzero`"
+                " (None by default) with which codes of zero are for zeros alone."
+            )
+        return dataclasses.replace(self, keep_nonzero=True) if keeps is None else self
 
     def encode(self, x: Any, key: Any = None) -> Encoded:
         """Encodes an array of any float dtype.

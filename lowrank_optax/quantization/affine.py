@@ -35,6 +35,10 @@ class affine(Codec):
       bits: 4 (bases) or 8 (weights).
       group: elements per step (256, as released).
       blocks: "last" or "flat", see ``Codec``.
+      keep_nonzero: an entry that is not zero never gets the code of 0 but the next one
+        on its side, if the group has one there. None for False, but True where
+        ``lro.quantize_state`` stores a second moment. Rounding at random is without
+        bias only if it is off.
 
     Raises:
       TypeError: if ``group`` is not a Python int.
@@ -65,6 +69,7 @@ class affine(Codec):
     bits: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
     group: int = 256
     blocks: str = "last"
+    keep_nonzero: bool | None = None
 
     has_zeros = True
     stochastic = True
@@ -96,7 +101,10 @@ class affine(Codec):
         q = scaling.divided(x, _divisor(scale))
         q = jnp.round(q) if draws is None else round_with(q, draws)
         # NaN becomes the code of 0; the clip takes care of infinities.
-        q = jnp.where(jnp.isnan(q), 0.0, q) + zero.astype(jnp.float32)
+        q = jnp.where(jnp.isnan(q), 0.0, q)
+        if self.keep_nonzero:
+            q = scaling.unit_from_zero(q, x)
+        q += zero.astype(jnp.float32)
         return jnp.clip(q, 0, self._levels).astype(jnp.uint8)
 
     def value(self, codes: Array, scale: Array, zero: Any) -> Array:

@@ -36,7 +36,8 @@ class float8(Codec):
       block: elements per scale.
       blocks: "last" or "flat", see ``Codec``.
       keep_nonzero: an entry that is not zero never gets a code of 0 but the format's
-        smallest number with its sign; meant for second moments.
+        smallest number with its sign. None for False, but True where
+        ``lro.quantize_state`` stores a second moment.
 
     Raises:
       TypeError: if ``block`` is not a Python int.
@@ -58,7 +59,7 @@ class float8(Codec):
     dtype: Any = "e4m3"
     block: int = 256
     blocks: str = "last"
-    keep_nonzero: bool = False
+    keep_nonzero: bool | None = None
 
     def __post_init__(self):
         """Checks the format and the numbers that fix shapes."""

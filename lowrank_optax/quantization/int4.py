@@ -62,8 +62,8 @@ class linear_int4(Codec):
     def __post_init__(self):
         """Checks the numbers that fix shapes, and settles ``keep_nonzero``."""
         _ = self.cut
-        if self.keep_nonzero is None:
-            object.__setattr__(self, "keep_nonzero", not self.signed)
+        if self.keep_nonzero is None and not self.signed:
+            object.__setattr__(self, "keep_nonzero", True)
 
     @property
     def cut(self) -> Cut:

@@ -133,3 +133,9 @@ def away_from_zero(codes: Array, zero: int, x: Array, scale: Array) -> Array:
     if zero == 0:
         return jnp.where(moves & ~below, 1, codes)
     return jnp.where(moves, jnp.where(below, zero - 1, zero + 1), codes)
+
+
+def unit_from_zero(q: Array, x: Array) -> Array:
+    """Moves whole steps that are zero, of entries that are not, by one."""
+    one = jnp.where(is_negative(x), jnp.float32(-1), jnp.float32(1))
+    return jnp.where(is_nonzero(x) & (q == 0), one, q)

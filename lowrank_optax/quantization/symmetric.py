@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lowrank_optax import _checks
+from lowrank_optax.quantization import scaling
 from lowrank_optax.quantization._protocol import Codec
 from lowrank_optax.quantization.blocks import Cut
 from lowrank_optax.quantization.rounding import round_with
@@ -40,6 +41,9 @@ class symmetric(Codec):
       bits: 4 or 8.
       group: elements per step.
       blocks: "last" or "flat", see ``Codec``.
+      keep_nonzero: an entry that is not zero never gets the code of 0 but one step with
+        its sign. None for False, but True where ``lro.quantize_state`` stores a second
+        moment. Rounding at random is without bias only if it is off.
 
     Raises:
       TypeError: if ``group`` is not a Python int.
@@ -59,6 +63,7 @@ class symmetric(Codec):
     bits: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
     group: int = 128
     blocks: str = "last"
+    keep_nonzero: bool | None = None
 
     stochastic = True
     scale_dtype = jnp.bfloat16
@@ -97,6 +102,8 @@ class symmetric(Codec):
         # A step of 0 decodes to 0 all the same.
         q = x * (1 / jnp.maximum(scale.astype(jnp.float32), _TINY))
         q = jnp.round(q) if draws is None else round_with(q, draws)
+        if self.keep_nonzero:
+            q = scaling.unit_from_zero(q, x)
         # The step may be too small by the slack, and a draw could then round the
         # largest entry up to h + 1.
         return (jnp.clip(q, -levels, levels) + self._zero).astype(jnp.uint8)

@@ -29,6 +29,7 @@ class recover_scale(Recovery):
     every column j of the matrix view (the long side of the matrix by default)::
 
         phi_j  = |N_j| / (|R_j| + 1e-8)
+        phi_j <- min(phi_j, entry_limit rms(N_j) / max_i |G_ij|)
         Lambda = (G - P R) diag(phi)                       residual="paper"
         Lambda = (G - scale P R) diag(phi)                 residual="authors"
         Lambda <- Lambda min(1, growth_limit |Lambda_before| / |Lambda|)
@@ -40,6 +41,12 @@ class recover_scale(Recovery):
     where the basis is orthonormal up to float32's rounding and Lambda is above a tenth
     of ``|G diag(phi)|``; else it is formed. Where Lambda is a small share s of that,
     its norm is known to about ``1e-8 / s^2``.
+
+    **A ratio of norms has no bound of its own**: a column whose gradient lies almost
+    outside the basis has an ``|R_j|`` near zero, and takes a step of as many learning
+    rates. The second line lets no entry of ``G diag(phi)`` exceed ``entry_limit`` root
+    mean squares of N_j (of N, for one phi per matrix): with Adam's N, a multiple of
+    the learning rate at every rank and for every gradient.
 
     The state is one float32 per matrix, ``|Lambda|`` after limiting. The first Lambda
     is not limited. A Lambda below 1e-3 of ``|G diag(phi)|``, where that difference
@@ -53,6 +60,10 @@ class recover_scale(Recovery):
       granularity: one phi per "column", or one per matrix: "tensor".
       growth_limit: largest ratio of one ``|Lambda|`` to the one before it (1.01 in
         both papers); None for no limit and no state. May be traced.
+      entry_limit: largest entry of ``G diag(phi)``, in root mean squares of N_j. A
+        Gaussian column of which the basis sees a fair share reaches 4, so that 10
+        leaves the paper's ratio alone wherever it means anything; None for the papers'
+        form. May be traced.
       residual: "paper", or "authors" for the released codes', which take only the
         scaled part of ``P R`` off the gradient.
 
@@ -79,12 +90,16 @@ class recover_scale(Recovery):
         ``(1 - scale)`` of the gradient inside the subspace.
       * Their residual is formed, and a step without gradient holds Lambda down for
         hundreds of steps: the reset is ours.
+      * Their ratio has no bound: a Gaussian 128 x 2048 gradient at rank 1 takes a first
+        step of 3300 learning rates, and a column that the basis does not see one of
+        ``1e8 |G_j|``.
     """
 
     of: str = "residual"
     granularity: str = "column"
     growth_limit: float | Array | None = 1.01
     residual: str = "paper"
+    entry_limit: float | Array | None = 10.0
 
     def __post_init__(self):
         """Checks the choices."""
@@ -110,7 +125,7 @@ class recover_scale(Recovery):
         """Returns ``low`` and ``phi`` of ``P low + G phi``."""
         direction, projected = wide(view.direction), wide(view.projected)
         taken = scale if self.residual == "authors" else 1.0
-        phi = self._norm(direction) / (self._norm(projected) + 1e-8)
+        phi = self._ratio(view, direction, projected)
         if self.growth_limit is not None:
             squares = view.gradient.map(lambda g: jnp.square(wide(g))).column_sums()
             norm, least = self._size(view, squares, projected, direction, phi, taken)
@@ -119,6 +134,20 @@ class recover_scale(Recovery):
         if self.of == "gradient":
             return Recovered(None, scale * phi), state
         return Recovered(scale * direction - taken * phi * projected, phi), state
+
+    def _ratio(self, view: LeafView, direction: Array, projected: Array) -> Array:
+        """Returns phi, not limited in growth."""
+        size, own = self._norm(projected), self._norm(direction)
+        if self.entry_limit is not None:
+            peaks = wide(view.gradient.column_peaks())
+            entries = direction.shape[-2]
+            if self.granularity == "tensor":
+                peaks = jnp.max(peaks, -1, keepdims=True)
+                entries *= direction.shape[-1]
+            # phi max|G| <= entry_limit |N| / sqrt(entries), said of the denominator, so
+            # that nothing is divided by a gradient of zero.
+            size = jnp.maximum(size, peaks * (entries**0.5 / self.entry_limit))
+        return own / (size + 1e-8)
 
     def _norm(self, x: Array) -> Array:
         """Returns the norms of columns ``[1, n]``, or that of the matrix ``[1, 1]``."""

@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.leaves import moments as _moments
 from lowrank_optax.leaves.matrix import is_box, refill, unbox
+from lowrank_optax.linalg.products import has_square, kept_if
 from lowrank_optax.quantization import is_quantized
 
 
@@ -20,7 +21,8 @@ def cast_moments(
     """Stores the moments of ``inner`` in other dtypes than it computes in.
 
     Optax has ``mu_dtype`` for some optimizers and no ``nu_dtype``. Here the moments
-    are cast to float32 before ``inner`` runs and back to their storage dtype after.
+    are cast to float32 before ``inner`` runs and back to their storage dtype after. A
+    second moment that is not zero is not stored as zero, nor as infinity.
 
     Args:
       inner: any transformation whose states name their moments ``mu``, ``nu``,
@@ -51,7 +53,15 @@ def cast_moments(
         return moments.rebuild(groups)
 
     def store(state: Any) -> Any:
-        return cast(state, storage.get)
+        moments = _moments.find(state)
+        groups = tuple(
+            {
+                field: _narrowed(tree, storage[field]) if field == "nu" else tree
+                for field, tree in group.items()
+            }
+            for group in moments.groups
+        )
+        return cast(moments.rebuild(groups), storage.get)
 
     def load(state: Any) -> Any:
         # Only moments that are stored otherwise are cast; None leaves the others alone.
@@ -103,6 +113,23 @@ def _returned(gradient: Any, update: Any) -> Any:
     return refill(update, found.astype(wanted.dtype)) if floats else update
 
 
+def _narrowed(tree: Any, dtype: Any) -> Any:
+    """Brings what is not zero into a narrower dtype's range: float16 ends at 6e-8.
+
+    A second moment below would become zero, and Adam divide by eps alone; one above
+    65504 an infinity that never decays.
+    """
+    if dtype is None or jnp.finfo(dtype).minexp <= jnp.finfo(jnp.float32).minexp:
+        return tree
+    info = jnp.finfo(dtype)
+    least, most = (jnp.float32(x) for x in (info.smallest_subnormal, info.max))
+
+    def narrowed(x: Any) -> Any:
+        return x if is_quantized(x) else jnp.where(x > 0, jnp.clip(x, least, most), x)
+
+    return jax.tree.map(narrowed, tree, is_leaf=is_quantized)
+
+
 def _cast_tree(tree: Any, dtype: Any) -> Any:
     if dtype is None:
         return tree
@@ -110,3 +137,20 @@ def _cast_tree(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda x: x if is_quantized(x) else x.astype(dtype), tree, is_leaf=is_quantized
     )
+
+
+def without_overflow(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Does for ``inner`` what a bracket does with numbers whose square overflows.
+
+    They are zeros to ``inner``, entry by entry, and take no step; a moment that
+    overflows keeps its value.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra_args):
+        sound = jax.tree.map(has_square, updates)
+        shown = jax.tree.map(kept_if, sound, updates)
+        out, new = inner.update(shown, state, params, **extra_args)
+        return jax.tree.map(kept_if, sound, out), _moments.finite_or(new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -50,8 +50,10 @@ def quantize_state(
     (``optax.tree_utils.tree_get`` finds it by name), N elements in N bytes and four per
     block of 256. Transports and recoveries of a bracket see the decoded moments.
 
-    A second moment that is not zero is never stored as zero: it is rounded up to the
-    smallest level, 3e-7 of its block's largest. Adam would divide by ``eps`` alone.
+    A second moment that is not zero is never stored as zero, whatever the codec: it is
+    rounded up to the smallest level, by default 3e-7 of its block's largest. Adam would
+    divide by ``eps`` alone, and step 1e5 times too far. A codec that can is told to
+    (``Codec.for_second_moments``), one that cannot is refused;
     ``blockwise_int8(signed=False, keep_nonzero=False)`` is the released rule.
 
     Args:
@@ -76,6 +78,7 @@ def quantize_state(
     Raises:
       TypeError: if ``inner`` is no transformation, a codec no codec, or ``min_size`` no
         int.
+      ValueError: if the codec of ``nu`` may store what is not zero as zero.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -105,6 +108,8 @@ def quantize_state(
                 f"The codec of `{name}` must be one of lowrank_optax.quantization, "
                 f"such as blockwise_int8(), got {codec!r}."
             )
+    if nu is not None:
+        codecs["nu"] = nu.for_second_moments()
     _checks.positive_int("min_size", min_size, least=0)
     _checks.choice("leafwise", leafwise, (False, True))
 

@@ -1,7 +1,9 @@
 """The interface of a transport."""
 
 import dataclasses
+from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax.leaves.moments import Group
@@ -36,3 +38,19 @@ class Transport(Part):
         """
         del rotation, count
         return moments
+
+
+def typical(nu: Array, rotation: Rotation, known: Any = True) -> Array:
+    """Returns a second moment for coordinates of which none is known.
+
+    Per column (of the matrix, if columns move too) the squared mean of the roots: on
+    gradients that are alike in all directions what every coordinate has, elsewhere
+    nearer to the weak ones, where new vectors come from.
+
+    Args:
+      nu: ``[r, n]`` in float32.
+      rotation: of the moments.
+      known: which entries to take the mean of.
+    """
+    axes = -2 if rotation.right is None else (-2, -1)
+    return jnp.square(jnp.mean(jnp.sqrt(jnp.abs(nu)), axes, keepdims=True, where=known))

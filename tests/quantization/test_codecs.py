@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lowrank_optax.quantization import dynamic_map, scaling
+from lowrank_optax.quantization import Codec, dynamic_map, scaling, symmetric
 from tests.quantization.coding import (
     BLOCK,
     CODECS,
@@ -253,6 +253,29 @@ def test_what_is_not_zero_stays_so(codec):
     np.testing.assert_array_equal(np.sign(round_trip(codec, x)), expected)
     off = dataclasses.replace(codec, keep_nonzero=False)
     np.testing.assert_array_equal(round_trip(off, x)[:, [2, 7]], 0)
+
+
+@pytest.mark.parametrize(
+    "codec", [*CODECS.values(), symmetric(4, BLOCK), symmetric(8, BLOCK)], ids=str
+)
+def test_every_codec_serves_second_moments(codec):
+    """Numbers of many sizes, none negative: nothing but zero comes back as zero."""
+    serving = codec.for_second_moments()
+    assert serving.for_second_moments() == serving
+    sizes = 10.0 ** np.random.default_rng(0).uniform(-30, 3, SHAPE)
+    x = np.where(np.arange(SHAPE[-1]) % 5 == 0, 0.0, sizes).astype(np.float32)
+    np.testing.assert_array_equal(round_trip(serving, x) > 0, x > 0)
+    # What was asked for stays.
+    off = dataclasses.replace(codec, keep_nonzero=False)
+    assert off.for_second_moments() == off
+
+
+def test_a_codec_that_cannot_is_refused():
+    class plain(Codec):
+        pass
+
+    with pytest.raises(ValueError, match="plain may store small numbers as zero"):
+        plain().for_second_moments()
 
 
 def test_unsigned_codecs_keep_what_is_not_zero_by_default():
