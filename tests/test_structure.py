@@ -552,6 +552,57 @@ def test_a_square_weight_of_torch_takes_its_input_axis():
     assert row.matrix is not None and row.matrix.side == "right"
 
 
+def test_sizes_that_fit_two_readings_stay_unknown_until_siblings_tell():
+    assert concluded(nested({"q": (D, D, D), "up": (D, D, F)})) == {}
+    stack = {f"blocks/{name}": (4, D, D) for name in "qkv"}
+    assert concluded(nested(stack)) == dict.fromkeys(stack, ((1,), (2,)))
+
+
+def test_heads_and_queries_in_one_array():
+    flat = {
+        "blocks/attn/c_attn/weight": (12, 3, N, H, D),
+        "blocks/attn/c_proj/weight": (12, D, N, H),
+        "blocks/mlp/c_fc/weight": (12, F, D),
+        "blocks/ln/weight": (12, D),
+    }
+    assert concluded(nested(flat)) == {
+        "blocks/attn/c_attn/weight": ((4,), (2, 3)),
+        "blocks/attn/c_proj/weight": ((2, 3), (1,)),
+        "blocks/mlp/c_fc/weight": ((2,), (1,)),
+    }
+
+
+def test_what_has_a_bias_of_the_width_is_no_embedding():
+    layers = {"0": (784, 64), "1": (64, 64), "2": (64, 10)}
+    flat = {f"Dense_{i}/kernel": shape for i, shape in layers.items()}
+    flat |= {f"Dense_{i}/bias": shape[1:] for i, shape in layers.items()}
+    assert concluded(nested(flat)) == {f"Dense_{i}/kernel": IN_OUT for i in layers}
+
+
+def test_a_vocabulary_by_its_length_alone_is_said():
+    params = nested({"a/w": (V, D), "up/w": (D, F), "down/w": (F, D), "n": (D,)})
+    assert concluded(params) == {"up/w": IN_OUT, "down/w": IN_OUT}
+    with pytest.warns(lro.NotProjectedWarning, match="much longer .*select="):
+        jax.eval_shape(lro.galore(1e-2, rank=2).init, params)
+
+
+def test_nnx_and_boxes():
+    nnx, linen = pytest.importorskip("flax.nnx"), pytest.importorskip("flax.linen")
+    rngs = nnx.Rngs(0)
+    state = nnx.state(nnx.MultiHeadAttention(N, D, rngs=rngs, decode=False), nnx.Param)
+    numbers = lro.dimension_numbers(state)
+    assert jax.tree.structure(
+        numbers, is_leaf=lambda x: isinstance(x, lro.MatrixDimensionNumbers)
+    ).num_leaves == len(["query", "key", "value", "out"])
+    tx = lro.galore(1e-2, rank=2, weight_dimension_numbers=numbers)
+    assert len(lro.selection_report(tx, state).projected) == 4
+    boxed = {"a": linen.Partitioned(struct(D, F), names=("x", None)), "b": struct(D)}
+    assert lro.dimension_numbers(boxed) == {
+        "a": lro.MatrixDimensionNumbers(),
+        "b": None,
+    }
+
+
 def test_a_lone_stack_stays_unknown():
     assert concluded({"w": struct(3, 48, 32)}) == {}
 
@@ -562,6 +613,17 @@ def test_what_was_concluded_can_be_given_back():
     params = nested(flat)
     assert {*lro.selection_report(tx, params).projected} == expected.keys()
     jax.eval_shape(tx.init, params)  # without a warning
+    numbers = lro.dimension_numbers(params)
+    tx = lro.galore(1e-2, rank=2, weight_dimension_numbers=numbers)
+    assert {*lro.selection_report(tx, params).projected} == expected.keys()
+    jax.eval_shape(tx.init, params)
+
+
+def test_to_agree_is_no_choice_by_name():
+    """A rank that is too large for one leaf is no error, as by the default rule."""
+    params = nested({"up": (D, F), "router": (D, E)})
+    tx = lro.galore(1e-2, rank=16, weight_dimension_numbers=lro.dimension_numbers)
+    assert lro.selection_report(tx, params).projected == ("up",)
 
 
 # A layer axis that the user names.
@@ -582,6 +644,13 @@ def test_a_width_is_no_number_of_layers():
         jax.eval_shape(tx.init, nested(flat))
     with pytest.raises(ValueError, match="layer_axis=5 names no axis of leaf 'q'"):
         jax.eval_shape(lro.galore(1e-2, rank=2, layer_axis=5).init, nested(flat))
+
+
+def test_heads_without_layers_are_no_stack():
+    flat = {"b/attn/query/kernel": (D, N, H), "b/attn/out/kernel": (N, H, D)}
+    tx = lro.galore(1e-2, rank=2, layer_axis=0)
+    with pytest.raises(ValueError, match=r"layer_axis=0 contradicts .* one attention"):
+        jax.eval_shape(tx.init, nested(flat))
 
 
 def test_the_right_layer_axis_gives_what_is_concluded():

@@ -20,7 +20,7 @@ from lowrank_optax.bracket.selection import (
 _LIBRARIES = {"lowrank_optax", "optax", "jax", "jaxlib", "flax", "equinox"}
 _LIBRARIES |= {"beartype", "jaxtyping", "contextlib", "functools"}
 _SHOWN = 4
-_MATRICES = ("matrix", "unknown")
+_MATRICES = ("matrix", "unknown", "long")
 
 
 # Whether nothing is said. No number that a step computes depends on it.
@@ -94,7 +94,7 @@ def check_projected(selection: Selection, leaves: Any) -> None:
 
 def _say_axes(selection: Selection, projected: Any) -> None:
     """Warns if layers were concluded to lie on an axis that is not one of the first."""
-    if _explicit(selection) or selection.layer_axis is not None:
+    if _explicit(selection) or selection.agrees or selection.layer_axis is not None:
         return
     odd = [x for x in projected if x.matrix.batch != (*range(len(x.matrix.batch)),)]
     if odd:
@@ -110,7 +110,7 @@ def _say_axes(selection: Selection, projected: Any) -> None:
 def _explicit(selection: Selection) -> str:
     if selection.select is not None:
         return f"select={selection.select!r}"
-    if selection.weight_dimension_numbers is not None:
+    if selection.weight_dimension_numbers is not None and not selection.agrees:
         return "weight_dimension_numbers"
     return ""
 
@@ -151,7 +151,7 @@ def _line(leaf: Any) -> str:
             "lower the rank (rank=0.25 is a quarter of every matrix' shorter side), or "
             'choose leaves in spite of that: select="all-linear".'
         )
-    if leaf.kind == "table" or leaf.reason.startswith("named like"):
+    if leaf.kind in ("table", "long") or leaf.reason.startswith("named like"):
         return 'choose leaves yourself: select="<a regular expression on the path>".'
     if "min_size" in leaf.reason:
         return "lower min_size."

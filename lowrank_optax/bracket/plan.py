@@ -72,7 +72,8 @@ class LeafPlan:
       in_turn: whether its layers are worked on one after another.
       parts: into how many parts its rows and columns are sharded, None if not known.
       kind: what it is by structure: "vector", "matrix", "table" (an embedding or an
-        output head) or "unknown"; "" where no gradient is expected.
+        output head), "long" (one by its length alone) or "unknown"; "" if its entries
+        are no real numbers.
     """
 
     path: str

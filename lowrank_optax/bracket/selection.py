@@ -78,13 +78,18 @@ class Selection:
         return structure(paths, shapes, self.layer_axis)
 
     @property
+    def agrees(self) -> bool:
+        """Whether the user has agreed to what is concluded: the default rule, then."""
+        return self.weight_dimension_numbers is dimension_numbers
+
+    @property
     def clips(self) -> bool:
         """Whether a leaf whose rank is too large runs at its largest."""
         return self.clip_rank or self.select == ALL_LINEAR
 
     def numbers(self, tree: Any, treedef: Any) -> list[Any]:
         """Returns the dimension numbers of every leaf, None where none are given."""
-        numbers = self.weight_dimension_numbers
+        numbers = None if self.agrees else self.weight_dimension_numbers
         if callable(numbers):
             numbers = numbers(tree)
         return broadcast_prefix(numbers, treedef, "weight_dimension_numbers")
@@ -125,7 +130,8 @@ class Selection:
             return "not chosen by select"
         if numbers is not None:
             return None
-        if self.weight_dimension_numbers is not None and not named:
+        given = self.weight_dimension_numbers is not None and not self.agrees
+        if given and not named:
             return "no dimension numbers given for it"
         if named:
             return seen.reason if _is_stacked_vector(seen) else None

@@ -41,7 +41,7 @@ _INWARD = _words(
     "q k v qkv kv query key value queries keys values up gate wi fc1 w1 w3 c_fc fc_in"
     " up_proj gate_proj gate_up_proj in_proj"
 )
-_OUTWARD = _words("o out wo down fc2 w2 fc_out down_proj o_proj out_proj")
+_OUTWARD = _words("o out wo down fc2 w2 fc_out down_proj o_proj out_proj c_proj")
 _BODY = _ATTENTION | _words(
     "mlp ffn ffw ff feedforward moe expert experts up down gate wi wo fc fc1 fc2 w1 w2"
     " w3 router mixer ssm conv convolution in_proj out_proj"

@@ -190,14 +190,24 @@ def _elsewhere(place: int, size: int, group: Sequence[Any], tree: Sequence[Any])
 
 
 def _are_heads(big: Sequence[Any]) -> bool:
-    """Whether all are attention kernels ``[d, heads, width]``, so no stack at all."""
+    """Whether all are attention kernels with an axis of heads, so no stack at all.
+
+    Within a stack what an attention has besides are heads; elsewhere the sizes tell
+    ``[d, heads, width]`` from ``[L, d, d]``.
+    """
     for leaf in big:
-        if len(leaf.axes) != 3 or not leaf.name.of_attention:
+        if not leaf.name.of_attention:
+            return False
+        if leaf.batch:
+            continue
+        if len(leaf.axes) != 3:
             return False
         d, heads, width = (leaf.shape[axis] for axis in leaf.axes)
         inward = d <= 8 * heads * width and heads * width <= 4 * d
         outward = width <= 8 * d * heads and d * heads <= 4 * width
-        if not (inward or outward):
+        if not (
+            (inward and not leaf.name.goes_out) or (outward and not leaf.name.goes_in)
+        ):
             return False
     return True
 
@@ -208,6 +218,7 @@ def _position(layer_axis: int, ndim: int) -> int | None:
 
 def _check(layer_axis: int, leaves: Sequence[Any], big: Sequence[Any]) -> None:
     """Raises if the stacks agree on another axis than ``layer_axis``."""
+    _check_heads(layer_axis, big)
     if len(big) < 2:
         return
     prefix = _prefix(big)
@@ -233,3 +244,22 @@ def _check(layer_axis: int, leaves: Sequence[Any], big: Sequence[Any]) -> None:
             f"{size} in all of them. Use layer_axis={right}, or None to conclude it; "
             "lro.dimension_numbers(params) shows what that gives."
         )
+
+
+def _check_heads(layer_axis: int, big: Sequence[Any]) -> None:
+    """Raises if an attention's kernels with heads have no axis of layers."""
+    by_place: dict[Any, Any] = {
+        (leaf.name.place[:-1], leaf.shape): leaf for leaf in big
+    }
+    for (place, shape), leaf in by_place.items():
+        if len(shape) != 3 or shape[0] == shape[1]:
+            continue
+        other = by_place.get((place, (shape[1], shape[2], shape[0])))
+        if other is not None and leaf.name.of_attention:
+            raise ValueError(
+                f"layer_axis={layer_axis} contradicts the leaves: {leaf.name.path!r} "
+                f"{shape} and {other.name.path!r} {other.shape} are the kernels of one "
+                "attention, [d, heads, width] and [heads, width, d], without an axis "
+                "of layers. Leave layer_axis out; lro.dimension_numbers(params) shows "
+                "what is concluded."
+            )

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lowrank_optax.leaves.kernels import DEPTHWISE, Kernels
 from lowrank_optax.leaves.matrix import MatrixDimensionNumbers
 from lowrank_optax.leaves.names import Name
 from lowrank_optax.leaves.stacks import Axis, find_stacks, stacks_along
@@ -21,9 +22,6 @@ LAYOUTS = ("auto", "in_out", "out_in")
 # A vocabulary is longer than this many widths; a feed-forward layer is not, and where
 # it is (T5) its size is found inside of layers.
 _VOCABULARY = 6
-# Positions of a convolution along one axis.
-_POSITIONS = 16
-_DEPTHWISE = "a depthwise convolution: one channel to one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Seen:
     """What a leaf is.
 
     Attributes:
-      kind: "vector", "matrix", "table" (an embedding or an output head) or "unknown".
+      kind: "vector", "matrix", "table" (an embedding or an output head), "long" (one
+        by its length alone) or "unknown".
       numbers: its dimension numbers, seen as a matrix; None for a vector or unknown.
       reason: why it is no matrix; what was concluded about one ("" if nothing was).
     """
@@ -141,22 +140,9 @@ class _Tree:
     """All leaves together, their batch axes known: what sizes mean."""
 
     def __init__(self, leaves: Sequence[Leaf], layout: str):
-        self.leaves = leaves
-        self.support = collections.Counter(n for x in leaves for n in {*x.sizes})
-        self.siblings: dict[tuple[str, ...], list[Leaf]] = collections.defaultdict(list)
-        for leaf in leaves:
-            self.siblings[leaf.name.place[:-1]].append(leaf)
-        self.tables = [
-            x
-            for x in leaves
-            if x.name.is_embedding and not x.name.is_position and len(x.axes) == 2
-        ]
-        self.widths = {min(table.sizes) for table in self.tables} | {
-            size for x in leaves if x.name.is_norm for size in x.sizes
-        }
+        self.leaves, self.kernels = leaves, Kernels(leaves, layout)
+        self.siblings, self.tables = self.kernels.siblings, self.kernels.tables
         self.lists = [x for x in leaves if x.name.is_bare and len(x.axes) > 1]
-        self.layout = layout
-        self.votes = self._votes()
 
     def judge(self, leaf: Leaf) -> Seen:
         """Returns what a leaf is."""
@@ -166,19 +152,30 @@ class _Tree:
         told = "; ".join(axis.reason for axis in leaf.batch)
         if len(axes) < 2:
             return Seen("vector", None, f"stacked vectors, no matrix: {told}")
-        numbers, how = self._numbers(leaf)
+        numbers, how = self.kernels.numbers(leaf)
         reason = "; ".join(part for part in (told, how) if part)
-        if leaf.name.is_vector:
+        if leaf.name.is_vector or self._is_bias(leaf):
             named = "named like a norm, bias, embedding or head"
             return Seen("vector", numbers, named)
         if len(axes) > 2 and sum(size > 1 for size in leaf.sizes) < 2:
             return Seen("vector", numbers, "one axis longer than 1")
         why = self._why_table(leaf)
         if why:
-            return Seen("table", numbers, why)
+            return Seen("long" if "longer" in why else "table", numbers, why)
         if numbers is None:
-            return Seen("vector" if how == _DEPTHWISE else "unknown", None, how)
+            return Seen("vector" if how == DEPTHWISE else "unknown", None, how)
         return Seen("matrix", numbers, reason)
+
+    def _is_bias(self, leaf: Leaf) -> bool:
+        """Whether a nameless leaf has but the heads of a kernel beside it."""
+        return bool(
+            leaf.name.is_bare
+            and len(leaf.axes) == 2
+            and any(
+                len(x.axes) == 3 and x.sizes[1:] == leaf.sizes
+                for x in self.siblings[leaf.name.place[:-1]]
+            )
+        )
 
     # Tables.
 
@@ -199,7 +196,8 @@ class _Tree:
                 return f"shares the vocabulary's size {long} with {table.name.path!r}"
         if self._ends(leaf):
             return f"the list's first and last matrix share the size {long}"
-        if self._is_long(long, short):
+        bias = self.kernels.bias(leaf)
+        if bias != short and self._is_long(long, short):
             return f"much longer ({long}) than the model's width {short}: a vocabulary"
         return ""
 
@@ -238,129 +236,3 @@ class _Tree:
             return False
         long, short = max(leaf.sizes), min(leaf.sizes)
         return long >= 2 * short and all(long not in x.sizes for x in between)
-
-    # Matrices.
-
-    def _numbers(self, leaf: Leaf) -> tuple[MatrixDimensionNumbers | None, str]:
-        """Returns dimension numbers and how they are known, or why they are not."""
-        axes = leaf.axes
-        if leaf.name.of_convolution or self._is_window(leaf):
-            return self._convolution(leaf)
-        if len(axes) == 2:
-            first, last = axes
-            if self._out_in(leaf):
-                return MatrixDimensionNumbers(last, first), ""
-            return MatrixDimensionNumbers(first, last), ""
-        if len(axes) in (3, 4):
-            numbers = self._attention(leaf)
-            if numbers is not None:
-                return numbers, "an attention's kernel, heads merged"
-        many = "three" if len(leaf.shape) == 3 else "four"
-        if len(axes) == 3 and not leaf.batch:
-            return None, f"{many} or more axes, no dimension numbers and no layer_axis"
-        return None, f"{many} or more axes and no dimension numbers"
-
-    @staticmethod
-    def _is_window(leaf: Leaf) -> bool:
-        """Whether the sizes are those of a kernel over two equal axes."""
-        if len(leaf.axes) != 4 or leaf.name.of_attention:
-            return False
-        a, b, c, d = leaf.sizes
-        front = a == b <= _POSITIONS and min(c, d) > 2 * a
-        back = c == d <= _POSITIONS and min(a, b) > 2 * c
-        return front != back
-
-    def _convolution(self, leaf: Leaf) -> tuple[MatrixDimensionNumbers | None, str]:
-        axes, sizes = leaf.axes, leaf.sizes
-        if len(axes) < 3:  # a product, whatever it is called
-            return MatrixDimensionNumbers(*axes), ""
-        back = max(sizes[2:]) < max(sizes[0], sizes[-1] if len(axes) < 4 else 0) and (
-            max(sizes[2:]) <= _POSITIONS
-        )
-        front = max(sizes[:-2]) <= _POSITIONS
-        if front and back:
-            back = leaf.name.array == "weight"
-        if not front and not back:
-            return None, "a convolution with axes in an unknown order"
-        positions = tuple(axes[2:] if back else axes[:-2])
-        out, inward = (axes[0], axes[1]) if back else (axes[-1], axes[-2])
-        if min(leaf.shape[out], leaf.shape[inward]) == 1:
-            return None, _DEPTHWISE
-        numbers = MatrixDimensionNumbers(inward, out, positions)
-        return numbers, "a convolution's kernel, positions share a basis"
-
-    def _attention(self, leaf: Leaf) -> MatrixDimensionNumbers | None:
-        """Numbers of ``[d, heads, width]`` and its kin, None if it is no such kernel.
-
-        With a fourth axis, queries, keys and values lie in one array: it is batch.
-        """
-        axes = list(leaf.axes)
-        if len(axes) == 4:
-            small = [axis for axis in axes[:-1] if leaf.shape[axis] in (2, 3)]
-            if len(small) != 1 or not leaf.name.of_attention:
-                return None
-            axes.remove(small[0])
-        sizes = [leaf.shape[axis] for axis in axes]
-        x, y, z = map(self._weight, sizes)
-        partners = [
-            other.sizes
-            for other in self.siblings[leaf.name.place[:-1]]
-            if other is not leaf and len(other.axes) == 3
-        ]
-        inward = any(p[2] == sizes[0] and p[1] == sizes[2] for p in partners)
-        outward = any(p[0] == sizes[2] and p[2] == sizes[1] for p in partners)
-        if not leaf.name.of_attention and inward == outward:
-            return None
-        if leaf.name.goes_out or (outward and not inward and not leaf.name.goes_in):
-            if z < max(x, y) and not outward:
-                return None
-            return MatrixDimensionNumbers((axes[0], axes[1]), axes[2])
-        if y > x and y > z:  # [heads, d, width]
-            return MatrixDimensionNumbers(axes[1], (axes[0], axes[2]))
-        if not inward and not leaf.name.goes_in and z > max(x, y):
-            return MatrixDimensionNumbers((axes[0], axes[1]), axes[2])
-        if x < max(y, z) and not inward:
-            return None
-        return MatrixDimensionNumbers(axes[0], (axes[1], axes[2]))
-
-    # Orientation.
-
-    def _weight(self, size: int) -> tuple[bool, int]:
-        """Orders sizes by how much they look like the model's width."""
-        return size in self.widths, self.support[size]
-
-    def _evidence(self, leaf: Leaf) -> int:
-        """Returns 1 if the leaf is ``[out, in]``, -1 if ``[in, out]``, 0 unknown."""
-        first, last = leaf.sizes
-        if first == last:
-            return 0
-        for other in self.siblings[leaf.name.place[:-1]]:
-            bias = other.name.place == leaf.name.place and other.name.array in (
-                "bias",
-                "b",
-            )
-            if bias and len(other.axes) == 1 and other.sizes[0] in (first, last):
-                return 1 if other.sizes[0] == first else -1
-        wide, narrow = self._weight(first), self._weight(last)
-        if wide == narrow or leaf.name.goes_in == leaf.name.goes_out:
-            return 0
-        reads_first = (wide > narrow) == leaf.name.goes_in
-        return -1 if reads_first else 1
-
-    def _votes(self) -> collections.Counter:
-        """Returns for each array's key how many more leaves are ``[out, in]``."""
-        votes: collections.Counter = collections.Counter()
-        for leaf in self.leaves:
-            if len(leaf.axes) == 2 and not leaf.name.is_embedding:
-                votes[leaf.name.array] += self._evidence(leaf)
-        return votes
-
-    def _out_in(self, leaf: Leaf) -> bool:
-        """Whether a matrix is stored ``[out, in]``."""
-        if self.layout != "auto":
-            return self.layout == "out_in"
-        if leaf.name.is_embedding and leaf.name.module[-1:] != ("head",):
-            return False
-        own = self._evidence(leaf)
-        vote = own or self.votes[leaf.name.array]
-        return vote > 0 if vote else leaf.name.array == "weight"
