@@ -11,7 +11,11 @@ from lowrank_optax.bracket.chain import backproject as backproject
 from lowrank_optax.bracket.chain import behind as behind
 from lowrank_optax.bracket.chain import chain as chain
 from lowrank_optax.bracket.chain import project as project
+from lowrank_optax.bracket.selection import ConcludedAxesWarning as ConcludedAxesWarning
+from lowrank_optax.bracket.selection import NotProjectedWarning as NotProjectedWarning
 from lowrank_optax.bracket.selection import Selection as Selection
+from lowrank_optax.bracket.selection import SelectionWarning as SelectionWarning
+from lowrank_optax.bracket.selection import dimension_numbers as dimension_numbers
 from lowrank_optax.bracket.state import SubspaceState as SubspaceState
 from lowrank_optax.bracket.state import SubspaceView as SubspaceView
 from lowrank_optax.bracket.subspace import subspace as subspace

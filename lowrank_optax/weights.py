@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax import _checks
 from lowrank_optax.bracket.selection import Selection
-from lowrank_optax.leaves.matrix import path_string, unbox
+from lowrank_optax.leaves.matrix import is_box, path_string, unbox
+from lowrank_optax.leaves.structure import Seen
 from lowrank_optax.quantization import (
     Codec,
     QuantizedArray,
@@ -31,7 +32,7 @@ def quantize_weights(
     params: Any,
     codec: Codec | None = None,
     *,
-    select: str | Callable[[str, Any], bool] | None = None,
+    select: Any = None,
     min_size: int = 0,
     layer_axis: int | None = None,
 ) -> Any:
@@ -47,11 +48,12 @@ def quantize_weights(
       codec: how they are stored: ``affine(bits=8, group=256)`` (None; as released), or
         another codec that can round at random.
       select: which leaves, as in ``lro.project``: its default rule (None), a regular
-        expression searched in the path, or a callable ``(path, leaf) -> bool``. Leaves
-        with fewer than two axes, without elements or not of a real float dtype stay.
+        expression searched in the path, a list of words, "all-linear", or a callable
+        ``(path, leaf) -> bool``. Leaves with fewer than two axes, without elements or
+        not of a real float dtype stay.
       min_size: leaves with fewer elements stay.
-      layer_axis: an axis of all leaves with three axes that counts layers, for the
-        default rule.
+      layer_axis: an axis of all leaves with three axes or more that counts layers;
+        None concludes it from siblings.
 
     Returns:
       A tree like ``params`` with a ``QuantizedArray`` in place of each chosen leaf.
@@ -86,14 +88,20 @@ def quantize_weights(
         )
     selection = Selection(select=select, min_size=min_size, layer_axis=layer_axis)
 
-    def store(path: Any, leaf: Any) -> Any:
-        if is_quantized(leaf):
-            return leaf
-        array = unbox(leaf)
-        stays = selection.why_full(path_string(path), array, None)
-        return leaf if stays or 0 in array.shape else quantize(array, codec)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: is_quantized(x) or is_box(x)
+    )
+    paths = [path_string(path) for path, _ in flat]
+    arrays = [leaf if is_quantized(leaf) else unbox(leaf) for _, leaf in flat]
+    seen = selection.seen(paths, [tuple(array.shape) for array in arrays])
 
-    return jax.tree_util.tree_map_with_path(store, params, is_leaf=is_quantized)
+    def store(path: str, leaf: Any, array: Any, found: Seen) -> Any:
+        if is_quantized(leaf) or selection.why_full(path, array, None, found):
+            return leaf
+        return leaf if 0 in array.shape else quantize(array, codec)
+
+    stored = map(store, paths, [leaf for _, leaf in flat], arrays, seen)
+    return treedef.unflatten(stored)
 
 
 def dequantize_weights(params: Any, dtype: Any = jnp.float32) -> Any:

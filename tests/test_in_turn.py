@@ -27,7 +27,7 @@ METHODS = {
     "frugal": lambda **o: lro.frugal(1e-2, R, **o),
     "galore_8bit": lambda **o: lro.galore_8bit(1e-2, R, min_size=0, **o),
     "complement": lambda **o: lro.chain(  # with one counter for all layers of a leaf
-        lro.project(lro.power(R), **o),
+        lro.project(lro.power(R), select=".", **o),
         optax.scale_by_adam(),
         lro.complement(optax.scale_by_adam()),
         lro.backproject(learning_rate=1e-2),

@@ -81,7 +81,8 @@ OPTIMIZERS = {
     "apollo": lambda: low(lro.apollo, eps=1e-4),
     # One counter for all layers of a leaf, which no other part has.
     "complement": lambda: lro.chain(
-        lro.project(lro.power(2), layer_axis=0),
+        # By name: with all of it complemented nothing is saved.
+        lro.project(lro.power(2), layer_axis=0, select="layers"),
         optax.scale_by_adam(eps=1e-4),
         lro.complement(optax.scale_by_adam(eps=1e-4)),
         lro.backproject(learning_rate=1e-2),

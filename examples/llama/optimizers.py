@@ -105,6 +105,22 @@ def build_optimizer(
     )
 
 
+def check_projects(
+    config: Resolved, optimizer: optax.GradientTransformation, params: Any
+) -> None:
+    """Raises if the named method would be its inner optimizer alone, under its name."""
+    try:
+        report = lro.selection_report(optimizer, params)
+    except ValueError:  # no bracket, as the name says
+        return
+    if not report.projected:
+        raise UsageError(
+            f"--optimizer {config.optimizer} projects no matrix of {config.preset}, so "
+            "it would train with its inner optimizer alone. Lower --rank, or say "
+            f"--optimizer adamw. The decisions:\n{report}"
+        )
+
+
 def sides(optimizer: optax.GradientTransformation, params: Any) -> dict[str, str]:
     """On which side of each projected matrix its basis lies."""
     rows = lro.selection_report(optimizer, params).rows

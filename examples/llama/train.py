@@ -99,6 +99,7 @@ class Trainer:
         # On one device nothing is cut, and `--side auto` has nothing to choose by.
         on_mesh = places if self.placement.mesh else None
         self.optimizer = optimizers.build_optimizer(self.config, on_mesh)
+        optimizers.check_projects(self.config, self.optimizer, self.abstract_params)
         self.tx = optimizers.guarded(self.config, self.optimizer)
         # For the metrics alone: the optimizer has the schedule inside.
         self.learning_rate = jax.jit(optimizers.learning_rate(self.config))

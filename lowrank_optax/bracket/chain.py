@@ -25,10 +25,13 @@ class project(Part):
 
     A part for ``lro.chain``, not a transformation.
 
-    By default a leaf is projected if it has two axes, or three with ``layer_axis``,
-    unless its last key is ``scale`` or ``bias``, its path contains ``norm``,
-    ``embed`` or ``lm_head``, its rank would exceed min(m, n), or the low-rank state
-    would not be smaller. ``lro.selection_report`` shows each decision and reason.
+    By default every matrix is projected, as it is recognised by its axes and by its
+    place among the other leaves, then by its name; ``lro.dimension_numbers`` shows what
+    was concluded. Full stay vectors (stacked ones, too), norms and biases, embeddings
+    and output heads, what has axes of unknown meaning, and a matrix whose rank would
+    exceed min(m, n) or whose low-rank state would not be smaller.
+    ``lro.selection_report`` shows each decision and reason, and ``init`` warns
+    (``lro.NotProjectedWarning``) where less than half is projected.
 
     Args:
       projector: forms the bases.
@@ -38,13 +41,20 @@ class project(Part):
         rows), "right" (stored columns), "both" (``P^T G Q``), "auto" (the unsharded
         axis if exactly one is sharded, as said by ``param_shardings`` or by the
         types of arrays on an Explicit mesh; else the short one).
-      select: a regular expression searched in the leaf's path, or a callable
-        ``(path, leaf) -> bool``, in place of the default rule.
+      select: in place of the default rule, a regular expression searched in the leaf's
+        path; a list of such words as ``["attn", "mlp"]``, of which a key of the path
+        must have one (or the whole path match it as a regular expression); or a
+        callable ``(path, leaf) -> bool``. "all-linear" is the default rule without its
+        regard for memory: every matrix, at r = min(m, n) at most. It is an error if
+        nothing is chosen.
       min_size: leaves with fewer elements stay full.
       weight_dimension_numbers: a tree of ``lro.MatrixDimensionNumbers`` (None for
         leaves to keep full; a prefix will do), or a callable of the parameters that
-        returns it. Axes not named are batch axes.
-      layer_axis: an axis of all leaves with three axes that counts layers.
+        returns it, such as ``lro.dimension_numbers``. Axes not named are batch axes.
+        It is an error if nothing is chosen.
+      layer_axis: an axis that counts layers in all leaves with three axes or more, and
+        in the stacked vectors among them. None concludes it from siblings; it is an
+        error if they contradict it.
       clip_rank: run leaves whose rank exceeds min(m, n) at r = min(m, n).
       param_shardings: tree of shardings or partition specs for ``side="auto"``. With
         ``layer_axis=0`` the layers of a stack that lies on several devices are then

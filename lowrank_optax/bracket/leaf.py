@@ -59,11 +59,17 @@ class FullLeaf(Part):
         gain: Any,
         done: Any,
     ) -> tuple[Any, None, Kept]:
-        """Returns the update in the gradient's dtype."""
+        """Returns the update in the gradient's dtype.
+
+        That of an integer is a real number, as in Optax: cut to an integer, it would be
+        nothing.
+        """
         del clock, moments, done
         gradient = opened.gradient.stored
         if isinstance(direction, optax.MaskedNode):  # no elements, and no direction
             return gradient, None, kept
+        if jnp.issubdtype(gradient.dtype, jnp.integer):
+            return stepped(direction, gain), None, kept
         update = cast(stepped(direction, gain), gradient.dtype)
         return kept_if(has_square(gradient), update), None, kept
 

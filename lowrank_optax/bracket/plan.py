@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from lowrank_optax._meshes import explicit_sharding
 from lowrank_optax.bracket.leaf import PRNG, FullLeaf, LowLeaf
+from lowrank_optax.bracket.notice import quiet
 from lowrank_optax.bracket.selection import Selection, axis_parts
 from lowrank_optax.bracket.state import Bracket, Clock
 from lowrank_optax.leaves.matrix import (
@@ -29,6 +30,7 @@ from lowrank_optax.leaves.matrix import (
     unbox_tree,
 )
 from lowrank_optax.leaves.part import transformation
+from lowrank_optax.leaves.structure import Seen
 from lowrank_optax.projectors import two_sided
 
 
@@ -69,6 +71,9 @@ class LeafPlan:
       low_bytes: state bytes of the bracket for this leaf (None if never considered).
       in_turn: whether its layers are worked on one after another.
       parts: into how many parts its rows and columns are sharded, None if not known.
+      kind: what it is by structure: "vector", "matrix", "table" (an embedding or an
+        output head), "long" (one by its length alone) or "unknown"; "" if its entries
+        are no real numbers.
     """
 
     path: str
@@ -80,6 +85,7 @@ class LeafPlan:
     low_bytes: int | None = None
     in_turn: bool = False
     parts: Parts | None = None
+    kind: str = ""
 
     @property
     def empty(self) -> bool:
@@ -272,7 +278,16 @@ class Planner:
     def _decide(self, tree, treedef, paths, infos, layers) -> Plan:
         numbers = self.selection.numbers(tree, treedef)
         shardings = self.selection.shardings(treedef)
-        leaves = tuple(map(self._leaf, paths, infos, numbers, shardings))
+        seen = self.selection.seen(paths, [info.shape for info in infos])
+        leaves = tuple(
+            dataclasses.replace(
+                self._leaf(path, info, given, found, sharding),
+                kind=found.kind if jnp.issubdtype(info.dtype, jnp.floating) else "",
+            )
+            for path, info, given, found, sharding in zip(
+                paths, infos, numbers, seen, shardings, strict=True
+            )
+        )
         # Decided on whole stacks and cut afterwards: one layer alone could be too small
         # for a rule by size, and the plan has to be that of the plain step.
         early = shifts(leaves, self.bracket.projector.update_proj_gap, self.stagger)
@@ -286,25 +301,25 @@ class Planner:
             early = tuple(shift[: len(shift) // layers] for shift in early)
         return Plan(treedef, leaves, early, False)
 
-    def _leaf(self, path: str, info: LeafInfo, numbers: Any, sharding: Any) -> LeafPlan:
+    def _leaf(
+        self, path: str, info: LeafInfo, numbers: Any, seen: Seen, sharding: Any
+    ) -> LeafPlan:
         shape, selection = info.shape, self.selection
         plan = functools.partial(LeafPlan, path, shape, info.dtype)
         if 0 in shape:
             return plan(None, "no elements", 0)
         full_bytes = self.state_bytes(shape, info.dtype)
-        reason = selection.why_full(path, info, numbers)
+        reason = selection.why_full(path, info, numbers, seen)
         if reason is not None:
             return plan(None, reason, full_bytes)
         sharding = info.sharding if sharding is None else sharding
-        matrix, parts, reason = self._matrix(path, info, numbers, sharding)
+        matrix, parts, reason = self._matrix(path, info, numbers, seen, sharding)
         if matrix is None:
             return plan(None, reason, full_bytes)
         low_bytes = self.state_bytes(matrix, info.dtype)
         if low_bytes >= full_bytes and not selection.explicit(numbers):
             reason = f"low rank would not save: {low_bytes} >= {full_bytes} bytes"
-            return LeafPlan(
-                path, shape, info.dtype, None, reason, full_bytes, low_bytes
-            )
+            return plan(None, reason, full_bytes, low_bytes)
         # A stack of layers on several devices. Elsewhere all layers at once are faster:
         # what is lifted need not be written out. If the axis of layers is cut itself,
         # a loop over it would gather the stack.
@@ -318,11 +333,11 @@ class Planner:
         return plan(matrix, reason, full_bytes, low_bytes, in_turn, parts)
 
     def _matrix(
-        self, path: str, info: LeafInfo, numbers: Any, sharding: Any
+        self, path: str, info: LeafInfo, numbers: Any, seen: Seen, sharding: Any
     ) -> tuple[Matrix | None, Parts | None, str]:
         selection, projector = self.selection, self.bracket.projector
         batch, shared, rows, columns, reduction_is_rows = selection.axes(
-            path, info, numbers
+            path, info, numbers, seen
         )
         draft = Matrix(
             path,
@@ -350,7 +365,7 @@ class Planner:
         plain = plain.seen_from(side)
         r, largest = projector.rank_of(plain), projector.largest_rank(plain)
         explicit = selection.explicit(numbers)
-        if r > largest and not selection.clip_rank:
+        if r > largest and not selection.clips:
             if not explicit:
                 return None, parts, f"rank {r} exceeds min(m, n)={largest}"
             raise ValueError(
@@ -364,7 +379,8 @@ class Planner:
         matrix = dataclasses.replace(
             plain, rank=min(r, largest), shared=shared, block=projector.block_of(plain)
         )
-        return matrix, parts, f"selected {chosen}"
+        how = f": {seen.reason}" if seen.reason and numbers is None else ""
+        return matrix, parts, f"selected {chosen}{how}"
 
     def state_bytes(self, leaf: Matrix | tuple[int, ...], dtype: Any) -> int:
         """Returns the state bytes of one projected matrix, or of one full leaf."""
@@ -385,7 +401,8 @@ class Planner:
             return kept, stored(inner), door.start_recovery(jnp.zeros(matrix.shape))
 
         make = functools.partial(low, leaf) if isinstance(leaf, Matrix) else full
-        shapes = jax.eval_shape(make)
+        with quiet():  # the inner transformation may be a bracket, too
+            shapes = jax.eval_shape(make)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     def low_zeros(self, door: LowLeaf, stored: Any) -> Array:

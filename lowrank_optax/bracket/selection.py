@@ -6,7 +6,7 @@ Everything here is decided from shapes and paths alone, before any array exists.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,34 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import MatrixDimensionNumbers, Parts
+from lowrank_optax.leaves.matrix import Parts, is_box, path_string, unbox
+from lowrank_optax.leaves.names import Name
+from lowrank_optax.leaves.structure import LAYOUTS, Seen, structure
 
 SIDES = ("short", "long", "left", "right", "both", "auto")
-_NEVER_KEYS = ("scale", "bias")
-_NEVER_PATHS = re.compile(r"norm|embed|lm_head", re.IGNORECASE)
+ALL_LINEAR = "all-linear"
+
+
+class SelectionWarning(UserWarning):
+    """What a bracket says at ``init`` of its choice of leaves; see the two kinds."""
+
+
+class ConcludedAxesWarning(SelectionWarning):
+    """Says at ``init`` that layers lie on another axis than the first.
+
+    It was concluded from the leaves' siblings alone, as for MaxText's layers on axis
+    1. Pass ``weight_dimension_numbers=lro.dimension_numbers`` to agree.
+    """
+
+
+class NotProjectedWarning(SelectionWarning):
+    """Says at ``init`` that a bracket projects nothing, or less than half.
+
+    Less than half of the elements of the leaves that look like matrices: such leaves
+    keep the inner optimizer's state at full size. Silence it, or make it an error::
+
+        warnings.simplefilter("error", lro.NotProjectedWarning)
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +49,19 @@ class Selection:
     """Which leaves are projected, and from which side (the options of ``project``).
 
     Attributes:
-      select: None (default rule), a regular expression searched in the path, or a
-        callable ``(path, leaf) -> bool``.
+      select: None (default rule), a regular expression searched in the path, a list
+        of words, "all-linear", or a callable ``(path, leaf) -> bool``.
       min_size: leaves with fewer elements stay full.
       weight_dimension_numbers: None, a tree of ``MatrixDimensionNumbers`` (None
         where a leaf is not a matrix), or a callable of the parameters giving it.
       layer_axis: an axis of every leaf with three or more axes that only counts
-        layers.
+        layers; None concludes it where siblings leave no doubt.
       side: see ``lro.project``.
       clip_rank: run leaves whose rank exceeds min(m, n) at r = min(m, n).
       param_shardings: tree of shardings read by ``side="auto"``.
     """
 
-    select: str | Callable[[str, Any], bool] | None = None
+    select: Any = None
     min_size: int = 0
     weight_dimension_numbers: Any = None
     layer_axis: int | None = None
@@ -48,10 +71,25 @@ class Selection:
 
     def __post_init__(self):
         _checks.choice("side", self.side, SIDES)
+        _check_select(self.select)
+
+    def seen(self, paths: Sequence[str], shapes: Sequence[Any]) -> list[Seen]:
+        """Returns what every leaf of a tree is, by its siblings."""
+        return structure(paths, shapes, self.layer_axis)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the user has agreed to what is concluded: the default rule, then."""
+        return self.weight_dimension_numbers is dimension_numbers
+
+    @property
+    def clips(self) -> bool:
+        """Whether a leaf whose rank is too large runs at its largest."""
+        return self.clip_rank or self.select == ALL_LINEAR
 
     def numbers(self, tree: Any, treedef: Any) -> list[Any]:
         """Returns the dimension numbers of every leaf, None where none are given."""
-        numbers = self.weight_dimension_numbers
+        numbers = None if self.agrees else self.weight_dimension_numbers
         if callable(numbers):
             numbers = numbers(tree)
         return broadcast_prefix(numbers, treedef, "weight_dimension_numbers")
@@ -64,13 +102,13 @@ class Selection:
         """Whether a selected leaf was asked for by name, so is never dropped."""
         return self.select is not None or numbers is not None
 
-    def why_full(self, path: str, leaf: Any, numbers: Any) -> str | None:
+    def why_full(self, path: str, leaf: Any, numbers: Any, seen: Seen) -> str | None:
         """Returns why the leaf is not a candidate, or None if it is one.
 
         Raises:
           TypeError: if a leaf asked for is complex.
         """
-        reason = self._why_not_chosen(path, leaf, numbers)
+        reason = self._why_not_chosen(path, leaf, numbers, seen)
         if reason is not None or jnp.issubdtype(leaf.dtype, jnp.floating):
             return reason
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and self.explicit(numbers):
@@ -80,35 +118,51 @@ class Selection:
             )
         return f"not a real floating-point leaf ({leaf.dtype})"
 
-    def _why_not_chosen(self, path: str, leaf: Any, numbers: Any) -> str | None:
+    def _why_not_chosen(
+        self, path: str, leaf: Any, numbers: Any, seen: Seen
+    ) -> str | None:
         if leaf.ndim < 2:
             return "fewer than two axes"
         if leaf.size < self.min_size:
             return f"smaller than min_size={self.min_size}"
-        if self.select is not None:
-            chosen = (
-                self.select(path, leaf)
-                if callable(self.select)
-                else re.search(self.select, path)
-            )
-            return None if chosen else "not chosen by select"
+        named = self.select is not None and self.select != ALL_LINEAR
+        if named and not self._finds(path, leaf):
+            return "not chosen by select"
         if numbers is not None:
             return None
-        if self.weight_dimension_numbers is not None:
+        given = self.weight_dimension_numbers is not None and not self.agrees
+        if given and not named:
             return "no dimension numbers given for it"
-        if path.rsplit("/", 1)[-1] in _NEVER_KEYS or _NEVER_PATHS.search(path):
-            return "named like a norm, bias, embedding or head"
-        if leaf.ndim > 2 and self.layer_axis is None:
-            return "three or more axes, no dimension numbers and no layer_axis"
-        if leaf.ndim > 3:
-            return "four or more axes and no dimension numbers"
-        return None
+        if named:
+            return seen.reason if _is_stacked_vector(seen) else None
+        return None if seen.kind == "matrix" else seen.reason
 
-    def axes(self, path: str, leaf: Any, numbers: Any):
+    def _finds(self, path: str, leaf: Any) -> bool:
+        """Whether ``select`` chooses a path."""
+        if callable(self.select):
+            return bool(self.select(path, leaf))
+        if isinstance(self.select, str):
+            return re.search(self.select, path) is not None
+        dotted = path.replace("/", ".")
+        return any(
+            Name(path).has(word)
+            or re.fullmatch(word, path)
+            or re.fullmatch(word, dotted)
+            for word in self.select or ()
+        )
+
+    def axes(self, path: str, leaf: Any, numbers: Any, seen: Seen):
         """Returns (batch, shared, rows, columns, reduction_is_rows) of a leaf."""
         everything = tuple(range(leaf.ndim))
         if numbers is None:
-            numbers = self._default_numbers(path, leaf)
+            numbers = seen.numbers
+        if numbers is None:
+            raise ValueError(
+                f"Leaf {path!r} of shape {leaf.shape} was selected, but which of its "
+                f"{leaf.ndim} axes form the matrix is not said. Give "
+                "weight_dimension_numbers with a MatrixDimensionNumbers for this leaf, "
+                "or layer_axis for stacked [L, m, n] leaves."
+            )
         reduction = _axes_tuple(numbers.reduction_axis, leaf.ndim, path)
         output = _axes_tuple(numbers.output_axis, leaf.ndim, path)
         shared = _axes_tuple(getattr(numbers, "shared_axis", ()), leaf.ndim, path)
@@ -125,20 +179,6 @@ class Selection:
             (reduction, output) if reduction_is_rows else (output, reduction)
         )
         return batch, shared, rows, columns, reduction_is_rows
-
-    def _default_numbers(self, path: str, leaf: Any) -> MatrixDimensionNumbers:
-        if leaf.ndim == 2:
-            return MatrixDimensionNumbers(0, 1)
-        if leaf.ndim == 3 and self.layer_axis is not None:
-            layer = range(3)[self.layer_axis]
-            first, second = (axis for axis in range(3) if axis != layer)
-            return MatrixDimensionNumbers(first, second)
-        raise ValueError(
-            f"Leaf {path!r} of shape {leaf.shape} was selected, but which of its "
-            f"{leaf.ndim} axes form the matrix is not said. Give "
-            "weight_dimension_numbers with a MatrixDimensionNumbers for this leaf, "
-            "or layer_axis for stacked [L, m, n] leaves."
-        )
 
     def resolve_side(
         self, rows: int, columns: int, reduction_is_rows: bool, parts: Parts | None
@@ -157,6 +197,89 @@ class Selection:
             if sharded[0] != sharded[1]:
                 return "right" if sharded[0] else "left"
         return "left" if short_is_rows == (self.side != "long") else "right"
+
+
+def dimension_numbers(params: Any, layout: str = "auto") -> Any:
+    r"""Returns the dimension numbers that are concluded from a tree of parameters.
+
+    Every leaf is judged by its axes and its place among the others, then by its name:
+
+    * an axis that a whole subtree has in common counts layers, or experts, and is left
+      out of the numbers: it is batch. ``[L, d]`` among stacks is a stack of vectors;
+    * ``[d, heads, width]`` and ``[heads, width, d]`` beside each other are an
+      attention's kernels: the heads are part of the output, or of the input;
+    * ``[k, k, in, out]`` and ``[out, in, k, k]`` are convolutions, whose positions
+      share a basis;
+    * embeddings and output heads stay full, and are recognised by the length that they
+      share, or one that is many times the model's width.
+
+    This is the default selection of every method; look at it, change it, and give it
+    back as ``weight_dimension_numbers``.
+
+    Args:
+      params: parameters, arrays or ShapeDtypeStructs, Flax-boxed or not: trees of Flax
+        Linen and NNX, MaxText, Tunix, Haiku, Equinox and Keras, or flat mappings with
+        the names of Hugging Face.
+      layout: how a two-axis matrix is stored, "in_out" (Flax, Haiku, Keras) or "out_in"
+        (torch, Equinox). "auto" asks the biases, the width that queries read and down
+        projections write, and then the name: a ``weight`` without any such sign is
+        ``[out, in]``. It matters where a matrix is square: its input axis is projected.
+
+    Returns:
+      A tree like ``params`` of ``MatrixDimensionNumbers``, None for what stays full.
+
+    Raises:
+      ValueError: if ``layout`` is unknown.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import lowrank_optax as lro
+      >>> def kernel(*shape):
+      ...     return {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+      >>> layers = {  # MaxText: layers on axis 1
+      ...     "query": kernel(512, 6, 8, 64),
+      ...     "out": kernel(8, 6, 64, 512),
+      ...     "wi": kernel(512, 6, 2048),
+      ... }
+      >>> params = {"layers": layers, "logits_dense": kernel(512, 32000)}
+      >>> numbers = lro.dimension_numbers(params)
+      >>> numbers["layers"]["query"]["kernel"]
+      MatrixDimensionNumbers(reduction_axis=0, output_axis=(2, 3), shared_axis=())
+      >>> numbers["layers"]["out"]["kernel"].reduction_axis
+      (0, 2)
+      >>> numbers["logits_dense"]["kernel"] is None
+      True
+    """
+    _checks.choice("layout", layout, LAYOUTS)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
+    paths = [path_string(path) for path, _ in flat]
+    shapes = [tuple(unbox(leaf).shape) for _, leaf in flat]
+    return treedef.unflatten(
+        seen.numbers if seen.kind == "matrix" else None
+        for seen in structure(paths, shapes, layout=layout)
+    )
+
+
+def _is_stacked_vector(seen: Seen) -> bool:
+    return seen.kind == "vector" and seen.numbers is None
+
+
+def _check_select(select: Any) -> None:
+    """Raises if ``select`` is none of the forms that it has."""
+    if select is None or callable(select) or isinstance(select, str):
+        return
+    if isinstance(select, Sequence) and all(isinstance(x, str) for x in select):
+        if select:
+            return
+        raise ValueError(
+            "`select` is an empty list, which chooses nothing. Pass None for the "
+            'default rule, "all-linear", or words such as ["attn", "mlp"].'
+        )
+    raise TypeError(
+        "`select` must be None, a regular expression, a list of words such as "
+        '["attn", "mlp"], "all-linear", or a callable (path, leaf) -> bool; got '
+        f"{select!r} of type {type(select).__name__}."
+    )
 
 
 def _axes_tuple(axes: Any, ndim: int, path: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bracket.leaf import LowLeaf, cast
+from lowrank_optax.bracket.notice import check_projected
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.state import Bracket, SubspaceState
 from lowrank_optax.leaves.matrix import Axes, rebox
@@ -29,6 +30,12 @@ def start(planner: Planner, params: Any) -> Any:
     how = _START.get()
     if how is not None:
         return how(planner, params)
+    check_projected(planner.selection, planner.plan(params).leaves)
+    return start_again(planner, params)
+
+
+def start_again(planner: Planner, params: Any) -> SubspaceState:
+    """Returns the state of a fresh bracket without a word about what it projects."""
     state = _start(planner, params)
     planner.structures.add(jax.tree.structure(state))
     return state

@@ -17,7 +17,7 @@ from lowrank_optax._meshes import explicit_like
 from lowrank_optax.bracket.leaf import cast, stepped, when
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.selection import Selection
-from lowrank_optax.bracket.start import start
+from lowrank_optax.bracket.start import start, start_again
 from lowrank_optax.bracket.state import (
     Bracket,
     Clock,
@@ -91,7 +91,12 @@ def subspace(
     Raises:
       TypeError: if ``projector`` or ``inner`` is something else.
       ValueError: if ``transport`` moves moments and the projector has no rotation;
-        at init, if a leaf selected explicitly cannot be projected.
+        at init, if a leaf selected explicitly cannot be projected, if an explicit
+        choice chooses none, or if ``layer_axis`` contradicts the leaves' siblings.
+
+    Warns:
+      NotProjectedWarning: at init, if less than half of what looks like a matrix is
+        projected.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -146,7 +151,7 @@ def subspace(
         # A structure that an init has made is known; others cost the trace of one.
         if layer is None and jax.tree.structure(state) not in planner.structures:
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
-            state = restore(state, lambda: start(planner, like))
+            state = restore(state, lambda: start_again(planner, like))
         _check_state(plan, bracket, state)
         # The bracket goes along as an argument, and its arrays with it: on an Explicit
         # mesh, those that the step had closed over would keep their explicit type.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from lowrank_optax.bracket.notice import quiet_init
 from lowrank_optax.layerwise.stacks import Stacks, by_path, part_of, with_layers
 from lowrank_optax.leaves.layer import Layer
 
@@ -53,7 +54,7 @@ class Trial:
             jax.tree.map(lambda x: x * _huge(x.dtype), other),
             jax.tree.map(lambda x: x * np.asarray(np.nan, x.dtype), other),
         ]
-        self.start = jax.jit(lambda params: tx.init(params))
+        self.start = jax.jit(quiet_init(tx))
         self.step = jax.jit(lambda *args: tx.update(*args))
         self.alone = jax.jit(lambda layer, *args: tx.update(*args, layer=layer))
         self._steps: list[tuple[Any, Any]] = []
@@ -151,7 +152,7 @@ def trials(tx: Any, tree: Any, whole: Stacks) -> Iterator[Trial]:
             lambda path, x, cap=cap: _capped(path, x, cap), tree
         )
         try:
-            stacks = Stacks(tx.init, small, count)
+            stacks = Stacks(quiet_init(tx), small, count)
         except (TypeError, ValueError):
             continue
         if _kinds(stacks) == kinds:

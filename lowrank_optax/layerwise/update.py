@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array
 from optax.transforms import MaskedNode
 
+from lowrank_optax.bracket.notice import quiet_init
 from lowrank_optax.layerwise.coupling import Coupling
 from lowrank_optax.layerwise.stacks import DIFFERENT, Stacks, by_path, with_layers
 from lowrank_optax.leaves.layer import Layer
@@ -34,10 +35,10 @@ class LayerUpdate:
     ):
         self.tx, self.params = optax.with_extra_args_support(tx), params
         self.layers = layers
-        self.whole = whole = jax.eval_shape(tx.init, params)
-        self.stacks = Stacks(tx.init, self._masked(("layers",), params), layers)
+        self.whole = whole = jax.eval_shape(quiet_init(tx), params)
+        self.stacks = Stacks(quiet_init(tx), self._masked(("layers",), params), layers)
         self.parts = {
-            part: jax.eval_shape(tx.init, self._masked(part, params))
+            part: jax.eval_shape(quiet_init(tx), self._masked(part, params))
             for part in (names, ("embed",))
         }
         # The state of ONE layer, since every update of a stack sees one.

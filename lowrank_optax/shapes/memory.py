@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_optax.bracket.notice import quiet_init
 from lowrank_optax.leaves.matrix import is_box, path_string
 
 _ROLES = {
@@ -101,7 +102,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       262144
     """
     # A function of its own: eval_shape remembers those that it has traced.
-    state = jax.eval_shape(lambda params: tx.init(params), params)
+    state = jax.eval_shape(quiet_init(tx), params)
     entries: dict[tuple[str, str], int] = collections.defaultdict(int)
     for path, owner, leaf in owned_leaves(state, params):
         # The outermost name decides: moments of an optimizer of the basis are "basis".

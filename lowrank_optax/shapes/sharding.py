@@ -11,8 +11,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.bracket.leaf import LowLeaf
+from lowrank_optax.bracket.notice import quiet_init
 from lowrank_optax.bracket.selection import broadcast_prefix, mesh_axes
-from lowrank_optax.bracket.start import Described, described, outside_brackets
+from lowrank_optax.bracket.start import (
+    Described,
+    described,
+    outside_brackets,
+)
 from lowrank_optax.leaves.layout import axes_of_state, names_of, owners
 from lowrank_optax.leaves.matrix import Axes, is_box, path_string, unbox
 from lowrank_optax.leaves.part import transformation
@@ -93,7 +98,7 @@ def state_shardings(
                 add(piece, None if owner is None else places[owner], axes, projected)
         else:
             add(*next(outside), projected=False)
-    structure = jax.tree.structure(jax.eval_shape(lambda p: tx.init(p), params))
+    structure = jax.tree.structure(jax.eval_shape(quiet_init(tx), params))
     return jax.tree.unflatten(structure, specs)
 
 

@@ -202,6 +202,22 @@ def test_flags_reach_the_method_and_its_own_defaults_stand(micro_preset, name, f
     np.testing.assert_array_equal(found, trajectory(expected))
 
 
+@pytest.mark.parametrize("name", ["galore", "fira"])
+def test_adam_is_not_trained_under_another_name(name, micro_preset, params):
+    config = settings(micro_preset, optimizer=name, rank=64)
+    tx = optimizers.build_optimizer(config)
+    message = f"--optimizer {name} projects no matrix of micro.*Lower --rank"
+    with pytest.raises(UsageError, match=message):
+        optimizers.check_projects(config, tx, params)
+
+
+@pytest.mark.parametrize("name", ["galore", "adamw", "column_sgd"])
+def test_what_its_name_says_is_trained(name, micro_preset, params):
+    config = settings(micro_preset, optimizer=name)
+    tx = optimizers.build_optimizer(config)
+    optimizers.check_projects(config, tx, params)
+
+
 def test_unknown_names(micro_preset):
     config = settings(micro_preset, optimizer="adamwx")
     with pytest.raises(UsageError, match=r"unknown optimizer 'adamwx'; known: adamw"):
