@@ -68,6 +68,7 @@ def of_library(name: str) -> Factory:
     return make
 
 
+FULL = tuple(name for name in METHODS if "select" not in parameters(name))
 OPTIMIZERS: dict[str, Factory] = {
     name: adamw if name == "adamw" else of_library(name) for name in METHODS
 }

@@ -275,7 +275,7 @@ def step(
     stored = [k.stored for k in kept]
     pending = [k.pending for k in kept]
     new_recovery = [k.recovery for k in kept]
-    if state.recovery_state and bracket.recovery.whole:
+    if bracket.recovery is not None and bracket.recovery.whole:
         # What such a recovery keeps of a leaf has never left its boxes.
         new_recovery = plan.treedef.unflatten(new_recovery)
     else:
