@@ -189,7 +189,9 @@ def _check_maker(plan: Plan, bracket: Bracket, state: Any) -> None:
     recovery, found = bracket.recovery, state.recovery_state
     extra = recovery is None and bool(jax.tree.leaves(found))
     lacks = recovery is not None and isinstance(found, tuple) and not found
-    if extra or (lacks and plan.leaves):
+    # Of a parameter that is no tree, and kept full, a recovery keeps `()` as well.
+    bare = jax.tree_util.treedef_is_leaf(plan.treedef)
+    if extra or (lacks and plan.leaves and not bare):
         own = "no recovery" if recovery is None else type(recovery).__name__
         raise ValueError(
             f"This state was made by another method: it has {'a' if extra else 'no'} "
