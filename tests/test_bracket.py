@@ -128,7 +128,8 @@ def test_inner_sees_the_view():
 
 def test_a_bracket_inside_a_bracket():
     """The inner bracket gets a view of its own, not the outer one's."""
-    inside = lro.subspace(lro.svd(2, 2), optax.scale_by_adam(), scale=1.0)
+    selection = lro.Selection(select="wide")
+    inside = lro.subspace(lro.svd(2, 2), optax.scale_by_adam(), selection=selection)
     tx = bracket(inside)
     updates, state = tx.update(gradients(0), tx.init(PARAMS))
     assert state.inner_state.inner_state.mu["wide"].shape == (2, 20)

@@ -113,8 +113,9 @@ class Kernels:
             return None
         if sizes[0] == sizes[1] and not (inward or outward):
             return None  # layers and width of one size: not to be told apart
-        out = leaf.name.goes_out or (outward and not inward and not leaf.name.goes_in)
-        into = leaf.name.goes_in or (inward and not outward) or len(leaf.axes) == 4
+        fused = len(leaf.axes) == 4  # so what is read is projected, never written
+        into = fused or leaf.name.goes_in or (inward and not outward)
+        out = not into and (leaf.name.goes_out or outward)
         if y > max(x, z):  # [heads, d, width]
             return MatrixDimensionNumbers(second, (first, third))
         if out and not x > max(y, z):
