@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax.bracket.plan import LeafPlan
 from lowrank_optax.bracket.start import Described, described
+from lowrank_optax.shapes.memory import state_bytes
 
 
 class SideCost(NamedTuple):
@@ -43,9 +44,13 @@ class SelectionReport:
 
     Attributes:
       rows: the leaves' plans, in the parameters' order.
+      state_bytes: of the whole state, as ``lro.state_bytes`` counts them.
+      adamw_bytes: of the state of ``optax.adamw`` for the same parameters.
     """
 
     rows: tuple[ReportRow, ...]
+    state_bytes: int
+    adamw_bytes: int
 
     @property
     def projected(self) -> tuple[str, ...]:
@@ -66,11 +71,9 @@ class SelectionReport:
             costs = [more, *map(_cost_cells, self.rows)]
             table = [(*row, *cost) for row, cost in zip(table, costs, strict=True)]
         lines = aligned(table)
-        used = sum(_bytes(row) for row in self.rows)
-        full = sum(row.full_bytes for row in self.rows)
         lines.append(
             f"{len(self.projected)} projected, {len(self.full)} full; "
-            f"{used:,} bytes of state, {full:,} if all were full"
+            f"{self.state_bytes:,} bytes of state, optax.adamw: {self.adamw_bytes:,}"
         )
         return "\n".join(lines)
 
@@ -113,7 +116,8 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
         for bracket in brackets
         for leaf in bracket.plan.leaves
     ]
-    return SelectionReport(tuple(rows))
+    used, adamw = (state_bytes(each, params).total for each in (tx, optax.adamw(1e-3)))
+    return SelectionReport(tuple(rows), used, adamw)
 
 
 def described_brackets(state: Any) -> list[Described]:
