@@ -16,7 +16,7 @@ from lowrank_optax.projectors import Projector, check_complete
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport
 
-_ORDER = "project -> transformations -> [recovery] -> backproject -> [transformations]"
+_ORDER = "project -> transformations -> [recovery] -> backproject"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -268,8 +268,8 @@ def behind(bracket: Any, *stages: Any) -> optax.GradientTransformationExtraArgs:
         return state
 
     def update(updates, state, params=None, **extra_args):
-        accumulates = optax.tree_utils.tree_get_all_with_path(state, "gradient_step")
-        if not accumulates:
+        # A stage behind may accumulate by itself: that is its own affair.
+        if not (isinstance(state, tuple) and _accumulations(state[0])):
             return plain.update(updates, state, params, **extra_args)
         before, *states = state
         updates, after = bracket.update(updates, before, params, **extra_args)

@@ -480,12 +480,12 @@ def _where(flag: Array, after: Any, before: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), after, before)
 
 
-def _shown(sound: Any, low: Array, clock: Clock) -> Array:
+def _shown(sound: Any, low: Any, clock: Clock) -> Any:
     """Returns what the inner optimizer sees: zeros for what is not sound.
 
     An accumulation is shown what is not finite: it may have been told to skip that.
     """
-    if clock.open is not None:
+    if clock.open is not None and sound is not True:
         sound = sound | ~jnp.isfinite(low)
     return kept_if(sound, low)
 

@@ -23,7 +23,7 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
-def has_square(x: Array) -> Any:
+def has_square(x: Any) -> Any:
     """Returns where a number and its square are finite; anything else counts as such.
 
     Second moments hold squares, and those of float32 end at 3e38: a gradient above
@@ -31,12 +31,12 @@ def has_square(x: Array) -> Any:
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return True
-    return jnp.isfinite(jnp.square(wide(x)))
+    return jnp.isfinite(jnp.square(wide(jnp.asarray(x))))
 
 
-def kept_if(flag: Any, x: Array) -> Array:
+def kept_if(flag: Any, x: Any) -> Any:
     """Returns x, and zeros where the flag does not hold."""
-    return jnp.where(flag, x, jnp.zeros_like(x))
+    return x if flag is True else jnp.where(flag, x, jnp.zeros_like(x))
 
 
 @jax.tree_util.register_dataclass
