@@ -102,8 +102,10 @@ def test_multi_steps_inside(row):
         assert_bit_equal(params, before)
         params, state = halves(params, state, gradient)
         # The mean of two equal numbers is exact; what is left is another program's
-        # order of operations.
-        chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-7)
+        # order of operations. A turn of moments that are kept in bfloat16 comes at the
+        # first half, and is rounded by itself: a unit there in steps of size 1e-2.
+        atol = 1e-7 if row != "subtrack_bf16" else len(one.gradients) * 1e-2 * 2**-8
+        chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=atol)
     bracket = optax.tree_utils.tree_get(state, "SubspaceState")
     assert int((state if bracket is None else bracket).count) == len(
         subject(row).gradients

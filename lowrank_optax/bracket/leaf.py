@@ -186,16 +186,26 @@ class LowLeaf(Part):
             if self.projector.stores_basis:
                 previous = self.basis(at, kept.stored)
             low = self.down(at, renewed.stored, basis, seen)
-            # Column by column: whether one overflows no other device need know. A
-            # projection on both sides has no column for each of the matrix'.
-            axes = (-2, -1) if self.matrix.side == "both" else -2
-            sound = jnp.all(has_square(low), axes, keepdims=True)
+            sound = self._sound(low)
             low = _shown(sound, low, clock)
             whole = low_weights = None
             if weights is not None:
                 whole = self.matrix.operand(weights)
                 low_weights = self.down(at, renewed.stored, basis, whole)
         return Opened(low, low_weights, seen, whole, basis, previous, renewed, sound)
+
+    def _sound(self, low: Array) -> Array:
+        """Returns which numbers of a projection go on: those whose squares are finite.
+
+        As fine as it can be told without asking another device: entry by entry where
+        an entry comes from a block of the matrix, else column by column. A projection
+        on both sides has no column for each of the matrix'.
+        """
+        sound = has_square(low)
+        if self.matrix.block:
+            return sound
+        axes = (-2, -1) if self.matrix.side == "both" else -2
+        return jnp.all(sound, axes, keepdims=True)
 
     def at(self, clock: Clock) -> At:
         """Returns place and time of every matrix."""
@@ -406,7 +416,10 @@ class LowLeaf(Part):
         # What overflowed takes no step. Said of the small factors where there are such:
         # a pass over the lifted product would cost as much as the product.
         terms, sound = [], opened.sound
-        own = gradient.along(sound)
+        own = sound
+        if self.matrix.block:  # the rows that an entry comes from
+            own = jnp.repeat(own, self.matrix.block, -2)
+        own = gradient.along(own)
         # The learning rate multiplies the thin factors where it can: behind the product
         # it would take a pass over [m, n].
         if recovered.low is not None:

@@ -30,8 +30,25 @@ def start(planner: Planner, params: Any) -> Any:
     how = _START.get()
     if how is not None:
         return how(planner, params)
+    state = start_again(planner, params)
+    _check_alone(state)
     check_projected(planner.selection, planner.plan(params).leaves)
-    return start_again(planner, params)
+    return state
+
+
+def _check_alone(state: Any) -> None:
+    """Raises if a method, which is a bracket, stands inside a bracket."""
+
+    def is_bracket(x: Any) -> bool:
+        return isinstance(x, SubspaceState)
+
+    inner = getattr(state, "inner_state", ())
+    if any(map(is_bracket, jax.tree.leaves(inner, is_leaf=is_bracket))):
+        raise ValueError(
+            "There is a bracket inside a bracket: a method such as lro.galore is a "
+            "whole optimizer and projects by itself. Use it alone, or put inside what "
+            "shall see the low-rank gradient, such as optax.scale_by_adam()."
+        )
 
 
 def start_again(planner: Planner, params: Any) -> SubspaceState:

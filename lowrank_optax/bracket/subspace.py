@@ -137,9 +137,7 @@ def subspace(
     planner = Planner(bracket, selection or Selection(), stagger, seed)
 
     def init(params: Any) -> Any:
-        state = start(planner, params)
-        _check_alone(state)
-        return state
+        return start(planner, params)
 
     def update(updates, state, params=None, *, layer=None, **extra_args):
         layers = None if layer is None else layer.layers
@@ -159,21 +157,6 @@ def subspace(
         return explicit_like((updates, state), functools.partial(step, plan), *args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_alone(state: Any) -> None:
-    """Raises if a method, which is a bracket, stands inside a bracket."""
-
-    def is_bracket(x: Any) -> bool:
-        return isinstance(x, SubspaceState)
-
-    inner = getattr(state, "inner_state", ())
-    if any(map(is_bracket, jax.tree.leaves(inner, is_leaf=is_bracket))):
-        raise ValueError(
-            "There is a bracket inside a bracket: a method such as lro.galore is a "
-            "whole optimizer and projects by itself. Use it alone, or put inside what "
-            "shall see the low-rank gradient, such as optax.scale_by_adam()."
-        )
 
 
 def _check_maker(plan: Plan, bracket: Bracket, state: Any) -> None:

@@ -9,7 +9,10 @@ from lowrank_optax.activations.planner.hardware import HARDWARE
 
 
 def test_the_profiles():
-    assert set(HARDWARE) == {"v5e", "v4", "v5p", "v6e", "a100", "h100", "h200", "cpu"}
+    assert set(HARDWARE) == {
+        *("v4", "v5e", "v5p", "v6e", "a100", "a100-40", "h100", "h200"),
+        *("rtx3090", "rtx4090", "rtx5090", "cpu"),
+    }
     for name, profile in HARDWARE.items():
         assert profile.name == name and profile.source
         assert profile.fuses == (name != "cpu")
