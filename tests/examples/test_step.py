@@ -211,7 +211,7 @@ def test_adam_is_not_trained_under_another_name(name, micro_preset, params):
         optimizers.check_projects(config, tx, params)
 
 
-@pytest.mark.parametrize("name", ["galore", "adamw", "column_sgd"])
+@pytest.mark.parametrize("name", ["galore", "adamw", "adamw_8bit"])
 def test_what_its_name_says_is_trained(name, micro_preset, params):
     config = settings(micro_preset, optimizer=name)
     tx = optimizers.build_optimizer(config)
