@@ -193,7 +193,9 @@ WEIGHTS = ("plain", "stochastic-bf16", "int8")  # kinds of `lro.weight_storage`
 
 # Methods that read no whole gradient between refreshes; dct_adamw has one at every
 # step unless told otherwise.
-SENDS = "galore galore_8bit q_galore coap sara natural_galore galore_plus".split()
+SENDS = (
+    "galore galore_8bit galore_adafactor q_galore coap sara natural_galore galore_plus"
+).split()
 
 # A checkpoint written under another value of these does not fit; the rest (learning
 # rate, length, evaluation, logging) may change between a run and its continuation.

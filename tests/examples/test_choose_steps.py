@@ -172,7 +172,7 @@ def test_what_does_not_go_together(flags, message):
 
 
 def test_refusals_end_with_2_and_write_nothing(shards, tmp_path, monkeypatch, capsys):
-    def coupled(config, lr):
+    def coupled(config, lr, **_):
         return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(lr))
 
     monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw", coupled)
