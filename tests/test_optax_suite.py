@@ -8,6 +8,10 @@ import pytest
 
 import lowrank_optax as lro
 
+# Two numbers by three are not worth a projection, and nobody said what the axes are.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lowrank_optax.bracket.selection.NotProjectedWarning"
+)
 suite = pytest.importorskip(
     "optax.contrib._common_test",
     reason="this Optax is packaged without its tests",

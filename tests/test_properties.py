@@ -133,14 +133,14 @@ def test_power_tracks_a_fixed_gradient_as_well_as_svd(matrix):
 
 @pytest.mark.parametrize("kind", HARD_MATRICES)
 def test_update_of_adam_on_hard_matrices_is_finite(kind):
+    """What is no number takes no step."""
     gradient = jnp.asarray(hard_matrix(kind, 12, 8))
-    finite = np.isfinite(gradient).all()
     for name in ("svd_adam", "power_adam"):
         state = TRANSFORMATIONS[name]().init(jnp.zeros((12, 8)))
         for _ in range(4):
             updates, state = update_of(name)(gradient, state)
         assert_orthonormal(state.basis)
-        assert np.isfinite(updates).all() == finite
+        assert np.isfinite(updates).all()
 
 
 def test_a_zero_gradient_owes_a_refresh_to_the_next_step():
