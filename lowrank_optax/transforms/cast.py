@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.leaves import moments as _moments
-from lowrank_optax.leaves.matrix import is_box, refill, unbox
+from lowrank_optax.leaves.matrix import is_box, refill, restore, unbox
 from lowrank_optax.linalg.products import has_square, kept_if
 from lowrank_optax.quantization import is_quantized
 
@@ -148,6 +148,9 @@ def without_overflow(inner: Any) -> optax.GradientTransformationExtraArgs:
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra_args):
+        # nnx.Optimizer gives a state back with mappings in the place of tuples.
+        if _moments.are_altered(jax.tree.structure(updates, is_leaf=is_box), state):
+            state = restore(state, lambda: inner.init(updates))
         sound = jax.tree.map(has_square, updates)
         shown = jax.tree.map(kept_if, sound, updates)
         out, new = inner.update(shown, state, params, **extra_args)
