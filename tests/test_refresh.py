@@ -112,7 +112,7 @@ def test_phases_are_spread_evenly(gap):
         batch = tuple(range(len(shape) - 2))
         rows, columns = (len(shape) - 2,), (len(shape) - 1,)
         matrix = lro.Matrix("w", shape, batch, rows, columns, "left", 2)
-        leaves.append(LeafPlan("w", shape, matrix, "", 0))
+        leaves.append(LeafPlan("w", shape, np.dtype("float32"), matrix, "", 0))
     spread = [p for leaf in shifts(leaves, gap, True) for p in leaf]
     assert len(spread) == 12
     per_step = np.bincount(spread, minlength=gap)
