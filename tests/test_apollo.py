@@ -233,7 +233,7 @@ def test_bfloat16_gradients_keep_their_dtype():
     ((updates, state),) = run(apollo(), [short])
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves(state.inner_state.mu)} == {
-        jnp.dtype(jnp.float32)
+        jnp.dtype(jnp.bfloat16)
     }
 
 
