@@ -134,7 +134,7 @@ def test_unknown_choices(make):
 def test_unknown_side_or_form_of_a_part():
     with pytest.raises(ValueError, match="`side` must be one of 'short'"):
         lro.project(lro.svd(4), side="top")
-    with pytest.raises(ValueError, match="`form` must be one of 'debiased', 'paper'"):
+    with pytest.raises(ValueError, match="`form` must be one of 'bounded', 'debia"):
         lro.rotate_moments(form="raw")
 
 

@@ -126,16 +126,6 @@ def test_inner_sees_the_view():
     chex.assert_trees_all_equal(view.previous_basis["wide"], jnp.eye(8, RANK))
 
 
-def test_a_bracket_inside_a_bracket():
-    """The inner bracket gets a view of its own, not the outer one's."""
-    selection = lro.Selection(select="wide")
-    inside = lro.subspace(lro.svd(2, 2), optax.scale_by_adam(), selection=selection)
-    tx = bracket(inside)
-    updates, state = tx.update(gradients(0), tx.init(PARAMS))
-    assert state.inner_state.inner_state.mu["wide"].shape == (2, 20)
-    chex.assert_tree_all_finite(updates)
-
-
 def test_seed_changes_random_bases_only_between_brackets():
     def update(seed):
         opening = lro.project(
