@@ -105,7 +105,7 @@ def plan_activations(
       ...     layer, args, 12, budget_fraction=0.3, hardware="v5e"
       ... )
       >>> [(choice.tag, str(choice.action)) for choice in plan.segments[0].choices]
-      [('hidden', 'int4'), ('act', 'recompute')]
+      [('hidden', 'int4'), ('act', 'int4')]
 
     References:
       Chen et al., Adacc: An Adaptive Framework Unifying Compression and Activation
