@@ -283,11 +283,11 @@ def test_jit_or_not_and_stable_types(options):
 
 
 def test_bfloat16():
-    """Moments are float32 unless told otherwise, the update as its gradient."""
+    """Moments are as the parameter unless told otherwise, the update as its gradient."""
     grads = [g.astype(jnp.bfloat16) for g in growing((16, 8))]
     wide, _ = run(direction(), [g.astype(jnp.float32) for g in grads])
     largest = max(float(jnp.abs(u).max()) for u in wide)
-    dtypes = {None: jnp.float32, jnp.bfloat16: jnp.bfloat16}
+    dtypes = {None: jnp.bfloat16, jnp.float32: jnp.float32}
     for asked, stored in dtypes.items():
         tx = direction(mu_dtype=asked, nu_dtype=asked)
         got, states = run(tx, grads)

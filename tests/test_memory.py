@@ -82,13 +82,15 @@ def test_stacks_count_their_layers(side):
     assert table.total == real_bytes(tx.init(params))
 
 
-def test_parameters_and_gradients_in_bfloat16_change_nothing():
+def test_parameters_in_bfloat16_have_half_the_state():
     tx = lro.galore(1e-2, rank=4)
     wide, short = (
         lro.state_bytes(tx, {"w": jnp.zeros((48, 32), dtype)})
         for dtype in (jnp.float32, jnp.bfloat16)
     )
-    assert wide == short
+    for role in ("basis", "mu", "nu"):
+        assert wide.by_role[role] == 2 * short.by_role[role]
+    assert wide.by_role["other"] == short.by_role["other"]
 
 
 METHODS = {
@@ -224,10 +226,11 @@ ALL_AT_ONCE = pytest.mark.xfail(
 def test_recovery_costs_one_matrix_of_temporaries(make, in_turn):
     """No residual is formed: G diag(phi) and P low meet in the update's own memory.
 
-    Newer compilers than jax 0.10's keep one direction `[r, n]` alive beside them.
+    Newer compilers than jax 0.10's keep one direction `[r, n]` alive beside them, and a
+    transport of moments that has a floor three.
     """
-    thin = 128 * 1376 * 4 if jax.__version_info__ >= (0, 11) else 0
-    allowed = temporary_bytes(galore_power, in_turn) + LARGEST + thin
+    thin = int(jax.__version_info__ >= (0, 11)) + 3 * (make is lro.subtrack)
+    allowed = temporary_bytes(galore_power, in_turn) + LARGEST + thin * 128 * 1376 * 4
     assert temporary_bytes(make, in_turn) <= allowed
 
 
