@@ -283,7 +283,7 @@ def test_jit_or_not_and_stable_types(options):
 
 
 def test_bfloat16():
-    """Moments are as the parameter unless told otherwise, the update as its gradient."""
+    """Moments are as the parameter unless told otherwise; updates as the gradient."""
     grads = [g.astype(jnp.bfloat16) for g in growing((16, 8))]
     wide, _ = run(direction(), [g.astype(jnp.float32) for g in grads])
     largest = max(float(jnp.abs(u).max()) for u in wide)
