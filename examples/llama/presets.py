@@ -26,8 +26,8 @@ def parameters(optimizer: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(METHODS[optimizer]).parameters
 
 
-# Those that lay no basis on a side of a matrix: they project nothing, or on an axis.
-NO_SIDE = tuple(name for name in METHODS if "side" not in parameters(name))
+# Those without a basis, and so without a side: they project nothing, or along an axis.
+NO_SIDE = tuple(name for name in METHODS if "rank" not in parameters(name))
 
 
 def method_defaults(optimizer: str) -> dict[str, Any]:

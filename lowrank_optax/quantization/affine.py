@@ -92,6 +92,11 @@ class affine(Codec):
     def fit(self, x: Array) -> tuple[Array, Array]:
         """Returns steps and zeros."""
         low, high = scaling.finite_range(x)
+        # A group of one number, such as a row of a basis of rank 1, has no range of its
+        # own: from zero to the number, which is then kept exactly.
+        alone = low == high
+        low = jnp.where(alone, jnp.minimum(low, 0.0), low)
+        high = jnp.where(alone, jnp.maximum(high, 0.0), high)
         scale = self._step(low, high)
         zero = jnp.clip(-jnp.round(low / _divisor(scale)), 0, self._levels)
         return scale, zero.astype(jnp.uint8)

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lowrank_optax.quantization import Codec, dynamic_map, scaling, symmetric
+from lowrank_optax.quantization import (
+    Codec,
+    affine,
+    dequantize,
+    dynamic_map,
+    quantize,
+    scaling,
+    symmetric,
+)
 from tests.quantization.coding import (
     BLOCK,
     CODECS,
@@ -376,3 +384,13 @@ def test_a_wrong_shape_is_named():
 def test_a_key_for_a_codec_without_chance(codec):
     with pytest.raises(ValueError, match=r"rounds to the nearest and takes no `key`"):
         codec.encode(jnp.ones(4), jax.random.key(0))
+
+
+@pytest.mark.parametrize("value", [1.0, -0.25, 3e-6])
+def test_a_group_of_one_number_keeps_it(value):
+    """Such as a row of a basis of rank 1, which decoded to zero."""
+    for shape in ((5, 1), (2, 7)):
+        x = jnp.full(shape, value, jnp.float32)
+        for bits in (4, 8):
+            decoded = dequantize(quantize(x, affine(bits=bits)))
+            np.testing.assert_allclose(decoded, x, rtol=1e-6)
