@@ -113,8 +113,8 @@ def _partition(subject: Subject) -> None:
     groups: dict[Any, Any] = {"a": subject.make(), "b": subject.make()}
     tx = optax.partition(groups, labels)
     # A group by itself may have nothing to project.
-    quiet = optax.GradientTransformationExtraArgs(quiet_init(tx), tx.update)
-    _assert_same_run(subject, quiet)
+    quiet: Any = quiet_init(tx)
+    _assert_same_run(subject, optax.GradientTransformationExtraArgs(quiet, tx.update))
 
 
 def _hyperparams(state: Any) -> dict[str, Any]:
