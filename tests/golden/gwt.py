@@ -31,16 +31,19 @@ def gwt(case: Case) -> Replay:
 def _bracket(case: Case) -> dict[str, Any]:
     config = case.config
     transformed = set(config["wavelet_names"])
+    chosen: dict[str, Any] = {
+        "select": lambda path, leaf: path in transformed,
+        # torch's weights are (out, in).
+        "weight_dimension_numbers": lro.MatrixDimensionNumbers(1, 0),
+    }
     if not config["wavelet_enabled"]:
-        transformed = set()
+        chosen = {"min_size": 1 << 30}  # a choice of nothing would be refused
     return {
+        **chosen,
         "level": config["level"],
         "wavelet": config["wavelet"],
         "axis": config["axis"],
         "scale": config["scale"],
-        "select": lambda path, leaf: path in transformed,
-        # torch's weights are (out, in).
-        "weight_dimension_numbers": lro.MatrixDimensionNumbers(1, 0),
         "weight_decay": config["weight_decay"] or None,
     }
 
