@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.bracket.checks import check_alone
 from lowrank_optax.bracket.leaf import LowLeaf, cast
 from lowrank_optax.bracket.notice import check_projected
 from lowrank_optax.bracket.plan import Plan, Planner
@@ -31,24 +32,9 @@ def start(planner: Planner, params: Any) -> Any:
     if how is not None:
         return how(planner, params)
     state = start_again(planner, params)
-    _check_alone(state)
+    check_alone(state)
     check_projected(planner.selection, planner.plan(params).leaves)
     return state
-
-
-def _check_alone(state: Any) -> None:
-    """Raises if a method, which is a bracket, stands inside a bracket."""
-
-    def is_bracket(x: Any) -> bool:
-        return isinstance(x, SubspaceState)
-
-    inner = getattr(state, "inner_state", ())
-    if any(map(is_bracket, jax.tree.leaves(inner, is_leaf=is_bracket))):
-        raise ValueError(
-            "There is a bracket inside a bracket: a method such as lro.galore is a "
-            "whole optimizer and projects by itself. Use it alone, or put inside what "
-            "shall see the low-rank gradient, such as optax.scale_by_adam()."
-        )
 
 
 def start_again(planner: Planner, params: Any) -> SubspaceState:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax._meshes import explicit_like
+from lowrank_optax.bracket.checks import check_maker, check_state
 from lowrank_optax.bracket.leaf import cast, stepped, when
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.selection import Selection
@@ -31,7 +32,7 @@ from lowrank_optax.bracket.storage import Storage, load, store
 from lowrank_optax.leaves.matrix import refill, restore, unbox
 from lowrank_optax.leaves.moments import by_leaf, finite_or, with_moments
 from lowrank_optax.leaves.part import Made, transformation
-from lowrank_optax.projectors import BasisProjector, Projector, gaussian
+from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transport import Transport, align_signs
 
@@ -145,64 +146,18 @@ def subspace(
         plan = planner.plan(like, layers)
         if params is not None:
             plan.check(updates)
-        _check_maker(plan, bracket, state)
+        check_maker(plan, bracket, state)
         # A structure that an init has made is known; others cost the trace of one.
         if layer is None and jax.tree.structure(state) not in planner.structures:
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start_again(planner, like))
-        _check_state(plan, bracket, state)
+        check_state(plan, bracket, state)
         # The bracket goes along as an argument, and its arrays with it: on an Explicit
         # mesh, those that the step had closed over would keep their explicit type.
         args = (bracket, updates, state, params, layer, extra_args)
         return explicit_like((updates, state), functools.partial(step, plan), *args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_maker(plan: Plan, bracket: Bracket, state: Any) -> None:
-    """Raises if the state is another optimizer's or method's."""
-    fields = getattr(state, "_fields", None)  # a mapping has none, and is restored from
-    if isinstance(state, tuple) and fields != SubspaceState._fields:
-        raise ValueError(
-            "This state was made by another optimizer: expected a SubspaceState, got "
-            f"{type(state).__name__}. Make one with tx.init(params)."
-        )
-    if not isinstance(state, SubspaceState):
-        return
-    recovery, found = bracket.recovery, state.recovery_state
-    extra = recovery is None and bool(jax.tree.leaves(found))
-    lacks = recovery is not None and isinstance(found, tuple) and not found
-    # Of a parameter that is no tree, and kept full, a recovery keeps `()` as well.
-    bare = jax.tree_util.treedef_is_leaf(plan.treedef)
-    if extra or (lacks and plan.leaves and not bare):
-        own = "no recovery" if recovery is None else type(recovery).__name__
-        raise ValueError(
-            f"This state was made by another method: it has {'a' if extra else 'no'} "
-            f"recovery_state, and this optimizer has {own}. Make one with "
-            "tx.init(params)."
-        )
-
-
-def _check_state(plan: Plan, bracket: Bracket, state: SubspaceState) -> None:
-    """Raises if the bases have another rank."""
-    bases, moments = plan.arrays(state.basis), []
-    if not bracket.projector.stores_basis:
-        moments = [of_leaf for (of_leaf,) in by_leaf(plan.treedef, state.inner_state)]
-    for i, matrix in plan.matrices():
-        found = None
-        if matrix.side == "both":
-            continue
-        if isinstance(bracket.projector, BasisProjector):
-            found = getattr(bases[i], "shape", (None,))[-1]
-        elif isinstance(bracket.projector, gaussian):
-            seen = [x for group in moments[i] for x in group.values()]
-            found = seen[0].shape[-2] if seen and seen[0].ndim > 1 else None
-        if found is not None and found != matrix.rank:
-            raise ValueError(
-                f"The state was made with rank {found} for leaf {matrix.path!r}, and "
-                f"this optimizer has rank {matrix.rank}. Use rank={found} to go on, or "
-                "start anew with tx.init(params)."
-            )
 
 
 def step(

@@ -80,8 +80,8 @@ def cast_moments(
 def keep_dtypes(inner: Any) -> optax.GradientTransformationExtraArgs:
     """Returns the updates of ``inner`` in the gradients' dtypes, whatever its state's.
 
-    Leaves without elements, of which Orbax
-    would store no moments, are hidden from ``inner``.
+    Leaves without elements, of which Orbax would store no moments, are hidden from
+    ``inner``.
     """
     inner = optax.with_extra_args_support(inner)
 
