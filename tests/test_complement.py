@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import lowrank_optax as lro
 from lowrank_optax.testing import assert_bit_equal, assert_orthonormal
@@ -224,3 +225,33 @@ def test_bad_input():
         lro.galore_plus(1e-2, 4, heads=0)
     with pytest.raises(TypeError, match="`blocks` must be a positive int"):
         one_step(lro.galore_plus(1e-2, 4, heads=lambda path: 2.0), normal(0, M, N))
+
+
+def test_a_state_of_whole_leaves_stays_in_its_box():
+    """One box, step after step: it was put into one more by every step."""
+    tx = bracket(lro.complement(optax.trace(0.9)))
+    params = {"w": nn.Partitioned(normal(0, M, N), names=("in", "out"))}
+    state = tx.init(params)
+    for _ in range(2):
+        _, after = tx.update(params, state, params)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        state = after
+
+
+def test_two_accumulations_inside_are_refused():
+    twice = optax.MultiSteps(optax.identity(), 2).gradient_transformation()
+    params, inner = {"w": normal(0, M, N)}, optax.chain(twice, twice)
+    with pytest.raises(ValueError, match="accumulates in 2 places"):
+        tx = bracket(None, inner)
+        tx.update(params, tx.init(params), params)
+
+
+def test_recovery_beside_a_transform_that_stores_nothing():
+    tx = lro.chain(
+        lro.project(lro.wavelet(1), select="w"),
+        optax.scale_by_adam(),
+        lro.recover_scale(),
+        lro.backproject(),
+    )
+    update, _ = one_step(tx, normal(0, M, N))
+    assert jnp.all(jnp.isfinite(update)) and jnp.any(update)
