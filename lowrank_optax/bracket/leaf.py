@@ -199,7 +199,8 @@ class LowLeaf(Part):
 
         As fine as it can be told without asking another device: entry by entry where
         an entry comes from a block of the matrix, else column by column. A projection
-        on both sides has no column for each of the matrix'.
+        on both sides has no column for each of the matrix'. Judged by the projection,
+        since a pass over the gradient would cost as much as projecting it.
         """
         sound = has_square(low)
         if self.matrix.block:
