@@ -44,7 +44,7 @@ class FullLeaf(Part):
         """Casts the gradient and the parameter to the inner's dtype."""
         del kept, moments
         low, seen = cast(gradient, self.dtype), Operand(gradient)
-        low = _shown(has_square(gradient), low, clock)
+        low = _shown(low, clock.open is not None)
         if weights is None:
             return Opened(low, None, seen, None)
         return Opened(low, cast(weights, self.dtype), seen, Operand(weights))
@@ -186,27 +186,12 @@ class LowLeaf(Part):
             if self.projector.stores_basis:
                 previous = self.basis(at, kept.stored)
             low = self.down(at, renewed.stored, basis, seen)
-            sound = self._sound(low)
-            low = _shown(sound, low, clock)
+            low = _shown(low, clock.open is not None)
             whole = low_weights = None
             if weights is not None:
                 whole = self.matrix.operand(weights)
                 low_weights = self.down(at, renewed.stored, basis, whole)
-        return Opened(low, low_weights, seen, whole, basis, previous, renewed, sound)
-
-    def _sound(self, low: Array) -> Array:
-        """Returns which numbers of a projection go on: those whose squares are finite.
-
-        As fine as it can be told without asking another device: entry by entry where
-        an entry comes from a block of the matrix, else column by column. A projection
-        on both sides has no column for each of the matrix'. Judged by the projection,
-        since a pass over the gradient would cost as much as projecting it.
-        """
-        sound = has_square(low)
-        if self.matrix.block:
-            return sound
-        axes = (-2, -1) if self.matrix.side == "both" else -2
-        return jnp.all(sound, axes, keepdims=True)
+        return Opened(low, low_weights, seen, whole, basis, previous, renewed)
 
     def at(self, clock: Clock) -> At:
         """Returns place and time of every matrix."""
@@ -394,12 +379,14 @@ class LowLeaf(Part):
         basis = opened.basis
         if self.in_turn:
             basis = self._basis(opened.renewed.stored, at)
-        gradient = opened.gradient
+        gradient, low = opened.gradient, opened.low
+        if clock.open is not None:
+            low, direction = _shown(low), kept_if(jnp.isfinite(direction), direction)
         recovered = Recovered(self.scale * direction)
         if self.recovery is not None:
             view = LeafView(
                 gradient=gradient,
-                projected=opened.low,
+                projected=low,
                 direction=direction,
                 basis=basis,
                 previous_basis=opened.previous,
@@ -414,32 +401,26 @@ class LowLeaf(Part):
             recovered, state = self.recovery.update(
                 self.matrix, state, view, self.scale
             )
-        # What overflowed takes no step. Said of the small factors where there are such:
-        # a pass over the lifted product would cost as much as the product.
-        terms, sound = [], opened.sound
-        own = sound
-        if self.matrix.block:  # the rows that an entry comes from
-            own = jnp.repeat(own, self.matrix.block, -2)
-        own = gradient.along(own)
+        terms = []
         # The learning rate multiplies the thin factors where it can: behind the product
         # it would take a pass over [m, n].
         if recovered.low is not None:
-            low = stepped(
-                kept_if(sound & jnp.isfinite(recovered.low), recovered.low), gain
-            )
+            low = stepped(recovered.low, gain)
             terms.append(self.projector.up(self.matrix, basis, low))
         if recovered.phi is not None:
-            phi = stepped(recovered.phi, gain)
+            phi, bound = stepped(recovered.phi, gain), recovered.bound
             # A gradient in bfloat16 is widened, or phi would be rounded to 8 bits.
-            term = gradient.astype(phi.dtype).times(phi)
-            terms.append(term.map(lambda x: kept_if(own & jnp.isfinite(x), x)))
+            term = gradient.map(_shown).astype(phi.dtype).times(phi)
+            if bound is not None:
+                bound = gradient.along(jnp.abs(stepped(bound, gain)))
+                term = term.map(lambda x: jnp.clip(x, -bound, bound))
+            terms.append(term)
         if recovered.addend is not None:
             addend = Operand.of(recovered.addend, self.matrix.transposed)
-            addend = addend.map(lambda x: kept_if(own & jnp.isfinite(x), x))
-            terms.append(addend.map(lambda x: stepped(x, gain)))
+            terms.append(addend.map(lambda x: stepped(_shown(x), gain)))
         outside = recovered.outside
         if outside is not None:
-            outside = outside.map(lambda x: kept_if(own & jnp.isfinite(x), x))
+            outside = outside.map(_shown)
         total = functools.reduce(lambda a, b: a.map(jnp.add, b), terms)
         if outside is None:  # else one more term is to come
             total = total.map(lambda x: cast(x, self.update_dtype))
@@ -494,14 +475,17 @@ def _where(flag: Array, after: Any, before: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), after, before)
 
 
-def _shown(sound: Any, low: Any, clock: Clock) -> Any:
-    """Returns what the inner optimizer sees: zeros for what is not sound.
+def _shown(x: Any, accumulates: bool = False) -> Any:
+    """Returns ``x`` with zeros for numbers without a square.
 
-    An accumulation is shown what is not finite: it may have been told to skip that.
+    Entry by entry, in the one place that uses the result: a mask for two uses would be
+    written out, and one for a column costs a pass. An accumulation is shown what is not
+    finite: it may have been told to skip that.
     """
-    if clock.open is not None and sound is not True:
-        sound = sound | ~jnp.isfinite(low)
-    return kept_if(sound, low)
+    sound = has_square(x)
+    if accumulates and sound is not True:
+        sound = sound | ~jnp.isfinite(x)
+    return kept_if(sound, x)
 
 
 def _healthy(gradient: Operand) -> Array:

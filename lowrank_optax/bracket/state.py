@@ -130,9 +130,6 @@ class Opened(NamedTuple):
       basis: the basis of this step, None on full leaves.
       previous: that of the step before, ``()`` where none is stored.
       renewed: what is kept from here on, and the moments in the new coordinates.
-      sound: which columns of ``low`` have finite squares, ``[*batch, 1, n]`` (with
-        side="both" whether all have, ``[*batch, 1, 1]``); the others are zeros in
-        ``low`` and in the update. None on full leaves.
     """
 
     low: Array
@@ -142,7 +139,6 @@ class Opened(NamedTuple):
     basis: Any = None
     previous: Any = None
     renewed: Any = None
-    sound: Any = None
 
 
 class Moments(NamedTuple):

@@ -61,9 +61,9 @@ def subspace(
 
     so the inner optimizer's state has ``r n`` elements in place of ``m n``. Leaves
     that are not projected go through the same inner at full size and unscaled.
-    Numbers whose square overflows, in R or in a leaf that is not projected, are zeros
-    for the inner optimizer and take no step, column by column of R, and a moment that
-    overflows keeps its value: one of 1e20 would freeze its place for good.
+    Numbers whose squares cannot be summed (above 7e16), in R or in a leaf that is not
+    projected, are zeros for the inner optimizer: the square of 1e20 would freeze its
+    place for good.
     ``lro.chain`` is the spelling of this primitive as a pipeline.
 
     Args:
@@ -196,6 +196,12 @@ def step(
     directions, inner_state, full_state = _inner(
         plan, bracket, state, view, opened, updates, extra_args
     )
+
+    if clock.open is not None:
+        # An accumulation is shown what is not finite, so that it may skip it. One that
+        # does not skip would keep it.
+        inner_state = finite_or(inner_state, view.state_transported)
+        full_state = finite_or(full_state, state.full_state)
 
     # The clock asked the old inner state whether a sum begins; the new one says whether
     # this step has completed it.
@@ -331,13 +337,11 @@ def _inner(
         directions, inner_state = transformation(bracket.inner).update(
             low, view.state_transported, low_params, **{**extra_args, "subspace": view}
         )
-        inner_state = finite_or(inner_state, view.state_transported)
         directions, full_state = plan.arrays(directions), ()
         if bracket.full is not None:
             others, full_state = transformation(bracket.full).update(
                 rest, state.full_state, rest_params, **extra_args
             )
-            full_state = finite_or(full_state, state.full_state)
             directions = [
                 d if leaf.matrix else other
                 for leaf, d, other in zip(

@@ -15,8 +15,9 @@ class LeafView(NamedTuple):
     """What a recovery may read of one matrix.
 
     Attributes:
-      gradient: ``[m, n]``, with what ``Recovery.enter`` added to it.
-      projected: ``R = P^T G``, ``[r, n]``.
+      gradient: ``[m, n]``, with what ``Recovery.enter`` added to it. Numbers whose
+        squares cannot be summed are in it, and taken out of the update's terms.
+      projected: ``R = P^T G``, ``[r, n]``, with zeros for such numbers.
       direction: what the inner optimizer made of it, ``[r, n]``.
       basis: what the projector uses, usually ``P [m, r]``.
       previous_basis: the basis of the step before.
@@ -47,13 +48,15 @@ class LeafView(NamedTuple):
 class Recovered(NamedTuple):
     """The update ``P low + G * phi + addend``; a term that is None costs nothing.
 
-    ``outside`` goes to ``Recovery.update_whole``, whose result is one more term.
+    No entry of ``G * phi`` goes beyond ``bound``, ``[1, n]`` or ``[1, 1]``. ``outside``
+    goes to ``Recovery.update_whole``, whose result is one more term.
     """
 
     low: Array | None = None
     phi: Array | None = None
     addend: Any = None
     outside: Operand | None = None
+    bound: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

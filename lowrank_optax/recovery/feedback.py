@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.products import Operand, wide
+from lowrank_optax.linalg.products import Operand, has_square, wide
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 
@@ -29,7 +29,7 @@ class error_feedback(Recovery):
     **The price is memory**: E has as many elements as the parameter, ``m n`` besides
     the bracket's ``m r + 2 n r``; ``lro.state_bytes`` lists it as "recovery". Stored
     like the parameter, so ``lro.state_shardings`` gives it the parameter's sharding.
-    Entries whose square would not be finite keep their old value.
+    Entries whose squares could not be summed keep their old value.
 
     Args:
       b1: decay of the inner optimizer's first moment.
@@ -100,8 +100,8 @@ class error_feedback(Recovery):
         def kept(new: Array, old: Array) -> Array:
             # Rounded first: a finite float32 may be infinite in a narrower dtype.
             new = new.astype(old.dtype)
-            # Whose square overflows would be too much at every step from now on.
-            return jnp.where(jnp.isfinite(jnp.square(wide(new))), new, old)
+            # Without a square it would be too much at every step from now on.
+            return jnp.where(has_square(new), new, old)
 
         return Recovered(scale * view.direction), error.map(kept, state)
 

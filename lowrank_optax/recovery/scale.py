@@ -9,7 +9,14 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.products import HIGHEST, by_blocks, gram, wide
+from lowrank_optax.linalg.products import (
+    HIGHEST,
+    by_blocks,
+    gram,
+    has_square,
+    kept_if,
+    wide,
+)
 from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
@@ -20,6 +27,10 @@ _ZERO = 1e-3
 # the identity then costs digits. Above, its error of 1e-6 does not show.
 _SMALL = 1e-2
 
+# The largest of some thousand Gaussian numbers has 2.5 to 4 root mean squares: a column
+# whose root mean square is this share of the limit for entries just meets that limit.
+_SHARE = 0.4
+
 
 @dataclasses.dataclass(frozen=True)
 class recover_scale(Recovery):
@@ -29,7 +40,7 @@ class recover_scale(Recovery):
     every column j of the matrix view (the long side of the matrix by default)::
 
         phi_j  = |N_j| / (|R_j| + 1e-8)
-        phi_j <- min(phi_j, entry_limit rms(N_j) / max_i |G_ij|)
+        phi_j <- min(phi_j, 0.4 entry_limit rms(N_j) / rms(G_j))
         Lambda = (G - P R) diag(phi)                       residual="paper"
         Lambda = (G - scale P R) diag(phi)                 residual="authors"
         Lambda <- Lambda min(1, growth_limit |Lambda_before| / |Lambda|)
@@ -44,11 +55,15 @@ class recover_scale(Recovery):
 
     **A ratio of norms has no bound of its own**: a column whose gradient lies almost
     outside the basis has an ``|R_j|`` near zero, and takes a step of as many learning
-    rates. The second line lets no entry of ``G diag(phi)`` exceed ``entry_limit`` root
-    mean squares of N_j (of N, for one phi per matrix): with Adam's N, a multiple of
-    the learning rate at every rank and for every gradient.
+    rates. So entries of ``G diag(phi)`` are clipped at ``entry_limit`` root mean
+    squares of N_j (of N, for one phi per matrix): with Adam's N, a multiple of the
+    learning rate at every rank and for every gradient. The second line does the same
+    to the column as a whole, so that the limiter has nothing huge to remember; it is
+    left out without a growth limit. A column with an R_j of zero has no ratio, and so
+    no share.
 
-    The state is one float32 per matrix, ``|Lambda|`` after limiting. The first Lambda
+    The state is one float32 per matrix, ``|Lambda|`` after limiting and before entries
+    are clipped. The first Lambda
     is not limited. A Lambda below 1e-3 of ``|G diag(phi)|``, where that difference
     loses its digits, or of ``|N|``, counts as zero: the step goes without it, and the
     next one is again a first. So neither a gradient inside the span nor one that
@@ -61,9 +76,9 @@ class recover_scale(Recovery):
       growth_limit: largest ratio of one ``|Lambda|`` to the one before it (1.01 in
         both papers); None for no limit and no state. May be traced.
       entry_limit: largest entry of ``G diag(phi)``, in root mean squares of N_j. A
-        Gaussian column of which the basis sees a fair share reaches 4, so that 10
-        leaves the paper's ratio alone wherever it means anything; None for the papers'
-        form. May be traced.
+        Gaussian column of which the basis sees a fair share reaches 4 (and its root
+        mean square 1), so that 10 leaves the paper's ratio alone wherever it means
+        anything; None for the papers' form. May be traced.
       residual: "paper", or "authors" for the released codes', which take only the
         scaled part of ``P R`` off the gradient.
 
@@ -122,32 +137,41 @@ class recover_scale(Recovery):
     def update(
         self, matrix: Matrix, state: Any, view: LeafView, scale: Any
     ) -> tuple[Recovered, Any]:
-        """Returns ``low`` and ``phi`` of ``P low + G phi``."""
+        """Returns ``low``, ``phi`` and ``bound`` of ``P low + G phi``."""
         direction, projected = wide(view.direction), wide(view.projected)
         taken = scale if self.residual == "authors" else 1.0
-        phi = self._ratio(view, direction, projected)
+        size, own = self._norm(projected), self._norm(direction)
+        phi = jnp.where(size > 0.0, own / (size + 1e-8), 0.0)
+        bound = None
+        if self.entry_limit is not None:
+            # The root mean square of N_j has its r entries, or those of all N.
+            whole = self.granularity == "tensor"
+            entries = direction.size if whole else direction.shape[-2]
+            bound = self.entry_limit * own / entries**0.5
         if self.growth_limit is not None:
             squares = view.gradient.map(lambda g: jnp.square(wide(g))).column_sums()
+            # Numbers without a square take no step, so that they count for nothing.
+            squares = kept_if(has_square(jnp.sqrt(squares)), squares)
+            if bound is not None:
+                phi = jnp.minimum(phi, self._most(matrix, bound, squares))
             norm, least = self._size(view, squares, projected, direction, phi, taken)
             factor, state = limit_growth(norm, least, state, self.growth_limit)
             phi = phi * factor
         if self.of == "gradient":
-            return Recovered(None, scale * phi), state
-        return Recovered(scale * direction - taken * phi * projected, phi), state
+            if bound is not None:
+                bound = scale * bound
+            return Recovered(None, scale * phi, bound=bound), state
+        low = scale * direction - taken * phi * projected
+        return Recovered(low, phi, bound=bound), state
 
-    def _ratio(self, view: LeafView, direction: Array, projected: Array) -> Array:
-        """Returns phi, not limited in growth."""
-        size, own = self._norm(projected), self._norm(direction)
-        if self.entry_limit is not None:
-            peaks = wide(view.gradient.column_peaks())
-            entries = direction.shape[-2]
-            if self.granularity == "tensor":
-                peaks = jnp.max(peaks, -1, keepdims=True)
-                entries *= direction.shape[-1]
-            # phi max|G| <= entry_limit |N| / sqrt(entries), said of the denominator, so
-            # that nothing is divided by a gradient of zero.
-            size = jnp.maximum(size, peaks * (entries**0.5 / self.entry_limit))
-        return own / (size + 1e-8)
+    def _most(self, matrix: Matrix, bound: Array, squares: Array) -> Array:
+        """Returns the largest phi for columns of such squares."""
+        mean = squares / matrix.m
+        if self.granularity == "tensor":
+            mean = jnp.max(mean, -1, keepdims=True)
+        # A column without gradient has nothing to limit.
+        rms = jnp.sqrt(jnp.where(mean > 0.0, mean, 1.0))
+        return jnp.where(mean > 0.0, _SHARE * bound / rms, jnp.inf)
 
     def _norm(self, x: Array) -> Array:
         """Returns the norms of columns ``[1, n]``, or that of the matrix ``[1, 1]``."""

@@ -140,10 +140,9 @@ def _cast_tree(tree: Any, dtype: Any) -> Any:
 
 
 def without_overflow(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """Does for ``inner`` what a bracket does with numbers whose square overflows.
+    """Does for ``inner`` what a bracket does with numbers whose squares overflow.
 
-    They are zeros to ``inner``, entry by entry, and take no step; a moment that
-    overflows keeps its value.
+    They are zeros to ``inner``, entry by entry, and take no step.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -154,6 +153,6 @@ def without_overflow(inner: Any) -> optax.GradientTransformationExtraArgs:
         sound = jax.tree.map(has_square, updates)
         shown = jax.tree.map(kept_if, sound, updates)
         out, new = inner.update(shown, state, params, **extra_args)
-        return jax.tree.map(kept_if, sound, out), _moments.finite_or(new, state)
+        return jax.tree.map(kept_if, sound, out), new
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
