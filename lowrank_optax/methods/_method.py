@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 # What one argument takes over from others, in every method that has all of them.
 IGNORED = (
-    "rank, update_proj_gap, basis_dtype beside projector",
+    "rank, update_proj_gap, basis_dtype, renew_below beside projector",
     "b1, b2, eps beside base_optimizer",
     "growth_limit, entry_limit beside recovery",
-    "entry_limit beside conventions",
+    "entry_limit, renew_below beside conventions",
     "mask without weight_decay",
 )
 # What other libraries call an argument, and what it is called here.
