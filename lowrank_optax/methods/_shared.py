@@ -46,6 +46,8 @@ class AnySize(TypedDict, total=False):
     clip_rank: bool
     param_shardings: Any
     full: Any
+    full_scale: float | optax.Schedule | Array | None
+    match: str | None
     dtype: Any
     state_dtype: Any
     mu_dtype: Any

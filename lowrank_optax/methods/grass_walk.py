@@ -16,6 +16,7 @@ from lowrank_optax.projectors import grassmann
     "2510.01878",
     "Randomized Gradient Subspaces (2025)",
     ignored=(TURNED,),
+    uses=("scale",),
 )
 def grass_walk(
     learning_rate: optax.ScalarOrSchedule,
@@ -69,6 +70,7 @@ scale_by_grass_walk = direction(grass_walk)
     "2510.01878",
     "Randomized Gradient Subspaces (2025)",
     ignored=(TURNED,),
+    uses=("scale",),
 )
 def grass_jump(
     learning_rate: optax.ScalarOrSchedule,

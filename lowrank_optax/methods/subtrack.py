@@ -47,6 +47,7 @@ def tracked(
     "2502.01586",
     "Rajabi et al. (2025)",
     ignored=(TURNED,),
+    uses=("scale",),
 )
 def subtrack(
     learning_rate: optax.ScalarOrSchedule,
