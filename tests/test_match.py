@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from benchmarks import step_sizes
 
+ROOT = pathlib.Path(__file__).parents[1]
 STEPS = (1, 10, 101)
 # Stacks of two: layer 0 is shown noise, layer 1 a signal of rank 4 in noise.
 SHAPES = {"wide": (2, 32, 64), "tall": (2, 64, 32), "square": (2, 48, 48)}
@@ -74,6 +78,15 @@ def test_every_method_steps_as_far_as_adamw(name):
 @pytest.mark.parametrize("rank", [0.125, 0.5])
 def test_at_every_rank_and_shape(name, rank):
     assert_as_long(sizes(matched(name, rank), SHAPES), of_adamw(*SHAPES))
+
+
+def test_the_recorded_table_is_the_pages():
+    recorded = json.loads((ROOT / "docs/results/step_sizes.json").read_text())
+    runs = recorded["runs"]
+    assert [run["name"] for run in runs] == list(lro.METHODS)
+    assert step_sizes.table(runs) in (ROOT / "docs/choosing.md").read_text()
+    found = [run[f"matched_{kind}"] for run in runs for kind in step_sizes.KINDS]
+    assert np.abs(np.array(found) - 1.0).max() < 0.3
 
 
 def one_step(tx, gradient=None, params=None, **extra):

@@ -65,7 +65,7 @@ class project(Part):
         of the bracket's steps; None is 1.
       match: "adamw" makes the update of every projected matrix as long as that of
         ``optax.adamw(b1=0.9, b2=0.999)``: their root mean squares are equal at every
-        step (to about 5 %), whatever the rank, the scale and the recovery, so that
+        step, to about 5 %, whatever the rank, the scale and the recovery, so that
         AdamW's learning rate and weight decay carry over. AdamW's moments of a sample
         of entries tell it: one in every column, and more in small matrices, where
         256 are wanted. They take as much state as one row of the projection, and are

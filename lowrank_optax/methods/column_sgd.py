@@ -180,7 +180,8 @@ def _matched(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         ]
         out = treedef.unflatten(matched for matched, _ in pairs)
         sample = treedef.unflatten(kept for _, kept in pairs)
-        return out, _Matched(optax.safe_increment(state.count), sample, inner)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return out, _Matched(count, sample, inner)
 
     return optax.GradientTransformation(init, update)
 
