@@ -74,7 +74,7 @@ def method(name: str, match: str | None) -> optax.GradientTransformation:
     """Returns the method at its defaults, at a quarter of the rank."""
     factory = lro.METHODS[name].factory
     taken = inspect.signature(factory).parameters
-    options = {"match": match}
+    options: dict[str, Any] = {"match": match}
     if "rank" in taken and taken["rank"].default != 1:
         options["rank"] = RANK
     if "select" in taken:

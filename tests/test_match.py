@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def of_adamw(*names):
     return sizes(optax.adamw(1.0, weight_decay=0.0), shapes)
 
 
-def matched(name, rank, **options):
+def matched(name, rank, **options) -> Any:
     factory = lro.METHODS[name].factory
     chosen = {"rank": rank, "select": ".", "layer_axis": 0}
     taken = inspect.signature(factory).parameters
@@ -89,7 +90,7 @@ def test_the_recorded_table_is_the_pages():
     assert np.abs(np.array(found) - 1.0).max() < 0.3
 
 
-def one_step(tx, gradient=None, params=None, **extra):
+def one_step(tx, gradient=None, params=None, **extra) -> Any:
     params = jnp.ones((32, 64)) if params is None else params
     gradient = (
         jax.random.normal(jax.random.key(0), (32, 64))
@@ -158,7 +159,7 @@ def test_refusals():
         lro.galore(1e-3, 4, match="adam")
     with pytest.raises(TypeError, match="`match` has no effect beside `conventions`"):
         lro.galore(1e-3, 4, match="adamw", conventions="authors")
-    inner = optax.MultiSteps(optax.scale_by_adam(), 2)
+    inner: Any = optax.MultiSteps(optax.scale_by_adam(), 2)
     tx = lro.galore(1e-3, 4, base_optimizer=inner, match="adamw")
     with pytest.raises(ValueError, match="accumulation inside the bracket"):
         tx.init(params)
@@ -169,7 +170,7 @@ def test_refusals():
 TREE = {"w": jnp.ones((32, 64)), "b": jnp.ones(64)}
 
 
-def updates(tx, steps=1):
+def updates(tx, steps=1) -> Any:
     state, out = tx.init(TREE), TREE
     for _ in range(steps):
         out, state = tx.update(TREE, state, TREE)
@@ -198,5 +199,6 @@ def test_full_scale_follows_its_schedule_and_is_injected():
         assert updates(tx)["b"].any()
         later = updates(tx, 2)
         assert later["w"].any() and not later["b"].any()
+    quoted: Any = "0.5"
     with pytest.raises(TypeError, match="`full_scale` must be a number or a schedule"):
-        lro.galore(1e-2, 4, full_scale="0.5")
+        lro.galore(1e-2, 4, full_scale=quoted)

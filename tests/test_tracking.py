@@ -316,7 +316,7 @@ WALK = functools.partial(lro.grass_walk, step=0.05)
 
 
 @functools.cache
-def after_a_change(method, turned=True, **options):
+def after_a_change(method: Any, turned=True, **options):
     """Share of the gradient seen at every step, and the largest entries of updates.
 
     The gradient's subspace, of half the basis' rank, is another one from step 15 on,
@@ -335,14 +335,14 @@ def after_a_change(method, turned=True, **options):
 
     tx = method(1.0, r, update_proj_gap=gap, **options)
 
-    def step(state, t):
+    def step(state: Any, t):
         g = gradient(t)
         update, state = tx.update(g, state)
         seen = jnp.sum(jnp.square(state.basis.T @ g)) / jnp.sum(jnp.square(g))
         return state, (seen, jnp.abs(update).max(), state.basis)
 
     start = tx.init(jnp.zeros((m, n)))
-    run = jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(50)))
+    run: Any = jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(50)))
     return jax.tree.map(np.asarray, run(start)[1])
 
 
