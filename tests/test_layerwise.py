@@ -78,6 +78,7 @@ OPTIMIZERS = {
     "subtrack": lambda: low(lro.subtrack, eps=1e-4),
     "fira": lambda: low(lro.fira, eps=1e-4),
     "gwt": lambda: lro.gwt(1e-2, layer_axis=0, eps=1e-4),
+    "matched": lambda: low(lro.fira, eps=1e-4, match="adamw", full_scale=0.5),
     "apollo": lambda: low(lro.apollo, eps=1e-4),
     # One counter for all layers of a leaf, which no other part has.
     "complement": lambda: lro.chain(

@@ -310,6 +310,57 @@ def test_random_moves_differ_between_leaves_layers_and_seeds(move):
         assert np.abs(np.abs(one.T @ two) - np.eye(4)).max() > 0.02
 
 
+# A sudden change of the data.
+
+WALK = functools.partial(lro.grass_walk, step=0.05)
+
+
+@functools.cache
+def after_a_change(method: Any, turned=True, **options):
+    """Share of the gradient seen at every step, and the largest entries of updates.
+
+    The gradient's subspace, of half the basis' rank, is another one from step 15 on,
+    between two refreshes.
+    """
+    m, n, r, gap = 48, 96, 8, 10
+    frame = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (m, r)))[0]
+    both = frame.reshape(m, 2, r // 2)
+    fixed = jax.random.normal(jax.random.key(2), (r // 2, n))
+
+    def gradient(step):
+        here = jnp.where(turned & (step >= 15), both[:, 1], both[:, 0])
+        a, b = jax.random.split(jax.random.fold_in(jax.random.key(1), step))
+        low = fixed + 0.3 * jax.random.normal(a, (r // 2, n))
+        return here @ low + 0.02 * jax.random.normal(b, (m, n))
+
+    tx = method(1.0, r, update_proj_gap=gap, **options)
+
+    def step(state: Any, t):
+        g = gradient(t)
+        update, state = tx.update(g, state)
+        seen = jnp.sum(jnp.square(state.basis.T @ g)) / jnp.sum(jnp.square(g))
+        return state, (seen, jnp.abs(update).max(), state.basis)
+
+    start = tx.init(jnp.zeros((m, n)))
+    run: Any = jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(50)))
+    return jax.tree.map(np.asarray, run(start)[1])
+
+
+@pytest.mark.parametrize("method", [lro.subtrack, WALK], ids=["subtrack", "walk"])
+def test_a_basis_that_has_lost_the_gradient_is_found_anew(method):
+    share, entries, _ = after_a_change(method)
+    assert share[14] > 0.9 and share[15:20].max() < 0.5
+    assert share[20:].min() > 0.9
+    slow, far, _ = after_a_change(method, renew_below=None)
+    assert slow[20:30].max() < 0.8
+    assert entries[20:].max() < far[20:].max()
+
+
+def test_a_basis_that_follows_is_not_found_anew():
+    plain = after_a_change(lro.subtrack, turned=False, renew_below=None)
+    assert_bit_equal(after_a_change(lro.subtrack, turned=False), plain)
+
+
 # LDAdam's power step.
 
 

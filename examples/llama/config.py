@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from examples.llama.model import ACTIVATIONS, ModelConfig
-from examples.llama.presets import METHODS, NO_SIDE, PRESETS, method_defaults
+from examples.llama.presets import METHODS, NO_SIDE, PRESETS, RATES, method_defaults
 
 
 class UsageError(Exception):
@@ -59,8 +59,8 @@ class TrainConfig:
     warmup: int | None = None
     """linear warm-up of the learning rate, steps; left out: a tenth of --steps"""
     lr: float | None = None
-    """peak learning rate, per step; left out: GaLore's, of the preset, whatever the
-    optimizer (subtrack's and ldadam's papers take 0.001)"""
+    """peak learning rate, per step; left out: the preset's, which is GaLore's, times
+    the optimizer's factor in presets.py"""
     final_lr: float = 0.1
     """learning rate at the end of the cosine, as a fraction of the peak"""
     b1: float | None = None
@@ -217,6 +217,7 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
     defaults |= {"param_dtype": dtype, "compute_dtype": dtype}
     known = config.optimizer in METHODS  # the optimizer itself is refused later
     defaults |= method_defaults(config.optimizer if known else "galore")
+    defaults["lr"] *= RATES.get(config.optimizer, 1.0)
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     # The later wins: the preset, the method's own defaults, the flags.
     values = defaults | given

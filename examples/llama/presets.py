@@ -49,6 +49,10 @@ def method_defaults(optimizer: str) -> dict[str, Any]:
     return found
 
 
+# Learning rates in multiples of the recipe's, which is GaLore's with its scale of 0.25.
+RATES = {"adamw": 0.1, "adamw_8bit": 0.1}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a run of a preset does unless a flag says otherwise."""

@@ -61,6 +61,16 @@ class project(Part):
         projected and lifted one after another: what one takes, such as its basis,
         whole, is there once. All at once is faster on one device.
       full: another transformation for the leaves that are not projected.
+      full_scale: factor on the update of those leaves, a number, an array or a schedule
+        of the bracket's steps; None is 1.
+      match: "adamw" makes the update of every projected matrix as long as that of
+        ``optax.adamw(b1=0.9, b2=0.999)``: their root mean squares are equal at every
+        step, to about 5 %, whatever the rank, the scale and the recovery, so that
+        AdamW's learning rate and weight decay carry over. AdamW's moments of a sample
+        of entries tell it: one in every column, and more in small matrices, where
+        256 are wanted. They take as much state as one row of the projection, and are
+        refused with an accumulation inside the bracket. None leaves updates as they
+        are.
       dtype: dtype in which the inner transformation computes, projected and full leaves
         alike.
       state_dtype: dtype in which moments and bases are kept between steps; None is the
@@ -92,6 +102,8 @@ class project(Part):
     clip_rank: bool = False
     param_shardings: Any = None
     full: optax.GradientTransformation | Made | None = None
+    full_scale: Any = None
+    match: str | None = None
     dtype: Any = jnp.float32
     state_dtype: Any = None
     mu_dtype: Any = None
@@ -212,6 +224,8 @@ def chain(*stages: Any) -> optax.GradientTransformationExtraArgs:
         scale=last.scale,
         learning_rate=last.learning_rate,
         full=first.full,
+        full_scale=first.full_scale,
+        match=first.match,
         selection=first.selection(),
         dtype=first.dtype,
         storage=first.storage(),

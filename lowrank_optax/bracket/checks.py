@@ -47,6 +47,14 @@ def check_maker(plan: Plan, bracket: Bracket, state: Any) -> None:
             f"recovery_state, and this optimizer has {own}. Make one with "
             "tx.init(params)."
         )
+    # As above, a bare parameter that is kept full has `()` in any case.
+    sampled = bool(jax.tree.leaves(state.sample))
+    if sampled != (bracket.match is not None) and plan.matrices():
+        other = "adamw" if sampled else None
+        raise ValueError(
+            f"This state was made with match={other!r}, and this optimizer has "
+            f"match={bracket.match!r}. Make one with tx.init(params)."
+        )
 
 
 def check_state(plan: Plan, bracket: Bracket, state: SubspaceState) -> None:

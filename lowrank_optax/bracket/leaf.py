@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowrank_optax.bracket import match
 from lowrank_optax.bracket.state import Clock, Kept, Moments, Opened, Renewable
 from lowrank_optax.leaves.matrix import Matrix, refill, unbox
 from lowrank_optax.leaves.part import Part
@@ -84,6 +85,7 @@ class LowLeaf(Part):
       transport: carries signs and moments over to a new basis.
       recovery: gives the update its share from outside the subspace, or None.
       scale: factor on the lifted direction.
+      match: whose updates the leaf's are as long as, "adamw" or None.
       dtype: the inner optimizer's.
       update_dtype: the gradient's, and so the update's.
       in_turn: whether the layers are projected and lifted one after another, so that a
@@ -97,6 +99,7 @@ class LowLeaf(Part):
     transport: Transport
     recovery: Recovery | None
     scale: Any
+    match: str | None
     dtype: Any
     update_dtype: Any
     in_turn: bool
@@ -147,7 +150,9 @@ class LowLeaf(Part):
         one = self.projector.start(self.matrix)
         stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
         pending = jnp.ones(batch, jnp.bool_) if self.projector.stores_basis else ()
-        return Kept(stored, pending)
+        sample = match.start(self.matrix) if self.match else ()
+        sample = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), sample)
+        return Kept(stored, pending, sample=sample)
 
     def start_recovery(self, leaf: Any) -> Any:
         """Returns the recovery's first state for a leaf, in boxes like the leaf's."""
@@ -174,6 +179,10 @@ class LowLeaf(Part):
         """Views the leaf as matrices, renews their bases and projects."""
         at = self.at(clock)
         seen = self.matrix.operand(gradient)
+        wanted, sample = (), kept.sample
+        if self.match:
+            one = functools.partial(match.wanted, self.matrix, count=clock.count)
+            wanted, sample = self.lift(one, seen, sample)
         if self.recovery is not None and not self.recovery.whole:
             entering = self._as_matrices(kept.recovery)
             seen = self.lift(self.recovery.enter, entering, seen)
@@ -191,7 +200,17 @@ class LowLeaf(Part):
             if weights is not None:
                 whole = self.matrix.operand(weights)
                 low_weights = self.down(at, renewed.stored, basis, whole)
-        return Opened(low, low_weights, seen, whole, basis, previous, renewed)
+        return Opened(
+            low,
+            low_weights,
+            seen,
+            whole,
+            basis,
+            previous,
+            renewed,
+            wanted,
+            sample,
+        )
 
     def at(self, clock: Clock) -> At:
         """Returns place and time of every matrix."""
@@ -363,7 +382,7 @@ class LowLeaf(Part):
         if outside is not None:
             outside = self.matrix.leaf(outside)
         update = self.matrix.leaf(lifted)
-        return update, outside, Kept(stored, renewed.pending, recovery)
+        return update, outside, Kept(stored, renewed.pending, recovery, opened.sample)
 
     def _finish(
         self,
@@ -382,25 +401,30 @@ class LowLeaf(Part):
         gradient, low = opened.gradient, opened.low
         if clock.open is not None:
             low, direction = _shown(low), kept_if(jnp.isfinite(direction), direction)
+        view = LeafView(
+            gradient=gradient,
+            projected=low,
+            direction=direction,
+            basis=basis,
+            previous_basis=opened.previous,
+            moments=moments.after,
+            carried_moments=moments.carried,
+            previous_moments=moments.before,
+            orthonormal=self.projector.orthonormal and _is_exact(basis),
+            up=functools.partial(self.projector.up, self.matrix),
+            anywhere=self._anywhere,
+            count=clock.count,
+        )
         recovered = Recovered(self.scale * direction)
         if self.recovery is not None:
-            view = LeafView(
-                gradient=gradient,
-                projected=low,
-                direction=direction,
-                basis=basis,
-                previous_basis=opened.previous,
-                moments=moments.after,
-                carried_moments=moments.carried,
-                previous_moments=moments.before,
-                orthonormal=self.projector.orthonormal and _is_exact(basis),
-                up=functools.partial(self.projector.up, self.matrix),
-                anywhere=self._anywhere,
-                count=clock.count,
-            )
             recovered, state = self.recovery.update(
                 self.matrix, state, view, self.scale
             )
+        length = match.length(view, recovered) if self.match else None
+        if length is not None:
+            m, n = gradient.shape
+            factor = match.ratio(opened.wanted, length / (m * n) ** 0.5)
+            gain = factor if gain is None else gain * factor
         terms = []
         # The learning rate multiplies the thin factors where it can: behind the product
         # it would take a pass over [m, n].
@@ -423,8 +447,19 @@ class LowLeaf(Part):
             outside = outside.map(_shown)
         total = functools.reduce(lambda a, b: a.map(jnp.add, b), terms)
         if outside is None:  # else one more term is to come
+            if self.match and length is None:
+                total = _resized(total, opened.wanted, gain)
             total = total.map(lambda x: cast(x, self.update_dtype))
         return total, outside, state
+
+    def resized(self, update: Array, opened: Opened, gain: Any) -> Array:
+        """Returns the leaf's update as long as wanted, if anything is."""
+        if not self.match:
+            return update
+        one = functools.partial(_resized, gain=gain)
+        return self.matrix.leaf(
+            self.lift(one, self.matrix.operand(update), opened.wanted)
+        )
 
     def _advance(self, clock: Clock, at: At, opened: Opened, kept: Kept) -> Any:
         """Moves the bases after use, but for those that were found in this step.
@@ -447,6 +482,14 @@ class LowLeaf(Part):
     def _as_leaf(self, state: Any) -> Any:
         assert self.recovery is not None
         return self.matrix.leaf(state) if self.recovery.like_leaf else state
+
+
+def _resized(update: Operand, wanted: Array, gain: Any) -> Operand:
+    """Returns one matrix' update, which has its learning rate, as long as wanted."""
+    if gain is not None:
+        wanted = wanted * jnp.abs(gain)
+    factor = match.ratio(wanted, match.root_mean_square(update))
+    return update.map(lambda x: x * factor.astype(x.dtype))
 
 
 def _is_exact(basis: Any) -> bool:

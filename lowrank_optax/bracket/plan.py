@@ -225,6 +225,7 @@ def low_leaf(
         bracket.transport,
         None if recovery is None else recovery.stored_as(kept),
         bracket.scale,
+        bracket.match,
         bracket.dtype,
         update_dtype,
         in_turn,

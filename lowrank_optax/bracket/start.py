@@ -50,7 +50,7 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
     leaves = plan.leaves_of(bracket, arrays)
     low: list[Any] = [cast(x, bracket.dtype) for x in arrays]
     basis: list[Any] = [optax.MaskedNode()] * len(boxes)
-    pending, recovery = list(basis), list(basis)
+    pending, recovery, sample = list(basis), list(basis), list(basis)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, LowLeaf):
             first = leaf.start()
@@ -58,6 +58,7 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
             basis[i] = box_basis(boxes[i], first.stored, leaf)
             pending[i] = first.pending
             recovery[i] = leaf.start_recovery(boxes[i])
+            sample[i] = first.sample
     inner, full = plan.inner_trees(bracket, params, low)
     inner_state = transformation(bracket.inner).init(inner)
     if plan.matrices():
@@ -74,6 +75,7 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
         bracket.storage.first(inner_state, plan.treedef, dtypes),
         bracket.storage.first(full_state, plan.treedef, dtypes),
         () if bracket.recovery is None else plan.treedef.unflatten(recovery),
+        () if bracket.match is None else plan.treedef.unflatten(sample),
     )
 
 
@@ -86,13 +88,15 @@ def _check_moments(bracket: Bracket, inner_state: Any) -> None:
             "moments, such as optax.scale_by_adam(), or transport=lro.align_signs(). "
             "A state type of your own can be named with lro.register_moments."
         )
-    recovery = bracket.recovery
-    if recovery is None or recovery.accumulates:
-        return
-    if optax.tree_utils.tree_get_all_with_path(inner_state, "mini_step"):
+    recovery, whole = bracket.recovery, []
+    if recovery is not None and not recovery.accumulates:
+        whole = [type(recovery).__name__]
+    if bracket.match is not None:  # its sample is of one micro-batch, and noisier
+        whole = [f"match={bracket.match!r}"]
+    if whole and optax.tree_utils.tree_get_all_with_path(inner_state, "mini_step"):
         raise ValueError(
-            f"{type(recovery).__name__} does not work around an accumulation inside "
-            "the bracket. Put optax.MultiSteps around the whole optimizer instead."
+            f"{whole[0]} does not work around an accumulation inside the bracket. Put "
+            "optax.MultiSteps around the whole optimizer instead."
         )
 
 

@@ -23,6 +23,8 @@ class Bracket(Part):
     recovery: Recovery | None
     full: Any
     scale: Any
+    full_scale: Any
+    match: str | None
     learning_rate: Any
     dtype: Any
     storage: Storage
@@ -41,6 +43,7 @@ class SubspaceState(NamedTuple):
         full leaves.
       full_state: the state of ``full``, or ``()``.
       recovery_state: the recovery's per matrix, or ``()``.
+      sample: AdamW's moments of some entries of every matrix, for ``match``, or ``()``.
     """
 
     count: Array
@@ -50,6 +53,7 @@ class SubspaceState(NamedTuple):
     inner_state: Any
     full_state: Any
     recovery_state: Any
+    sample: Any = ()
 
 
 class SubspaceView(NamedTuple):
@@ -104,11 +108,13 @@ class Kept(NamedTuple):
       stored: what the projector stores, with leading batch axes.
       pending: per matrix, whether a refresh is owed.
       recovery: the recovery's state.
+      sample: AdamW's moments of some entries.
     """
 
     stored: Any = ()
     pending: Any = ()
     recovery: Any = ()
+    sample: Any = ()
 
 
 class Renewable(NamedTuple):
@@ -130,6 +136,8 @@ class Opened(NamedTuple):
       basis: the basis of this step, None on full leaves.
       previous: that of the step before, ``()`` where none is stored.
       renewed: what is kept from here on, and the moments in the new coordinates.
+      wanted: the root mean square that every matrix' update shall have, ``()`` if none.
+      sample: what tells it, from here on.
     """
 
     low: Array
@@ -139,6 +147,8 @@ class Opened(NamedTuple):
     basis: Any = None
     previous: Any = None
     renewed: Any = None
+    wanted: Any = ()
+    sample: Any = ()
 
 
 class Moments(NamedTuple):

@@ -15,7 +15,8 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax._meshes import explicit_like
 from lowrank_optax.bracket.checks import check_maker, check_state
-from lowrank_optax.bracket.leaf import cast, stepped, when
+from lowrank_optax.bracket.leaf import FullLeaf, LowLeaf, cast, stepped, when
+from lowrank_optax.bracket.match import CHOICES
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.start import start, start_again
@@ -46,6 +47,8 @@ def subspace(
     scale: Any = 1.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     full: optax.GradientTransformation | optax.MultiSteps | Made | None = None,
+    full_scale: Any = None,
+    match: str | None = None,
     selection: Selection | None = None,
     dtype: Any = jnp.float32,
     storage: Storage | None = None,
@@ -74,6 +77,10 @@ def subspace(
       transport: what a change of basis does to the moments; None aligns signs.
       recovery: what the update gets from outside the subspace; None discards it.
       scale: factor on the lifted direction (not on full leaves); may be traced.
+      full_scale: factor on the update of the leaves that are not projected, a number,
+        an array or a schedule; None is 1.
+      match: "adamw" makes the updates of projected matrices as long as AdamW's, see
+        ``lro.project``; None leaves them as they are.
       learning_rate: a number or schedule whose negative multiplies everything that
         leaves the bracket, as ``optax.scale_by_learning_rate`` behind it would, but
         where the matrices are small; None leaves it out.
@@ -131,10 +138,14 @@ def subspace(
         recovery,
         None if full is None else _checked("full", full),
         scale,
+        full_scale,
+        match,
         learning_rate,
         dtype,
         storage or Storage(),
     )
+    if match is not None:
+        _checks.choice("match", match, CHOICES)
     planner = Planner(bracket, selection or Selection(), stagger, seed)
 
     def init(params: Any) -> Any:
@@ -208,11 +219,19 @@ def step(
     gain = _gain(bracket, state.count)
     done = _has_stepped(state.inner_state, inner_state)
     seen = _seen(plan, bracket, inner_state, view)
-    closed = [
-        leaf.close(clock, o, d, k, m, gain, done)
-        for leaf, o, d, k, m in zip(leaves, opened, directions, kept, seen, strict=True)
+    gains = [
+        gain if isinstance(leaf, LowLeaf) else _full_gain(bracket, state.count, gain)
+        for leaf in leaves
     ]
-    new_updates, kept = _completed(plan, bracket, updates, closed, kept, gain, done)
+    closed = [
+        leaf.close(clock, o, d, k, m, g, done)
+        for leaf, o, d, k, m, g in zip(
+            leaves, opened, directions, kept, seen, gains, strict=True
+        )
+    ]
+    new_updates, kept = _completed(
+        plan, bracket, updates, leaves, opened, closed, kept, gain, done
+    )
 
     def stored_as(old: Any, new: Any) -> Any:
         return store(new, old, bracket.dtype, state.key, state.count, clock.layer)
@@ -235,6 +254,7 @@ def step(
         stored_as(before.inner_state, inner_state),
         stored_as(before.full_state, full_state),
         new_recovery,
+        plan.boxed(state.sample, [k.sample for k in kept]),
     )
     return new_updates, new_state
 
@@ -279,12 +299,22 @@ def _gain(bracket: Bracket, count: Array) -> Any:
     return -jnp.asarray(rate(count) if callable(rate) else rate)
 
 
+def _full_gain(bracket: Bracket, count: Array, gain: Any) -> Any:
+    """Returns the same for the leaves that are not projected."""
+    scale = bracket.full_scale
+    if scale is None:
+        return gain
+    scale = jnp.asarray(scale(count) if callable(scale) else scale)
+    return scale if gain is None else scale * gain
+
+
 def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
     """Returns what the state has of every leaf, out of its boxes."""
     whole = bracket.recovery is not None and bracket.recovery.whole
     # A transformation of whole leaves was given boxes, and its state stays in them.
     recovery = (plan.flat if whole else plan.arrays)(state.recovery_state)
-    return list(map(Kept, plan.arrays(state.basis), plan.flat(state.pending), recovery))
+    basis, pending = plan.arrays(state.basis), plan.flat(state.pending)
+    return list(map(Kept, basis, pending, recovery, plan.flat(state.sample)))
 
 
 def _moments(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Any]:
@@ -366,6 +396,8 @@ def _completed(
     plan: Plan,
     bracket: Bracket,
     updates: Any,
+    doors: list[LowLeaf | FullLeaf],
+    opened: list[Opened],
     closed: list[tuple[Any, Any, Kept]],
     before: list[Kept],
     gain: Any,
@@ -373,8 +405,8 @@ def _completed(
 ) -> tuple[Any, list[Kept]]:
     """Returns the updates in boxes, with what a recovery makes of whole leaves."""
     leaves, kept = [], []
-    for box, (update, outside, new), old in zip(
-        plan.flat(updates), closed, before, strict=True
+    for box, door, o, (update, outside, new), old in zip(
+        plan.flat(updates), doors, opened, closed, before, strict=True
     ):
         if outside is not None and bracket.recovery is not None:
             # Not lifted: whatever the layout, the transformation sees the leaf itself.
@@ -383,6 +415,8 @@ def _completed(
             )
             # The lifted part came without its cast, so that the sum is rounded once.
             update = update + stepped(unbox(term), gain)
+            assert isinstance(door, LowLeaf)
+            update = door.resized(update, o, gain)
             update = cast(update, unbox(box).dtype)
             new = new._replace(recovery=when(done, state, old.recovery))
         leaves.append(update)

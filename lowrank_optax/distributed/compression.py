@@ -197,6 +197,8 @@ def _judge(planner: Planner, matrix: Matrix, dtype: Any, size: int) -> tuple[str
     if bracket.recovery is not None:
         part = f"lro.{type(bracket.recovery).__name__}"
         return f"{part} reads the whole gradient at every step", size
+    if bracket.match is not None:
+        return f"match={bracket.match!r} reads the gradient itself at every step", size
     if projector.advances:
         return f"{name} moves its basis by the whole gradient at every step", size
     if projector.stores_basis and projector.update_proj_gap == 1:

@@ -44,6 +44,17 @@ def see(gradient: Array | Operand, basis: Float[Array, "m r"]) -> Seen:
     return Seen(gradient, peak, gradient.down(basis) / peak)
 
 
+def captured(seen: Seen, m: int) -> Float[Array, ""]:
+    """Returns the share of G that the subspace sees, beyond what a random one would.
+
+    ``(c - r / m) / (1 - r / m)`` of ``c = |S^T G|^2 / |G|^2``: 1 if the subspace holds
+    all of G, and 0 on average if it has nothing to do with it. Needs r < m.
+    """
+    whole = jnp.sum(jnp.square(seen.gradient.stored / seen.peak))
+    chance = seen.low.shape[0] / m
+    return (jnp.sum(jnp.square(seen.low)) / whole - chance) / (1.0 - chance)
+
+
 class Geodesic(NamedTuple):
     """Where a geodesic leads.
 

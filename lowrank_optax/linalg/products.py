@@ -152,6 +152,16 @@ def gram(columns: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
     return inner(columns, columns)
 
 
+def regram(basis: Any, low: Array) -> Array:
+    """Returns ``(P^T P) R``, on both sides where there are two bases."""
+    bases = [wide(b) for b in jax.tree.leaves(basis)]
+    if not bases:  # an orthonormal transform that is computed and not stored
+        return low
+    left, *right = bases
+    low = jnp.matmul(gram(left), low, precision=HIGHEST)
+    return by_blocks(low, gram(right[0]), HIGHEST) if right else low
+
+
 def by_blocks(low: Array, right: Array, precision: Any = None) -> Array:
     """Returns ``[X_1 Q, X_2 Q, ...]`` of blocks ``low = [X_1, X_2, ...]``."""
     blocks = low.reshape((*low.shape[:-1], -1, right.shape[-2]))

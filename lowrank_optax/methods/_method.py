@@ -29,10 +29,11 @@ T = TypeVar("T")
 
 # What one argument takes over from others, in every method that has all of them.
 IGNORED = (
-    "rank, update_proj_gap, basis_dtype beside projector",
+    "rank, update_proj_gap, basis_dtype, renew_below beside projector",
     "b1, b2, eps beside base_optimizer",
     "growth_limit, entry_limit beside recovery",
-    "entry_limit beside conventions",
+    "entry_limit, renew_below, match beside conventions",
+    "scale beside match",
     "mask without weight_decay",
 )
 # What other libraries call an argument, and what it is called here.
@@ -333,7 +334,7 @@ def _check_values(called: str, bound: inspect.BoundArguments) -> None:
         hint = bound.signature.parameters[name].annotation
         kinds = typing.get_args(hint) or (hint,)
         if float in kinds and not (value is None and type(None) in kinds):
-            _check_number(called, name, plain(value), str in kinds)
+            _check_number(called, name, plain(value), kinds)
     rate, rank = (bound.arguments.get(n) for n in ("learning_rate", "rank"))
     whole = isinstance(rate, int) and not isinstance(rate, bool) and rate > 1
     if whole and isinstance(rank, float):
@@ -343,12 +344,12 @@ def _check_values(called: str, bound: inspect.BoundArguments) -> None:
         )
 
 
-def _check_number(called: str, name: str, value: Any, choice: bool) -> None:
-    schedule = name == "learning_rate"
+def _check_number(called: str, name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    schedule = any(typing.get_origin(kind) is Callable for kind in kinds)
     wanted = "a number or a schedule" if schedule else "a number"
     hint = f"Write {name}=0.1, say."
     if isinstance(value, str):
-        if choice:  # it is checked where it is used
+        if str in kinds:  # a choice, checked where it is used
             return
         hint = "Write it without quotes."
     elif isinstance(value, list | tuple) and not hasattr(value, "init"):

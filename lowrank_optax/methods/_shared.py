@@ -46,6 +46,8 @@ class AnySize(TypedDict, total=False):
     clip_rank: bool
     param_shardings: Any
     full: Any
+    full_scale: float | optax.Schedule | Array | None
+    match: str | None
     dtype: Any
     state_dtype: Any
     mu_dtype: Any
@@ -205,6 +207,9 @@ COMMON = {
     "limit. See ``lro.recover_scale`` for its reset.",
     "entry_limit": "largest entry of ``G diag(phi)``, in root mean squares of N_j; "
     'None for no limit, as with ``conventions="authors"``. See ``lro.recover_scale``.',
+    "renew_below": "share of the gradient, beyond a random basis' share, below which "
+    "the basis is found anew instead of turned; None for never, as with "
+    '``conventions="authors"``. See ``lro.grassmann``.',
 }
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import optax
 from jaxtyping import Array
 
+from lowrank_optax import _checks
+from lowrank_optax.bracket.match import CHOICES
 from lowrank_optax.methods._method import method
 from lowrank_optax.methods._shared import Transformation
 from lowrank_optax.quantization import Codec, blockwise_int8
@@ -23,6 +25,7 @@ def adamw_8bit(
     *,
     block: int = 256,
     min_size: int = 4096,
+    match: str | None = None,
 ) -> Transformation:
     """AdamW with moments in eight bits, for leaves of any shape.
 
@@ -32,10 +35,14 @@ def adamw_8bit(
 
     Args:
       min_size: matrices and vectors with fewer elements keep float32 moments.
+      match: None or "adamw", which is what its steps do: for callers that say it to
+        every method.
 
     Differences from the authors' code:
       * Those of ``lro.quantize_state``.
     """
+    if match is not None:
+        _checks.choice("match", match, CHOICES)
     mu, nu = codecs(block)
     adam = optax.scale_by_adam(b1, b2, eps)
     stages: list[Any] = [

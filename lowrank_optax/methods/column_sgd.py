@@ -2,14 +2,24 @@
 
 import functools
 import re
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_box, path_string, unbox
+from lowrank_optax import _checks
+from lowrank_optax.bracket.match import (
+    CHOICES,
+    Sample,
+    ratio,
+    root_mean_square,
+    start,
+    wanted,
+)
+from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
+from lowrank_optax.linalg.products import Operand
 from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method
 from lowrank_optax.methods._shared import Recipe, Transformation
@@ -32,6 +42,7 @@ def column_sgd(
     vector_scale: float | Array = 1.0,
     layer_axis: int | None = None,
     state_dtype: Any = None,
+    match: str | None = None,
     **options: Unpack[_Options],
 ) -> Transformation:
     """SCALE: column-normalized SGD, with momentum in the last layer alone.
@@ -58,6 +69,8 @@ def column_sgd(
       layer_axis: axis that stacks layers; stacked vectors are vectors.
       state_dtype: storage dtype of the momentum; None is the parameter's. Moments of
         vectors are float32.
+      match: "adamw" makes the updates of matrices as long as AdamW's, see
+        ``lro.project``; None leaves them as they are.
 
     Raises:
       ValueError: at init, if ``head`` is given and finds no matrix.
@@ -73,10 +86,16 @@ def column_sgd(
     # Nothing stands in a bracket, so the vectors' Adam is made at once.
     adam = optax.scale_by_adam(its.b1, its.b2, 1e-8 if its.eps is None else its.eps)
     adam = cast_moments(adam, jnp.float32, jnp.float32)
+    matrices = {
+        "head": optax.chain(_average(momentum, state_dtype), columns),
+        "matrix": columns,
+    }
+    if match is not None:
+        _checks.choice("match", match, CHOICES)
+        matrices = {role: _matched(tx) for role, tx in matrices.items()}
     tx = optax.partition(
         {
-            "head": optax.chain(_average(momentum, state_dtype), columns),
-            "matrix": columns,
+            **matrices,
             "vector": optax.chain(adam, optax.scale(vector_scale)),
         },
         functools.partial(_roles, head, layer_axis),
@@ -108,6 +127,61 @@ def _average(decay: Any, dtype: Any) -> optax.GradientTransformation:
         )
         kept = jax.tree.map(lambda x, m: x.astype(m.dtype), mean, state.trace)
         return mean, optax.TraceState(kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+class _Matched(NamedTuple):
+    """Steps so far, AdamW's moments of some entries, and the other's state."""
+
+    count: Array
+    sample: Any
+    inner_state: Any
+
+
+def _matched(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns a direction that is in every matrix as long as AdamW's."""
+
+    def one(shape: tuple[int, ...]) -> Matrix:
+        return Matrix("", shape[-2:], (), (0,), (1,), "left", 1)
+
+    def init(params: Any) -> _Matched:
+        def zeros(p: Any) -> Sample:
+            first = start(one(p.shape))
+            batch = p.shape[:-2]
+            return jax.tree.map(lambda x: jnp.zeros((*batch, *x.shape)), first)
+
+        sample = jax.tree.map(zeros, params)
+        return _Matched(jnp.zeros([], jnp.int32), sample, tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        directions, inner = tx.update(updates, state.inner_state, params)
+
+        def leaf(gradient: Any, direction: Any, sample: Sample) -> Any:
+            def matrix(gradient: Any, direction: Any, sample: Sample) -> Any:
+                seen = one(gradient.shape)
+                aim, kept = wanted(seen, Operand(gradient), sample, state.count)
+                size = root_mean_square(Operand(direction))
+                return direction * ratio(aim, size).astype(direction.dtype), kept
+
+            for _ in gradient.shape[:-2]:
+                matrix = jax.vmap(matrix)
+            return matrix(gradient, direction, sample)
+
+        flat, treedef = jax.tree.flatten(updates)
+        pairs = [
+            leaf(*args)
+            for args in zip(
+                flat,
+                jax.tree.leaves(directions),
+                treedef.flatten_up_to(state.sample),
+                strict=True,
+            )
+        ]
+        out = treedef.unflatten(matched for matched, _ in pairs)
+        sample = treedef.unflatten(kept for _, kept in pairs)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return out, _Matched(count, sample, inner)
 
     return optax.GradientTransformation(init, update)
 

@@ -12,7 +12,7 @@ from lowrank_optax.methods.galore import leading
 from lowrank_optax.recovery import recover_scale
 
 
-@method("Fira", "2410.01623", "Chen et al. (2024)")
+@method("Fira", "2410.01623", "Chen et al. (2024)", uses=("scale",))
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,

@@ -23,6 +23,7 @@ class _Options(has.Base, has.Adam, has.Bases): ...
     "Zmushko et al. (2024)",
     defaults={"scale": 1.0, "eps": 1e-8},
     ignored=("b1, b2 beside base_optimizer, transport",),
+    uses=("scale",),
 )
 def frugal(
     learning_rate: optax.ScalarOrSchedule,

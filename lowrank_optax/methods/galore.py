@@ -209,11 +209,14 @@ def galore_adafactor(
     if multiply_by_parameter_scale:
         inner.append(made(scale_by_parameter_rms, min_parameter_scale))
     # Inside the bracket, in front of the momentum: Adafactor averages updates that its
-    # rate has multiplied already.
-    inner.append(made(optax.scale_by_learning_rate, rate))
+    # rate has multiplied already. With ``match`` their length says nothing.
+    inside = its.match is None
+    if inside:
+        inner.append(made(optax.scale_by_learning_rate, rate))
     if momentum is not None:
         inner.append(made(optax.ema, momentum, debias=False))
-    tx = chain(its.open(leading(its, rank)), *inner, backproject(its.scale))
+    last = backproject(its.scale, None if inside else rate)
+    tx = chain(its.open(leading(its, rank)), *inner, last)
     return its.decayed(tx, rate, authors=False)
 
 

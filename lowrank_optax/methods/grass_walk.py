@@ -16,12 +16,14 @@ from lowrank_optax.projectors import grassmann
     "2510.01878",
     "Randomized Gradient Subspaces (2025)",
     ignored=(TURNED,),
+    uses=("scale",),
 )
 def grass_walk(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,
     *,
     step: str | float | Array = 0.1,
+    renew_below: float | Array | None = 0.2,
     growth_limit: float | Array | None = 1.01,
     entry_limit: float | Array | None = 10.0,
     **options: Unpack[TrackedOptions],
@@ -35,7 +37,8 @@ def grass_walk(
         X Gaussian [m, r],   U = orth((I - S S^T) X)
         S <- S cos a + U sin a
 
-    (with fewer than r directions left outside, random r - k of them stay). Moments
+    (with fewer than r directions left outside, random r - k of them stay). A basis that
+    has lost the gradient starts again from its leading subspace. Moments
     follow by ``C = S_new^T S_old = cos(a) I``.
 
     Args:
@@ -48,7 +51,14 @@ def grass_walk(
     """
     its = Recipe(**options)
     # Only the move of the basis differs from SubTrack++: at random, by a fixed angle.
-    walk = its.bases(grassmann, rank, its.update_proj_gap, step=step, move="walk")
+    walk = its.bases(
+        grassmann,
+        rank,
+        its.update_proj_gap,
+        step=step,
+        move="walk",
+        renew_below=None if its.authors else renew_below,
+    )
     return tracked(its, learning_rate, walk, growth_limit, entry_limit)
 
 
@@ -60,6 +70,7 @@ scale_by_grass_walk = direction(grass_walk)
     "2510.01878",
     "Randomized Gradient Subspaces (2025)",
     ignored=(TURNED,),
+    uses=("scale",),
 )
 def grass_jump(
     learning_rate: optax.ScalarOrSchedule,

@@ -32,6 +32,8 @@ class _Options(
         "reorthonormalize_every, cold_start beside projector",
         "basis_preset beside ortho_penalty, basis_learning_rate",
         "basis_preset beside ortho_penalty, basis_optimizer",
+        "match beside conventions",
+        "match beside after_lift",
         # The basis drifts below the moments, and is replaced at no other time.
         "transport without reorthonormalize_every, projector",
     ),

@@ -15,7 +15,10 @@ class _Options(has.Options, has.Recovered): ...
 
 
 @method(
-    "SARA", "2502.05790", "Breaking the Frozen Subspace: Importance Sampling (2025)"
+    "SARA",
+    "2502.05790",
+    "Breaking the Frozen Subspace: Importance Sampling (2025)",
+    uses=("scale",),  # beside a recovery
 )
 def sara(
     learning_rate: optax.ScalarOrSchedule,

@@ -47,6 +47,7 @@ def tracked(
     "2502.01586",
     "Rajabi et al. (2025)",
     ignored=(TURNED,),
+    uses=("scale",),
 )
 def subtrack(
     learning_rate: optax.ScalarOrSchedule,
@@ -55,6 +56,7 @@ def subtrack(
     step: str | float | Array = "line_search",
     max_angle: float | Array | None = None,
     damping: float | Array = 1.0,
+    renew_below: float | Array | None = 0.2,
     growth_limit: float | Array | None = 1.01,
     entry_limit: float | Array | None = 10.0,
     **options: Unpack[TrackedOptions],
@@ -63,7 +65,8 @@ def subtrack(
 
     For a matrix ``W [m, n]`` (m its shorter side) with gradient ``G`` and orthonormal
     ``S [m, r]``, every ``update_proj_gap`` steps S takes one step along the Grassmann
-    geodesic that captures more of G (``lro.grassmann``), and the moments follow by
+    geodesic that captures more of G (``lro.grassmann``; if it has lost G, it is found
+    anew), and the moments follow by
     ``C = S_new^T S_old`` (``lro.rotate_moments``). Each step is::
 
         R  = S^T G;   N = Adam's direction from R               [r, n]
@@ -95,11 +98,13 @@ def subtrack(
         turn, and the formula as printed corrects its bias twice.
       * The residual is ``G - S R``, the code's ``G - scale S R``.
       * The ratio ``|N_j| / |R_j|`` is limited.
+      * A basis that has lost the gradient is found anew.
       * The turn is the exact line search, and the first basis comes from block power
         steps.
       * ``conventions="authors"`` puts Adam's eps on the uncorrected root (1e-6), the
         bias correction behind the limiter and the decay after the step, starts from
-        the SVD, and transports by the paper's formula as printed.
+        the SVD, never finds a basis anew, and transports by the paper's formula as
+        printed.
     """
     its = Recipe(**options)
     projector = its.bases(
@@ -110,6 +115,7 @@ def subtrack(
         max_angle=max_angle,
         damping=damping,
         cold_start="svd" if its.authors else "power",
+        renew_below=None if its.authors else renew_below,
     )
     return tracked(its, learning_rate, projector, growth_limit, entry_limit)
 

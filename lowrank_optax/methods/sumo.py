@@ -27,6 +27,7 @@ class _Options(has.Base, has.Moments, has.Bases): ...
     "SUMO: Subspace-Aware Moment-Orthogonalization (2025)",
     defaults={"scale": 1.0, "b1": 0.95, "eps": 1e-8},
     ignored=("b2, eps beside full", "steps without orthogonalization"),
+    uses=("scale",),
 )
 def sumo(
     learning_rate: optax.ScalarOrSchedule,

@@ -283,6 +283,8 @@ COLD_SWEEPS = 12
 class TrackingProjector(BasisProjector):
     """Starts from the gradient's leading singular subspace, then follows it.
 
+    It starts again where it has lost the gradient, if a subclass can tell.
+
     Attributes:
       cold_start: how the first basis is found: "power", a randomized range finder of
         12 sweeps that costs no SVD, or "svd", the singular vectors themselves.
@@ -300,10 +302,15 @@ class TrackingProjector(BasisProjector):
     def renew(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """Starts or follows."""
         return jax.lax.cond(
-            at.cold,
+            at.cold | self.has_lost(matrix, gradient, old),
             lambda: self.find(matrix, gradient, at),
             lambda: self.follow(matrix, gradient, old, at),
         )
+
+    def has_lost(self, matrix: Matrix, gradient: Operand, old: Array) -> Any:
+        """Returns whether the basis is to be found anew instead of followed."""
+        del matrix, gradient, old
+        return False
 
     def find(self, matrix: Matrix, gradient: Operand, at: At) -> Array:
         """Returns the first basis ``[m, r]``."""

@@ -9,14 +9,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.linalg.products import (
-    HIGHEST,
-    by_blocks,
-    gram,
-    has_square,
-    kept_if,
-    wide,
-)
+from lowrank_optax.linalg.products import has_square, kept_if, regram, wide
 from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
@@ -210,7 +203,7 @@ class recover_scale(Recovery):
             return total(squares - 2.0 * taken * along + jnp.square(taken) * inside)
 
         def exact() -> Array:
-            low = _regram(view.basis, wide(view.projected)).reshape(projected.shape)
+            low = regram(view.basis, wide(view.projected)).reshape(projected.shape)
             return residual(jnp.sum(projected * low, -2, keepdims=True))
 
         squared = residual(jnp.sum(jnp.square(projected), -2, keepdims=True))
@@ -223,13 +216,3 @@ class recover_scale(Recovery):
             squared = exact()
         # A difference of almost equal sums may come out negative.
         return jnp.sqrt(jnp.maximum(squared, 0.0)), _ZERO * jnp.sqrt(floor)
-
-
-def _regram(basis: Any, low: Array) -> Array:
-    """Returns ``(P^T P) R``, on both sides where there are two bases."""
-    bases = [wide(b) for b in jax.tree.leaves(basis)]
-    if not bases:  # an orthonormal transform that is computed and not stored
-        return low
-    left, *right = bases
-    low = jnp.matmul(gram(left), low, precision=HIGHEST)
-    return by_blocks(low, gram(right[0]), HIGHEST) if right else low

@@ -27,7 +27,7 @@ _ROLES = {
 ENCODED = ("codes", "scales", "zeros")
 
 # Fields of a bracket's state that hold a tree of their own for every parameter.
-_PER_PARAMETER = ("basis", "pending", "recovery_state")
+_PER_PARAMETER = ("basis", "pending", "recovery_state", "sample")
 
 
 @dataclasses.dataclass(frozen=True)

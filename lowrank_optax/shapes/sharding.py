@@ -136,7 +136,7 @@ def _of_bracket(node: Described) -> list[Piece]:
     leaves = plan.leaves_of(bracket, infos)
     low: list[Any] = list(infos)
     axes = [_own_axes(info.shape) for info in infos]
-    basis, pending, recovery = [], [], []
+    basis, pending, recovery, sample = [], [], [], []
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, LowLeaf):
             continue
@@ -153,6 +153,9 @@ def _of_bracket(node: Described) -> list[Piece]:
         else:
             none = [Axes(((),) * (x.ndim - len(batch))) for x in jax.tree.leaves(kept)]
             recovery += _meant(kept, i, batch, none)
+        columns = Axes(((), ()))  # of a few numbers each: not worth an axis of the mesh
+        kept = plan.flat(state.sample)[i]
+        sample += _meant(kept, i, batch, [columns] * len(jax.tree.leaves(kept)))
         low[i] = jax.eval_shape(
             functools.partial(node.planner.low_zeros, leaf), _unboxed(stored)
         )
@@ -173,7 +176,7 @@ def _of_bracket(node: Described) -> list[Piece]:
                     (piece, None if owner is None else positions[owner], found)
                 )
     clock = [(state.count, None, Axes()), (state.key, None, Axes(((),)))]
-    return [*clock, *basis, *pending, *inner, *recovery]
+    return [*clock, *basis, *pending, *inner, *recovery, *sample]
 
 
 def _meant(kept: Any, owner: int, first: Axes, meanings: list[Axes]) -> list[Piece]:

@@ -37,6 +37,12 @@ METHODS = {
         lro.coap, 1.0, transport=lro.rotate_moments(form="root"), **AT_GAPS
     ),
     "dct": functools.partial(lro.dct_adamw, 1.0, error_feedback=True, **AT_GAPS),
+    "matched": functools.partial(
+        lro.galore,
+        1e-2,
+        match="adamw",
+        **{k: AT_GAPS[k] for k in AT_GAPS if k != "scale"},
+    ),
     # A sign would turn rounding into a step.
     "frugal": functools.partial(
         lro.frugal, 1e-2, state_free=optax.trace(0.9), **AT_GAPS
