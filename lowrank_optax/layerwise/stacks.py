@@ -1,6 +1,5 @@
 """``Stacks``: where the state of stacked layers has its layers, and that of one."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +70,7 @@ class Stacks:
         if arrays != below and len(node.shape) == len(tail):
             # A stack of vectors was encoded as one matrix: its rows are the layers.
             tail = (1, *tail[1:])
-        return dataclasses.replace(one, tail=tail)
+        return one.with_tail(tail)
 
     def state_of(self, leaves: dict[str, Any]) -> Any:
         """Puts one layer's arrays, by path, into the structure of its state."""
