@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax import _checks
 from lowrank_optax.bracket.selection import Selection
-from lowrank_optax.leaves.matrix import is_box, path_string, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.leaves.structure import Seen
 from lowrank_optax.quantization import (
     Codec,

@@ -16,7 +16,8 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax.bracket.state import Clock, Kept, Moments, Opened, Renewable
-from lowrank_optax.leaves.matrix import Matrix, refill, unbox
+from lowrank_optax.leaves.boxes import refill, unbox
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.products import Operand, has_square, kept_if
 from lowrank_optax.projectors import At, Projector

@@ -18,17 +18,15 @@ from lowrank_optax.bracket.leaf import PRNG, FullLeaf, LowLeaf
 from lowrank_optax.bracket.notice import quiet
 from lowrank_optax.bracket.selection import Selection, axis_parts
 from lowrank_optax.bracket.state import Bracket, Clock
-from lowrank_optax.leaves.matrix import (
-    Matrix,
-    Parts,
+from lowrank_optax.leaves.boxes import (
     is_box,
-    path_string,
     rebox,
     refill,
     refill_tree,
     unbox,
     unbox_tree,
 )
+from lowrank_optax.leaves.matrix import Matrix, Parts, path_string
 from lowrank_optax.leaves.part import transformation
 from lowrank_optax.leaves.structure import Seen
 from lowrank_optax.projectors import two_sided

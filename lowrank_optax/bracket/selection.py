@@ -6,7 +6,7 @@ Everything here is decided from shapes and paths alone, before any array exists.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import Parts, is_box, path_string, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import Parts, path_string
 from lowrank_optax.leaves.names import Name
 from lowrank_optax.leaves.structure import LAYOUTS, Seen, structure
 
@@ -311,6 +312,8 @@ def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
     def spread(node: Any, positions: Any) -> None:
         if isinstance(positions, optax.MaskedNode):
             return
+        if isinstance(positions, int):
+            node = _content(node)
         if _is_annotation(node) or jax.tree_util.all_leaves([node]):
             for position in jax.tree.leaves(positions):
                 out[position] = node
@@ -326,6 +329,14 @@ def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
             f"{error}"
         ) from error
     return out
+
+
+def _content(node: Any) -> Any:
+    """Returns the annotation in a box such as the parameter's, else the node."""
+    if isinstance(node, Mapping | list | tuple):
+        return node
+    found = jax.tree.leaves(node, is_leaf=_is_annotation)
+    return found[0] if len(found) == 1 else node
 
 
 def axis_parts(sharding, leaf, rows, columns) -> Parts | None:

@@ -14,9 +14,11 @@ from lowrank_optax.bracket.leaf import LowLeaf, cast
 from lowrank_optax.bracket.notice import check_projected
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.state import Bracket, SubspaceState
-from lowrank_optax.leaves.matrix import Axes, rebox
+from lowrank_optax.leaves.boxes import rebox
+from lowrank_optax.leaves.matrix import Axes
 from lowrank_optax.leaves.moments import FIELDS, find
 from lowrank_optax.leaves.part import transformation
+from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.quantization import is_quantized
 
 # How a bracket starts: in a report it describes itself, since reports look into any
@@ -66,14 +68,22 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
     if bracket.full is not None:
         full_state = transformation(bracket.full).init(full)
     dtypes = [leaf.dtype for leaf in plan.leaves]
+
+    def stored(state: Any) -> Any:
+        # Without leaves there is nothing to cast, and perhaps no tree.
+        return bracket.storage.first(state, plan.treedef, dtypes) if dtypes else state
+
+    def own(leaves: list[Any]) -> Any:
+        return hidden(params, plan.treedef.unflatten(leaves))
+
     return SubspaceState(
         jnp.zeros([], jnp.int32),
         planner.key_data(),
-        plan.treedef.unflatten(basis),
-        plan.treedef.unflatten(pending),
-        bracket.storage.first(inner_state, plan.treedef, dtypes),
-        bracket.storage.first(full_state, plan.treedef, dtypes),
-        () if bracket.recovery is None else plan.treedef.unflatten(recovery),
+        own(basis),
+        own(pending),
+        stored(inner_state),
+        stored(full_state),
+        () if bracket.recovery is None else own(recovery),
     )
 
 

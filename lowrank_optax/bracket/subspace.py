@@ -29,7 +29,7 @@ from lowrank_optax.bracket.state import (
     SubspaceView,
 )
 from lowrank_optax.bracket.storage import Storage, load, store
-from lowrank_optax.leaves.matrix import refill, restore, unbox
+from lowrank_optax.leaves.boxes import refill, restore, unbox
 from lowrank_optax.leaves.moments import by_leaf, finite_or, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector

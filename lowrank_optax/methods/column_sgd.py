@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_box, path_string, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method
 from lowrank_optax.methods._shared import Recipe, Transformation

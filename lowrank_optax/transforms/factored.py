@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.stand_in import hidden
 
 
 class MatrixFactoredRmsState(NamedTuple):
@@ -76,8 +77,8 @@ def scale_by_matrix_factored_rms(
 
         return MatrixFactoredRmsState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(row, params, is_leaf=is_box),
-            jax.tree.map(col, params, is_leaf=is_box),
+            hidden(params, jax.tree.map(row, params, is_leaf=is_box)),
+            hidden(params, jax.tree.map(col, params, is_leaf=is_box)),
         )
 
     def update(updates, state, params=None):

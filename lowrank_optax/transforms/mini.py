@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
 from lowrank_optax.leaves.moments import weight_seen
+from lowrank_optax.leaves.stand_in import hidden
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -80,7 +81,7 @@ def scale_by_adam_mini(
         return ScaleByAdamMiniState(
             jnp.zeros([], jnp.int32),
             jax.tree.map(jnp.zeros_like, params),
-            jax.tree.map(col, params, is_leaf=is_box),
+            hidden(params, jax.tree.map(col, params, is_leaf=is_box)),
         )
 
     def update(updates, state, params=None):

@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.linalg.products import unit_norm, wide
 from lowrank_optax.linalg.woodbury import solve_member
 
@@ -102,8 +103,8 @@ def scale_by_natural_gradient(
 
         return ScaleByNaturalGradientState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(columns, params, is_leaf=is_box),
-            jax.tree.map(lengths, params, is_leaf=is_box),
+            hidden(params, jax.tree.map(columns, params, is_leaf=is_box)),
+            hidden(params, jax.tree.map(lengths, params, is_leaf=is_box)),
         )
 
     def update(updates, state, params=None):
