@@ -18,8 +18,9 @@ from lowrank_optax.bracket.start import (
     described,
     outside_brackets,
 )
+from lowrank_optax.leaves.boxes import is_box, unbox
 from lowrank_optax.leaves.layout import axes_of_state, names_of, owners
-from lowrank_optax.leaves.matrix import Axes, is_box, path_string, unbox
+from lowrank_optax.leaves.matrix import Axes, path_string
 from lowrank_optax.leaves.part import transformation
 from lowrank_optax.quantization import is_quantized
 
@@ -38,8 +39,9 @@ def state_shardings(
     projection ``[*batch, r, n]`` like its batch and kept axes; moments of full leaves
     like the parameter. Mesh axes of the parameter that a matrix would not keep (the
     moments, where the projected axis is a sharded one) go to its larger axis, if they
-    divide it. Counters and keys are replicated. Without this,
-    ``jax.jit(tx.init)(params)`` puts all state on one device, and the compiler
+    divide it. Mesh and memory are those of the parameter. Counters and keys, which
+    belong to none, are replicated on the largest mesh, in its default memory. Without
+    this, ``jax.jit(tx.init)(params)`` puts all state on one device, and the compiler
     replicates the bases after a step.
 
     Args:
@@ -51,7 +53,10 @@ def state_shardings(
 
     Returns:
       A tree like ``tx.init(params)``, of ``NamedSharding`` (or ``PartitionSpec``, as
-      given), for ``jax.jit(tx.init, out_shardings=...)``.
+      given), for ``jax.jit(tx.init, out_shardings=...)``. Specs are spelled as jit
+      spells those of its results, so that the first step and the second are one
+      program: without the axes at the end that have no name, but on an Explicit mesh
+      (the one in use, where the specs name none) with an entry for every axis.
 
     Raises:
       ValueError: if ``param_shardings`` is not a tree like ``params`` or a parameter
@@ -63,7 +68,7 @@ def state_shardings(
       >>> import lowrank_optax as lro
       >>> tx, params = lro.galore(1e-3, rank=4), {"kernel": jnp.ones((64, 32))}
       >>> specs = lro.state_shardings(tx, params, {"kernel": P("data", "model")})
-      >>> specs.basis["kernel"] == P("model", None)
+      >>> specs.basis["kernel"] == P("model")
       True
       >>> specs.inner_state.mu["kernel"] == P(None, "data")
       True
@@ -76,16 +81,17 @@ def state_shardings(
     # Brackets become `()`, which has no leaves, so the pieces come in the order in
     # which the walk below meets those outside of brackets.
     outside = iter(_pieces(outside_brackets(tx), params, own))
-    specs, like = [], next(iter(shardings), PartitionSpec())
+    specs, common = [], _common(shardings)
 
     def add(piece: Any, owner: int | None, axes: Axes, projected: bool) -> None:
         for array, behind in _arrays(piece, axes):
-            spec = PartitionSpec()
+            spec, like = PartitionSpec(), common
             if owner is not None:
-                spec = _spec(behind, array.shape, shapes[owner], shardings[owner])
+                like = shardings[owner]
+                spec = _spec(behind, array.shape, shapes[owner], like)
                 if projected:
-                    spec = _spread(spec, array.shape, shardings[owner])
-            specs.append(_place(spec, like))
+                    spec = _spread(spec, array.shape, like)
+            specs.append(_place(spec, array.shape, like))
 
     state = described(tx, params)
     for node in jax.tree.leaves(state, is_leaf=_is_piece):
@@ -275,7 +281,26 @@ def _entry(names: tuple[str, ...]) -> Any:
     return names if len(names) > 1 else next(iter(names), None)
 
 
-def _place(spec: PartitionSpec, like: Any) -> Any:
-    if isinstance(like, NamedSharding):
-        return NamedSharding(like.mesh, spec, memory_kind=like.memory_kind)
-    return spec
+def _common(shardings: list[Any]) -> Any:
+    """Returns where counters and keys are: on the largest mesh, the first of equals."""
+    meshes = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
+    if not meshes:
+        return PartitionSpec()
+    return NamedSharding(max(meshes, key=lambda mesh: mesh.size), PartitionSpec())
+
+
+def _place(spec: PartitionSpec, shape: tuple[int, ...], like: Any) -> Any:
+    """Returns the sharding in the spelling of jit's own results.
+
+    To its cache two spellings are two programs. Axes at the end without a name are left
+    out, but in the type of an array on an Explicit mesh, which has an entry for each.
+    """
+    named = isinstance(like, NamedSharding)
+    mesh = like.mesh if named else jax.sharding.get_abstract_mesh()
+    entries = [_entry(mesh_axes(entry)) for entry in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    if mesh.explicit_axes:
+        entries += [None] * (len(shape) - len(entries))
+    spec = PartitionSpec(*entries)
+    return NamedSharding(mesh, spec, memory_kind=like.memory_kind) if named else spec
