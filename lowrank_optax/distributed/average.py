@@ -21,7 +21,7 @@ from lowrank_optax.distributed.compression import Channel, Compression, LeafTraf
 from lowrank_optax.distributed.mapped import check_averaging, varying
 from lowrank_optax.leaves.boxes import is_box, refill, unbox
 from lowrank_optax.leaves.matrix import path_string
-from lowrank_optax.linalg.products import wide
+from lowrank_optax.linalg.products import wide, wider
 from lowrank_optax.shapes.report import aligned
 
 
@@ -304,7 +304,7 @@ def _mean_of_parts(part: Callable[[Any], Any], parts: Any, axis_name: Any) -> An
     """Returns the mean of ``part`` over the leading axis, summed in float32."""
     like = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)), like
+        lambda x: jnp.zeros(x.shape, wider(jnp.float32, x.dtype)), like
     )
     if axis_name is not None:
         # The carry of a scan keeps its type, and sums differ from device to device.

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
 from lowrank_optax.leaves.stand_in import hidden
-from lowrank_optax.linalg.products import unit_norm, wide
+from lowrank_optax.linalg.products import unit_norm, wide, wider
 from lowrank_optax.linalg.woodbury import solve_member
 
 
@@ -153,7 +153,7 @@ def _one(
 
 
 def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(jnp.float32, dtype)
+    return wider(jnp.float32, dtype)
 
 
 def _axes(ndim: int, kept: int) -> tuple[tuple[int, ...], ...]:
