@@ -96,12 +96,13 @@ def quantize_weights(
     arrays = [leaf if is_quantized(leaf) else unbox(leaf) for _, leaf in flat]
     seen = selection.seen(paths, [tuple(array.shape) for array in arrays])
 
-    def store(path: str, leaf: Any, array: Any, found: Seen) -> Any:
-        if is_quantized(leaf) or selection.why_full(path, array, None, found):
+    def store(path: str, leaf: Any, array: Any, found: Seen, flag: Any) -> Any:
+        if is_quantized(leaf) or selection.why_full(path, array, None, found, flag):
             return leaf
         return leaf if 0 in array.shape else quantize(array, codec)
 
-    stored = map(store, paths, [leaf for _, leaf in flat], arrays, seen)
+    chosen = selection.chosen(treedef)
+    stored = map(store, paths, [leaf for _, leaf in flat], arrays, seen, chosen)
     return treedef.unflatten(stored)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax import _checks
@@ -91,7 +92,7 @@ class Selection:
     def numbers(self, tree: Any, treedef: Any) -> list[Any]:
         """Returns the dimension numbers of every leaf, None where none are given."""
         numbers = None if self.agrees else self.weight_dimension_numbers
-        if callable(numbers):
+        if _checks.is_function(numbers):
             numbers = numbers(tree)
         return broadcast_prefix(numbers, treedef, "weight_dimension_numbers")
 
@@ -99,17 +100,32 @@ class Selection:
         """Returns the declared sharding of every leaf, None where none is given."""
         return broadcast_prefix(self.param_shardings, treedef, "param_shardings")
 
+    def chosen(self, treedef: Any) -> list[Any]:
+        """Returns what ``select`` says of every leaf, None where it is no tree."""
+        if not _is_tree(self.select):
+            return [None] * treedef.num_leaves
+        flags = broadcast_prefix(self.select, treedef, "select")
+        for flag in flags:
+            if not isinstance(flag, bool | np.bool_):
+                raise TypeError(
+                    "A tree given as `select` must have True or False for every leaf "
+                    f"of the parameters, got {flag!r} of type {type(flag).__name__}."
+                )
+        return list(map(bool, flags))
+
     def explicit(self, numbers: Any) -> bool:
         """Whether a selected leaf was asked for by name, so is never dropped."""
         return self.select is not None or numbers is not None
 
-    def why_full(self, path: str, leaf: Any, numbers: Any, seen: Seen) -> str | None:
+    def why_full(
+        self, path: str, leaf: Any, numbers: Any, seen: Seen, chosen: bool | None
+    ) -> str | None:
         """Returns why the leaf is not a candidate, or None if it is one.
 
         Raises:
           TypeError: if a leaf asked for is complex.
         """
-        reason = self._why_not_chosen(path, leaf, numbers, seen)
+        reason = self._why_not_chosen(path, leaf, numbers, seen, chosen)
         if reason is not None or jnp.issubdtype(leaf.dtype, jnp.floating):
             return reason
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and self.explicit(numbers):
@@ -120,14 +136,15 @@ class Selection:
         return f"not a real floating-point leaf ({leaf.dtype})"
 
     def _why_not_chosen(
-        self, path: str, leaf: Any, numbers: Any, seen: Seen
+        self, path: str, leaf: Any, numbers: Any, seen: Seen, chosen: bool | None
     ) -> str | None:
         if leaf.ndim < 2:
             return "fewer than two axes"
         if leaf.size < self.min_size:
             return f"smaller than min_size={self.min_size}"
         named = self.select is not None and self.select != ALL_LINEAR
-        if named and not self._finds(path, leaf):
+        found = self._finds(path, leaf) if chosen is None else chosen
+        if named and not found:
             return "not chosen by select"
         if numbers is not None:
             return None
@@ -140,7 +157,7 @@ class Selection:
 
     def _finds(self, path: str, leaf: Any) -> bool:
         """Whether ``select`` chooses a path."""
-        if callable(self.select):
+        if _checks.is_function(self.select):
             return bool(self.select(path, leaf))
         if isinstance(self.select, str):
             return re.search(self.select, path) is not None
@@ -267,7 +284,9 @@ def _is_stacked_vector(seen: Seen) -> bool:
 
 def _check_select(select: Any) -> None:
     """Raises if ``select`` is none of the forms that it has."""
-    if select is None or callable(select) or isinstance(select, str):
+    if select is None or _checks.is_function(select) or isinstance(select, str):
+        return
+    if _is_tree(select):
         return
     if isinstance(select, Sequence) and all(isinstance(x, str) for x in select):
         if select:
@@ -278,8 +297,18 @@ def _check_select(select: Any) -> None:
         )
     raise TypeError(
         "`select` must be None, a regular expression, a list of words such as "
-        '["attn", "mlp"], "all-linear", or a callable (path, leaf) -> bool; got '
+        '["attn", "mlp"], "all-linear", a callable (path, leaf) -> bool, or a tree of '
+        "True and False like the parameters; got "
         f"{select!r} of type {type(select).__name__}."
+    )
+
+
+def _is_tree(select: Any) -> bool:
+    """Whether it is a tree, and neither words nor a function."""
+    if select is None or _checks.is_function(select):
+        return False
+    return any(not isinstance(leaf, str) for leaf in jax.tree.leaves(select)) and (
+        not jax.tree_util.all_leaves([select])
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from lowrank_optax._meshes import explicit_sharding
+from lowrank_optax.leaves.layout import names_of
 from lowrank_optax.quantization import is_quantized
 
 
@@ -100,7 +101,21 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def part_of(path: Any) -> Any:
     """Returns the part of the parameters that a leaf's path begins with."""
-    return path[0].key
+    return names_of(path[:1])[0]
+
+
+def parts_of(params: Any) -> dict[str, Any]:
+    """Returns the parts of the parameters by name, whatever holds them."""
+    pairs = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda node: node is not params
+    )
+    return {part_of(path): part for path, part in pairs}
+
+
+def like_params(params: Any, parts: dict[str, Any]) -> Any:
+    """Returns parts in what holds the parameters: a mapping, a module, a tuple."""
+    treedef = jax.tree.structure(params, is_leaf=lambda node: node is not params)
+    return treedef.unflatten(parts[name] for name in parts_of(params))
 
 
 def with_layers(tree: Any, layers: int) -> Any:
