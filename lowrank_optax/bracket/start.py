@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax._meshes import vary_like
 from lowrank_optax.bracket.checks import check_alone
 from lowrank_optax.bracket.leaf import LowLeaf, cast
 from lowrank_optax.bracket.notice import check_projected
+from lowrank_optax.bracket.placement import laid_out
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.state import Bracket, SubspaceState
 from lowrank_optax.leaves.boxes import rebox
@@ -36,7 +38,7 @@ def start(planner: Planner, params: Any) -> Any:
     state = start_again(planner, params)
     check_alone(state)
     check_projected(planner.selection, planner.plan(params).leaves)
-    return state
+    return laid_out(planner, params, state)
 
 
 def start_again(planner: Planner, params: Any) -> SubspaceState:
@@ -55,11 +57,11 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
     pending, recovery = list(basis), list(basis)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, LowLeaf):
-            first = leaf.start()
-            low[i] = planner.low_zeros(leaf, first.stored)
+            first = vary_like(leaf.start(), arrays[i])
+            low[i] = vary_like(planner.low_zeros(leaf, first.stored), arrays[i])
             basis[i] = box_basis(boxes[i], first.stored, leaf)
             pending[i] = first.pending
-            recovery[i] = leaf.start_recovery(boxes[i])
+            recovery[i] = vary_like(leaf.start_recovery(boxes[i]), arrays[i])
     inner, full = plan.inner_trees(bracket, params, low)
     inner_state = transformation(bracket.inner).init(inner)
     if plan.matrices():
