@@ -61,18 +61,18 @@ def vary_like(tree: Any, *like: Any) -> Any:
     Inside ``jax.shard_map`` a fresh array is known to be the same on all devices. A
     branch or a loop in which it meets a parameter of each device's own is ill-typed.
     """
-    axes = set().union(*map(varying, jax.tree.leaves(like)))
+    axes = set().union(*map(varied_axes, jax.tree.leaves(like)))
     if not axes:
         return tree
 
     def own(x: Any) -> Any:
-        missing = tuple(sorted(axes - varying(x), key=str))
+        missing = tuple(sorted(axes - varied_axes(x), key=str))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(own, tree)
 
 
-def varying(x: Any) -> Any:
+def varied_axes(x: Any) -> Any:
     """Returns the mapped axes along which an array is known to vary."""
     # An array of NumPy, or a shape, varies along none.
     kind = jax.typeof(x) if isinstance(x, jax.Array) else None

@@ -49,9 +49,9 @@ def quantize_weights(
       codec: how they are stored: ``affine(bits=8, group=256)`` (None; as released), or
         another codec that can round at random.
       select: which leaves, as in ``lro.project``: its default rule (None), a regular
-        expression searched in the path, a list of words, "all-linear", or a callable
-        ``(path, leaf) -> bool``. Leaves with fewer than two axes, without elements or
-        not of a real float dtype stay.
+        expression searched in the path, a list of words, "all-linear", a callable
+        ``(path, leaf) -> bool``, or a tree of True and False. Leaves with fewer than two
+        axes, without elements or not of a real float dtype stay.
       min_size: leaves with fewer elements stay.
       layer_axis: an axis of all leaves with three axes or more that counts layers;
         None concludes it from siblings.

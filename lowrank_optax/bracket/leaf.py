@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax._meshes import vary_like, varying
+from lowrank_optax._meshes import varied_axes, vary_like
 from lowrank_optax.bracket.state import Clock, Kept, Moments, Opened, Renewable
 from lowrank_optax.leaves.boxes import refill, unbox
 from lowrank_optax.leaves.matrix import Matrix
@@ -142,7 +142,7 @@ class LowLeaf(Part):
         # A maximum over the mapped axes is one scalar for all, so that a branch on it
         # stays a branch where `vmap` would run both. Inside `jax.shard_map` JAX has no
         # collectives over axes of `vmap`.
-        if varying(flag):
+        if varied_axes(flag):
             return _over_axes(flag)
         return jax.lax.pmax(flag.astype(jnp.int32), self._names) > 0
 

@@ -52,7 +52,8 @@ class Selection:
 
     Attributes:
       select: None (default rule), a regular expression searched in the path, a list
-        of words, "all-linear", or a callable ``(path, leaf) -> bool``.
+        of words, "all-linear", a callable ``(path, leaf) -> bool``, or a tree of
+        flags like the parameters.
       min_size: leaves with fewer elements stay full.
       weight_dimension_numbers: None, a tree of ``MatrixDimensionNumbers`` (None
         where a leaf is not a matrix), or a callable of the parameters giving it.
