@@ -50,8 +50,8 @@ def quantize_weights(
         another codec that can round at random.
       select: which leaves, as in ``lro.project``: its default rule (None), a regular
         expression searched in the path, a list of words, "all-linear", a callable
-        ``(path, leaf) -> bool``, or a tree of True and False. Leaves with fewer than two
-        axes, without elements or not of a real float dtype stay.
+        ``(path, leaf) -> bool``, or a tree of True and False. Leaves with fewer than
+        two axes, without elements or not of a real float dtype stay.
       min_size: leaves with fewer elements stay.
       layer_axis: an axis of all leaves with three axes or more that counts layers;
         None concludes it from siblings.
