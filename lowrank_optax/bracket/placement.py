@@ -1,4 +1,4 @@
-"""``place_of``: the sharding of every array of a state, from its parameter's.
+"""``places_of``: the sharding of every array of a state, from its parameter's.
 
 Every part of a bracket says what the axes of its arrays mean; what it does not say is
 found by asking the init. An axis takes the mesh axes of the parameter's behind it.
@@ -30,23 +30,28 @@ from lowrank_optax.quantization import is_quantized
 Piece = tuple[Any, int | None, Axes]
 
 
-def place_of(
-    array: Any, axes: Axes, owner: tuple[int, ...], like: Any, projected: bool
-) -> Any:
-    """Returns the sharding of an array of a state.
+def places_of(
+    piece: Any, axes: Axes, owner: tuple[int, ...], like: Any, projected: bool
+) -> list[Any]:
+    """Returns the sharding of every array of a piece of a state.
 
     Args:
-      array: the array.
+      piece: an array or an encoded one, whose arrays lie as the one they stand for.
       axes: those of its owner behind its own.
       owner: the shape of the parameter that it belongs to.
       like: that one's sharding, a ``NamedSharding`` or a ``PartitionSpec``.
       projected: whether it is projected, so that its matrices may take the mesh axes
         that they would not keep.
     """
-    spec = _spec(axes, array.shape, owner, like)
+    piece = unbox_tree(piece)
+    spec = _spec(axes, piece.shape, owner, like)
     if projected:
-        spec = _spread(spec, array.shape, like)
-    return _spelled(spec, array.shape, like)
+        spec = _spread(spec, piece.shape, like)
+    entries = (*spec, *[None] * (len(piece.shape) - len(spec)))
+    return [
+        _spelled(_shorter(entries, piece.shape, x.shape, like), x.shape, like)
+        for x in jax.tree.leaves(piece)
+    ]
 
 
 def laid_out(planner: Planner, params: Any, state: SubspaceState) -> SubspaceState:
@@ -90,10 +95,10 @@ def _places(planner: Planner, params: Any, state: SubspaceState) -> list[Any]:
             leaf = plan.leaves[owner]
             like, shape = places[owner], leaf.shape
             projected = leaf.matrix is not None
-        found += [
-            None if like is None else place_of(array, behind, shape, like, projected)
-            for array, behind in arrays_of(piece, axes)
-        ]
+        if like is None:
+            found += [None] * len(jax.tree.leaves(piece))
+        else:
+            found += places_of(piece, axes, shape, like, projected)
     return found
 
 
@@ -209,17 +214,29 @@ def pieces_of(init: Any, params: Any, axes: Any) -> list[Piece]:
     ]
 
 
-def arrays_of(piece: Any, axes: Axes) -> list[tuple[Any, Axes]]:
-    """Returns the arrays of a piece with the axes behind theirs.
+def _shorter(
+    entries: tuple[Any, ...], whole: tuple[int, ...], shape: tuple[int, ...], like: Any
+) -> PartitionSpec:
+    """Returns the spec of an array that is a part of another's encoded form.
 
     Scales, and codes that share bytes, have a shorter last axis, or a row for each
     batch axis alone.
     """
-    if not is_quantized(piece):
-        return [(piece, axes)]
-    arrays = jax.tree.leaves(unbox_tree(piece))
-    flat = Axes((*axes[:-2], ()))
-    return [(x, axes if x.ndim == len(axes) else flat) for x in arrays]
+    if len(shape) != len(whole):
+        return PartitionSpec(*entries[:-2])
+    return PartitionSpec(
+        *(
+            entry if size == long or _divides(like, entry, size) else None
+            for entry, long, size in zip(entries, whole, shape, strict=True)
+        )
+    )
+
+
+def _divides(like: Any, entry: Any, size: int) -> bool:
+    """Whether mesh axes are known to divide an axis of an array."""
+    if not isinstance(like, NamedSharding):
+        return False
+    return size % math.prod(like.mesh.shape[axis] for axis in mesh_axes(entry)) == 0
 
 
 def _spec(
@@ -233,16 +250,8 @@ def _spec(
         if not group or any(names[axis] is not None for axis in group[1:]):
             return None
         # A shorter axis keeps it if the parts are still whole.
-        shorter = size != math.prod(owner[axis] for axis in group)
-        return (
-            None if shorter and not _divides(names[group[0]], size) else names[group[0]]
-        )
-
-    def _divides(entry: Any, size: int) -> bool:
-        if not isinstance(sharding, NamedSharding):
-            return False
-        parts = math.prod(sharding.mesh.shape[axis] for axis in mesh_axes(entry))
-        return size % parts == 0
+        entry, long = names[group[0]], math.prod(owner[axis] for axis in group)
+        return entry if size == long or _divides(sharding, entry, size) else None
 
     sizes = shape[: len(axes)]
     return PartitionSpec(*map(name, axes, sizes))

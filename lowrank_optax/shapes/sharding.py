@@ -8,12 +8,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.bracket.notice import quiet_init
 from lowrank_optax.bracket.placement import (
-    arrays_of,
     common_place,
     of_bracket,
     own_axes,
     pieces_of,
-    place_of,
+    places_of,
 )
 from lowrank_optax.bracket.selection import broadcast_prefix
 from lowrank_optax.bracket.start import (
@@ -83,10 +82,7 @@ def state_shardings(
     def add(piece: Any, owner: int | None, axes: Axes, projected: bool) -> None:
         like = common if owner is None else shardings[owner]
         shape = () if owner is None else shapes[owner]
-        specs.extend(
-            place_of(array, behind, shape, like, projected)
-            for array, behind in arrays_of(piece, axes)
-        )
+        specs.extend(places_of(piece, axes, shape, like, projected))
 
     state = described(tx, params)
     for node in jax.tree.leaves(state, is_leaf=_is_piece):
