@@ -114,7 +114,8 @@ def _moved(state: Any, places: list[Any], chosen: Callable[[Any], bool]) -> Any:
     def move(x: Any, place: NamedSharding | None) -> Any:
         if place is None or not chosen(x):
             return x
-        if isinstance(x, jax.core.Tracer) and place.mesh.explicit_axes:
+        # A mesh without devices is that of a type, where arrays are traced.
+        if isinstance(place.mesh, jax.sharding.AbstractMesh):
             return jax.sharding.reshard(x, place)
         return jax.device_put(x, place)
 
