@@ -165,3 +165,13 @@ def test_specs_in_boxes_are_specs():
         layout = lro.state_shardings(lro.galore(1e-2, rank=8), params, specs)
     (basis,) = jax.tree.leaves(layout.basis)
     assert basis == P("fsdp")
+
+
+def test_a_basis_as_large_as_its_parameter_is_no_parameter():
+    """Whose an axis is, is never concluded from its size."""
+    params = in_boxes("named", {"kernel": jnp.ones((8, 8))})
+    tx = lro.galore(1e-2, rank=8, select="kernel")
+    state = jax.eval_shape(tx.init, params)
+    assert not isinstance(state.basis["kernel"], Named)
+    assert state.basis["kernel"].shape == (8, 8)
+    assert not isinstance(state.inner_state.mu["kernel"], Named)

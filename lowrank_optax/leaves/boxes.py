@@ -104,7 +104,8 @@ def rebox(leaf: Any, value: Any, axes: tuple[tuple[int, ...], ...]) -> Any:
             for key, names in named.items()
         }
         return leaf.replace(value, **fresh)
-    return refill(leaf, value) if shape == own else value
+    same = shape == own and tuple(axes) == tuple((axis,) for axis in range(len(own)))
+    return refill(leaf, value) if same else value
 
 
 def _said(leaf: Any) -> dict[str, Any]:
