@@ -123,6 +123,9 @@ def test_an_encoded_array_says_what_it_stands_for():
     assert found._fields == ("codes", "scales", "zeros")
     other = quantize(x, blockwise_int8(4))
     assert (other._fields, other.zeros) == (("codes", "scales"), ())
+    assert pickle.loads(pickle.dumps(type(found))) is type(found)
+    structure = jax.tree.structure({"x": found})
+    assert pickle.loads(pickle.dumps(structure)) == structure
     # One class for a codec and a shape: two arrays are one structure.
     same = quantize(x + 1, affine(bits=4, group=4))
     assert jax.tree.structure(found) == jax.tree.structure(same)

@@ -1,6 +1,7 @@
 """``QuantizedArray``: codes and scales that know their codec, in an array's place."""
 
 import collections
+import copyreg
 import functools
 import math
 import threading
@@ -12,7 +13,11 @@ from jaxtyping import Array
 from lowrank_optax.quantization._protocol import Codec, Encoded
 
 
-class QuantizedArray:
+class _Kind(type):
+    """The class of the classes below, none of which a module has by name."""
+
+
+class QuantizedArray(metaclass=_Kind):
     """Stands in an array's place in a tree; its leaves are the arrays it is made of.
 
     It is a named tuple of arrays, which every software that saves states takes apart by
@@ -78,7 +83,7 @@ class QuantizedArray:
         return _restored(self.codec, tail, *self)
 
     def __reduce__(self) -> Any:
-        """Tells ``pickle`` that the class is found by what it is for."""
+        """Tells ``pickle`` what it is made of."""
         return _restored, (self.codec, self.tail, *self)
 
 
@@ -97,7 +102,19 @@ def _class_of(codec: Codec, tail: tuple[int, ...]) -> Any:
     if not codec.has_zeros:
         known["zeros"] = ()
     base = collections.namedtuple("QuantizedArray", fields)
-    return type("QuantizedArray", (QuantizedArray, base), known)
+    return _Kind("QuantizedArray", (QuantizedArray, base), known)
+
+
+def _found(kind: Any) -> Any:
+    """Tells ``pickle``, of a tree's structure too, how to find a class again."""
+    return (
+        (_class, (kind.codec, kind.tail))
+        if hasattr(kind, "codec")
+        else "QuantizedArray"
+    )
+
+
+copyreg.pickle(_Kind, _found)  # pyright: ignore[reportArgumentType]
 
 
 def _restored(codec: Codec, tail: tuple[int, ...], *fields: Any) -> Any:
