@@ -1,8 +1,8 @@
 """Argument checks: what was expected, what came, how to mend it."""
 
 import numbers
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeGuard
 
 import jax
 import optax
@@ -13,7 +13,7 @@ _STATIC_HINT = (
 )
 
 
-def is_function(value: Any) -> bool:
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether something that may be a function or a tree is a function.
 
     A module is a tree, though it can be called: a tree like the parameters, such as a

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax._meshes import explicit_mesh, explicit_sharding
@@ -104,7 +105,7 @@ def _places(planner: Planner, params: Any, state: SubspaceState) -> list[Any]:
 
 def _known(leaf: Any) -> NamedSharding | None:
     """Returns where a parameter is, None if that is one device, or not known yet."""
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
         return explicit_sharding(leaf)
     place = leaf.sharding
     return place if isinstance(place, NamedSharding) and place.mesh.size > 1 else None
