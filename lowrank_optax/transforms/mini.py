@@ -75,8 +75,10 @@ def scale_by_adam_mini(
                 return jax.tree.map(jnp.zeros_like, leaf)
             # Rows are averaged away, and their name leaves the box with them.
             axes = tuple((i,) for i in (*range(p.ndim - 2), p.ndim - 1))
-            shape = tuple(p.shape[i] for (i,) in axes)
-            return rebox(leaf, jnp.zeros(shape, p.dtype), axes)
+            # As a sum has it: sharded like the parameter, and each device's own if that
+            # is.
+            zeros = jnp.zeros_like(jnp.sum(p, -2), dtype=p.dtype)
+            return rebox(leaf, zeros, axes)
 
         return ScaleByAdamMiniState(
             jnp.zeros([], jnp.int32),

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
+from lowrank_optax._meshes import vary_like
 from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
 from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.linalg.products import unit_norm, wide, wider
@@ -93,12 +94,12 @@ def scale_by_natural_gradient(
         def columns(leaf):
             p = unbox(leaf)
             shape = (*p.shape[:-2], history, *p.shape[-2:])
-            zeros = jnp.zeros(shape, history_dtype or p.dtype)
+            zeros = vary_like(jnp.zeros(shape, history_dtype or p.dtype), p)
             return rebox(leaf, zeros, _axes(p.ndim, p.ndim))
 
         def lengths(leaf):
             p = unbox(leaf)
-            zeros = jnp.zeros((*p.shape[:-2], history), _wide(p.dtype))
+            zeros = vary_like(jnp.zeros((*p.shape[:-2], history), _wide(p.dtype)), p)
             return rebox(leaf, zeros, _axes(p.ndim, max(p.ndim - 2, 0)))
 
         return ScaleByNaturalGradientState(

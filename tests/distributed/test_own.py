@@ -29,21 +29,46 @@ def own(function):
     )
 
 
-@each_row
-def test_every_row_traces(row):
-    """Init, and steps that could be carried by a loop."""
-    tx = optax.with_extra_args_support(ROWS[row].make())
-    params = subject(row).params
+def assert_traces(tx, params):
+    """Init, and steps in a loop, whose state has to keep its types."""
+    tx = optax.with_extra_args_support(tx)
 
     def steps(params):
-        state = tx.init(params)
-        updates, state = tx.update(params, state, params)
-        again, _ = tx.update(updates, state, params)
-        return optax.apply_updates(params, again)
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = params, tx.init(params)
+        return jax.lax.scan(step, start, None, length=2)[0][0]
 
     two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), params)
     out = jax.eval_shape(own(steps), two)
     assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, two)
+
+
+@each_row
+def test_every_row_traces(row):
+    assert_traces(ROWS[row].make(), subject(row).params)
+
+
+# Parts and transformations of which no row is made.
+OTHERS = {
+    "lazy": lambda: lro.galore(1e-2, projector=lro.lazy(lro.power(2))),
+    "sampled": lambda: lro.galore(1e-2, projector=lro.sampled_svd(2)),
+    "both": lambda: lro.galore(1e-2, rank=2, side="both"),
+    "accumulation": lambda: lro.galore(
+        1e-2, rank=2, base_optimizer=optax.MultiSteps(optax.scale_by_adam(), 2)
+    ),
+    "mini": lro.scale_by_adam_mini,
+    "factored": lro.scale_by_matrix_factored_rms,
+    "natural": lambda: lro.natural_galore(1e-2, rank=2, select="kernel"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_trace(name):
+    assert_traces(OTHERS[name](), {"kernel": jnp.ones((16, 12)), "bias": jnp.ones(12)})
 
 
 @pytest.mark.parametrize("name", ["power", "svd", "8bit"])
