@@ -1,15 +1,28 @@
 """Argument checks: what was expected, what came, how to mend it."""
 
 import numbers
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeGuard
 
+import jax
 import optax
 
 _STATIC_HINT = (
     "It fixes array shapes or the program itself, so it must be a plain Python "
     "value. With optax.inject_hyperparams, pass static_args=lro.static_args(fn)."
 )
+
+
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether something that may be a function or a tree is a function.
+
+    A module is a tree, though it can be called: a tree like the parameters, such as a
+    mask made from them, is a module where they are one.
+    """
+    if not callable(value):
+        return False
+    partial = isinstance(value, jax.tree_util.Partial) or hasattr(value, "__func__")
+    return partial or jax.tree_util.all_leaves([value])
 
 
 def positive_int(name: str, value: Any, least: int = 1) -> int:

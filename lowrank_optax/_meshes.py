@@ -1,4 +1,7 @@
-"""Explicit meshes: the step runs with automatic axes, its results keep their types."""
+"""Types on a mesh: Explicit axes, and what varies inside ``jax.shard_map``.
+
+A step runs with automatic axes, and its results keep their types.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,3 +53,30 @@ def explicit_sharding(leaf: Any) -> Any:
     sharding = getattr(kind, "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     return sharding if getattr(mesh, "explicit_axes", ()) else None
+
+
+def vary_like(tree: Any, *like: Any) -> Any:
+    """Returns arrays as ones of each device's own, along axes where ``like``'s are.
+
+    Inside ``jax.shard_map`` a fresh array is known to be the same on all devices. A
+    branch or a loop in which it meets a parameter of each device's own is ill-typed.
+    """
+    axes = set().union(*map(varied_axes, jax.tree.leaves(like)))
+    if not axes:
+        return tree
+
+    def own(x: Any) -> Any:
+        missing = tuple(sorted(axes - varied_axes(x), key=str))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(own, tree)
+
+
+def varied_axes(x: Any) -> Any:
+    """Returns the mapped axes along which an array is known to vary."""
+    # An array of NumPy, or a shape, varies along none.
+    kind = jax.typeof(x) if isinstance(x, jax.Array) else None
+    manual = getattr(kind, "manual_axis_type", None)
+    if manual is not None:
+        return manual.varying
+    return getattr(kind, "vma", frozenset())  # as it was called before

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax import _checks
 from lowrank_optax.bracket.selection import Selection
-from lowrank_optax.leaves.matrix import is_box, path_string, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.leaves.structure import Seen
 from lowrank_optax.quantization import (
     Codec,
@@ -48,9 +49,9 @@ def quantize_weights(
       codec: how they are stored: ``affine(bits=8, group=256)`` (None; as released), or
         another codec that can round at random.
       select: which leaves, as in ``lro.project``: its default rule (None), a regular
-        expression searched in the path, a list of words, "all-linear", or a callable
-        ``(path, leaf) -> bool``. Leaves with fewer than two axes, without elements or
-        not of a real float dtype stay.
+        expression searched in the path, a list of words, "all-linear", a callable
+        ``(path, leaf) -> bool``, or a tree of True and False. Leaves with fewer than
+        two axes, without elements or not of a real float dtype stay.
       min_size: leaves with fewer elements stay.
       layer_axis: an axis of all leaves with three axes or more that counts layers;
         None concludes it from siblings.
@@ -95,12 +96,13 @@ def quantize_weights(
     arrays = [leaf if is_quantized(leaf) else unbox(leaf) for _, leaf in flat]
     seen = selection.seen(paths, [tuple(array.shape) for array in arrays])
 
-    def store(path: str, leaf: Any, array: Any, found: Seen) -> Any:
-        if is_quantized(leaf) or selection.why_full(path, array, None, found):
+    def store(path: str, leaf: Any, array: Any, found: Seen, flag: Any) -> Any:
+        if is_quantized(leaf) or selection.why_full(path, array, None, found, flag):
             return leaf
         return leaf if 0 in array.shape else quantize(array, codec)
 
-    stored = map(store, paths, [leaf for _, leaf in flat], arrays, seen)
+    chosen = selection.chosen(treedef)
+    stored = map(store, paths, [leaf for _, leaf in flat], arrays, seen, chosen)
     return treedef.unflatten(stored)
 
 

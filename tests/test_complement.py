@@ -81,7 +81,7 @@ def test_a_state_has_the_leafs_size_and_is_kept():
     assert state.recovery_state["w"].trace.shape == (N, M)
     assert lro.state_bytes(tx, leaf).by_role["recovery"] == 4 * M * N
     specs = lro.state_shardings(tx, leaf, {"w": jax.P("data", None)})
-    assert specs.recovery_state["w"].trace == jax.P("data", None)
+    assert specs.recovery_state["w"].trace == jax.P("data")
 
 
 def test_a_stack_is_as_many_matrices():

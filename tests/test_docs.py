@@ -219,11 +219,12 @@ def test_trainer_flags_exist():
 @pytest.mark.whole
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
 def test_notebook_runs(path, monkeypatch):
-    # As a reader's: the tests' own flags would leave its loops unoptimized.
+    # As a reader's: in its own folder, where Jupyter starts it, and without the flags
+    # of the tests, which would leave its loops unoptimized.
     monkeypatch.delenv("XLA_FLAGS")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
     )
     client.execute()
 

@@ -43,8 +43,9 @@ class project(Part):
         types of arrays on an Explicit mesh; else the short one).
       select: in place of the default rule, a regular expression searched in the leaf's
         path; a list of such words as ``["attn", "mlp"]``, of which a key of the path
-        must have one (or the whole path match it as a regular expression); or a
-        callable ``(path, leaf) -> bool``. "all-linear" is the default rule without its
+        must have one (or the whole path match it as a regular expression); a callable
+        ``(path, leaf) -> bool``; or a tree like the parameters (a prefix will do) of
+        True and False. "all-linear" is the default rule without its
         regard for memory: every matrix, at r = min(m, n) at most. It is an error if
         nothing is chosen.
       min_size: leaves with fewer elements stay full.

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowrank_optax._meshes import varied_axes, vary_like
 from lowrank_optax.bracket import match
 from lowrank_optax.bracket.state import Clock, Kept, Moments, Opened, Renewable
-from lowrank_optax.leaves.matrix import Matrix, refill, unbox
+from lowrank_optax.leaves.boxes import refill, unbox
+from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.products import Operand, has_square, kept_if
 from lowrank_optax.projectors import At, Projector
@@ -141,7 +143,10 @@ class LowLeaf(Part):
         if not self.matrix.batch or self.in_turn:
             return flag
         # A maximum over the mapped axes is one scalar for all, so that a branch on it
-        # stays a branch where `vmap` would run both.
+        # stays a branch where `vmap` would run both. Inside `jax.shard_map` JAX has no
+        # collectives over axes of `vmap`.
+        if varied_axes(flag):
+            return _over_axes(flag)
         return jax.lax.pmax(flag.astype(jnp.int32), self._names) > 0
 
     def start(self) -> Kept:
@@ -177,6 +182,9 @@ class LowLeaf(Part):
         self, clock: Clock, gradient: Array, weights: Any, kept: Kept, moments: Any
     ) -> Opened:
         """Views the leaf as matrices, renews their bases and projects."""
+        clock, gradient, weights, kept, moments = alike(
+            clock, gradient, weights, kept, moments
+        )
         at = self.at(clock)
         seen = self.matrix.operand(gradient)
         wanted, sample = (), kept.sample
@@ -357,6 +365,9 @@ class LowLeaf(Part):
           The update in the leaf's own shape, what goes to the recovery's transformation
           of whole leaves (or None), and what is kept from here on.
         """
+        clock, opened, direction, kept, moments = alike(
+            clock, opened, direction, kept, moments
+        )
         at, renewed = self.at(clock), opened.renewed
         own = self.recovery is not None and not self.recovery.whole
         state = self._as_matrices(kept.recovery) if own else ()
@@ -490,6 +501,23 @@ def _resized(update: Operand, wanted: Array, gain: Any) -> Operand:
         wanted = wanted * jnp.abs(gain)
     factor = match.ratio(wanted, match.root_mean_square(update))
     return update.map(lambda x: x * factor.astype(x.dtype))
+
+
+@jax.custom_batching.custom_vmap
+def _over_axes(flag: Array) -> Array:
+    """Returns whether a flag holds anywhere along the axes of ``vmap``."""
+    return flag
+
+
+@_over_axes.def_vmap
+def _(size: int, batched: Any, flag: Array) -> tuple[Array, bool]:
+    del size
+    return _over_axes(jnp.any(flag, 0) if batched[0] else flag), False
+
+
+def alike(*trees: Any) -> tuple[Any, ...]:
+    """Returns the trees with all arrays each device's own, if any of them is."""
+    return vary_like(trees, trees)
 
 
 def _is_exact(basis: Any) -> bool:

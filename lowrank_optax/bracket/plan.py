@@ -18,17 +18,15 @@ from lowrank_optax.bracket.leaf import PRNG, FullLeaf, LowLeaf
 from lowrank_optax.bracket.notice import quiet
 from lowrank_optax.bracket.selection import Selection, axis_parts
 from lowrank_optax.bracket.state import Bracket, Clock
-from lowrank_optax.leaves.matrix import (
-    Matrix,
-    Parts,
+from lowrank_optax.leaves.boxes import (
     is_box,
-    path_string,
     rebox,
     refill,
     refill_tree,
     unbox,
     unbox_tree,
 )
+from lowrank_optax.leaves.matrix import Matrix, Parts, path_string
 from lowrank_optax.leaves.part import transformation
 from lowrank_optax.leaves.structure import Seen
 from lowrank_optax.projectors import two_sided
@@ -279,14 +277,15 @@ class Planner:
     def _decide(self, tree, treedef, paths, infos, layers) -> Plan:
         numbers = self.selection.numbers(tree, treedef)
         shardings = self.selection.shardings(treedef)
+        chosen = self.selection.chosen(treedef)
         seen = self.selection.seen(paths, [info.shape for info in infos])
         leaves = tuple(
             dataclasses.replace(
-                self._leaf(path, info, given, found, sharding),
+                self._leaf(path, info, given, found, sharding, flag),
                 kind=found.kind if jnp.issubdtype(info.dtype, jnp.floating) else "",
             )
-            for path, info, given, found, sharding in zip(
-                paths, infos, numbers, seen, shardings, strict=True
+            for path, info, given, found, sharding, flag in zip(
+                paths, infos, numbers, seen, shardings, chosen, strict=True
             )
         )
         # Decided on whole stacks and cut afterwards: one layer alone could be too small
@@ -303,14 +302,20 @@ class Planner:
         return Plan(treedef, leaves, early, False)
 
     def _leaf(
-        self, path: str, info: LeafInfo, numbers: Any, seen: Seen, sharding: Any
+        self,
+        path: str,
+        info: LeafInfo,
+        numbers: Any,
+        seen: Seen,
+        sharding: Any,
+        chosen: bool | None,
     ) -> LeafPlan:
         shape, selection = info.shape, self.selection
         plan = functools.partial(LeafPlan, path, shape, info.dtype)
         if 0 in shape:
             return plan(None, "no elements", 0)
         full_bytes = self.state_bytes(shape, info.dtype)
-        reason = selection.why_full(path, info, numbers, seen)
+        reason = selection.why_full(path, info, numbers, seen, chosen)
         if reason is not None:
             return plan(None, reason, full_bytes)
         sharding = info.sharding if sharding is None else sharding

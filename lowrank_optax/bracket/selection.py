@@ -6,15 +6,17 @@ Everything here is decided from shapes and paths alone, before any array exists.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import Parts, is_box, path_string, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import Parts, path_string
 from lowrank_optax.leaves.names import Name
 from lowrank_optax.leaves.structure import LAYOUTS, Seen, structure
 
@@ -50,7 +52,8 @@ class Selection:
 
     Attributes:
       select: None (default rule), a regular expression searched in the path, a list
-        of words, "all-linear", or a callable ``(path, leaf) -> bool``.
+        of words, "all-linear", a callable ``(path, leaf) -> bool``, or a tree of
+        flags like the parameters.
       min_size: leaves with fewer elements stay full.
       weight_dimension_numbers: None, a tree of ``MatrixDimensionNumbers`` (None
         where a leaf is not a matrix), or a callable of the parameters giving it.
@@ -90,7 +93,7 @@ class Selection:
     def numbers(self, tree: Any, treedef: Any) -> list[Any]:
         """Returns the dimension numbers of every leaf, None where none are given."""
         numbers = None if self.agrees else self.weight_dimension_numbers
-        if callable(numbers):
+        if _checks.is_function(numbers):
             numbers = numbers(tree)
         return broadcast_prefix(numbers, treedef, "weight_dimension_numbers")
 
@@ -98,17 +101,32 @@ class Selection:
         """Returns the declared sharding of every leaf, None where none is given."""
         return broadcast_prefix(self.param_shardings, treedef, "param_shardings")
 
+    def chosen(self, treedef: Any) -> list[Any]:
+        """Returns what ``select`` says of every leaf, None where it is no tree."""
+        if not _is_tree(self.select):
+            return [None] * treedef.num_leaves
+        flags = broadcast_prefix(self.select, treedef, "select")
+        for flag in flags:
+            if not isinstance(flag, bool | np.bool_):
+                raise TypeError(
+                    "A tree given as `select` must have True or False for every leaf "
+                    f"of the parameters, got {flag!r} of type {type(flag).__name__}."
+                )
+        return list(map(bool, flags))
+
     def explicit(self, numbers: Any) -> bool:
         """Whether a selected leaf was asked for by name, so is never dropped."""
         return self.select is not None or numbers is not None
 
-    def why_full(self, path: str, leaf: Any, numbers: Any, seen: Seen) -> str | None:
+    def why_full(
+        self, path: str, leaf: Any, numbers: Any, seen: Seen, chosen: bool | None
+    ) -> str | None:
         """Returns why the leaf is not a candidate, or None if it is one.
 
         Raises:
           TypeError: if a leaf asked for is complex.
         """
-        reason = self._why_not_chosen(path, leaf, numbers, seen)
+        reason = self._why_not_chosen(path, leaf, numbers, seen, chosen)
         if reason is not None or jnp.issubdtype(leaf.dtype, jnp.floating):
             return reason
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and self.explicit(numbers):
@@ -119,14 +137,15 @@ class Selection:
         return f"not a real floating-point leaf ({leaf.dtype})"
 
     def _why_not_chosen(
-        self, path: str, leaf: Any, numbers: Any, seen: Seen
+        self, path: str, leaf: Any, numbers: Any, seen: Seen, chosen: bool | None
     ) -> str | None:
         if leaf.ndim < 2:
             return "fewer than two axes"
         if leaf.size < self.min_size:
             return f"smaller than min_size={self.min_size}"
         named = self.select is not None and self.select != ALL_LINEAR
-        if named and not self._finds(path, leaf):
+        found = self._finds(path, leaf) if chosen is None else chosen
+        if named and not found:
             return "not chosen by select"
         if numbers is not None:
             return None
@@ -139,7 +158,7 @@ class Selection:
 
     def _finds(self, path: str, leaf: Any) -> bool:
         """Whether ``select`` chooses a path."""
-        if callable(self.select):
+        if _checks.is_function(self.select):
             return bool(self.select(path, leaf))
         if isinstance(self.select, str):
             return re.search(self.select, path) is not None
@@ -266,7 +285,9 @@ def _is_stacked_vector(seen: Seen) -> bool:
 
 def _check_select(select: Any) -> None:
     """Raises if ``select`` is none of the forms that it has."""
-    if select is None or callable(select) or isinstance(select, str):
+    if select is None or _checks.is_function(select) or isinstance(select, str):
+        return
+    if _is_tree(select):
         return
     if isinstance(select, Sequence) and all(isinstance(x, str) for x in select):
         if select:
@@ -277,8 +298,18 @@ def _check_select(select: Any) -> None:
         )
     raise TypeError(
         "`select` must be None, a regular expression, a list of words such as "
-        '["attn", "mlp"], "all-linear", or a callable (path, leaf) -> bool; got '
+        '["attn", "mlp"], "all-linear", a callable (path, leaf) -> bool, or a tree of '
+        "True and False like the parameters; got "
         f"{select!r} of type {type(select).__name__}."
+    )
+
+
+def _is_tree(select: Any) -> bool:
+    """Whether it is a tree, and neither words nor a function."""
+    if select is None or _checks.is_function(select):
+        return False
+    return any(not isinstance(leaf, str) for leaf in jax.tree.leaves(select)) and (
+        not jax.tree_util.all_leaves([select])
     )
 
 
@@ -311,6 +342,8 @@ def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
     def spread(node: Any, positions: Any) -> None:
         if isinstance(positions, optax.MaskedNode):
             return
+        if isinstance(positions, int):
+            node = _content(node)
         if _is_annotation(node) or jax.tree_util.all_leaves([node]):
             for position in jax.tree.leaves(positions):
                 out[position] = node
@@ -326,6 +359,14 @@ def broadcast_prefix(tree: Any, treedef: Any, name: str) -> list[Any]:
             f"{error}"
         ) from error
     return out
+
+
+def _content(node: Any) -> Any:
+    """Returns the annotation in a box such as the parameter's, else the node."""
+    if isinstance(node, Mapping | list | tuple):
+        return node
+    found = jax.tree.leaves(node, is_leaf=_is_annotation)
+    return found[0] if len(found) == 1 else node
 
 
 def axis_parts(sharding, leaf, rows, columns) -> Parts | None:

@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax._meshes import vary_like
 from lowrank_optax.bracket.checks import check_alone
 from lowrank_optax.bracket.leaf import LowLeaf, cast
 from lowrank_optax.bracket.notice import check_projected
+from lowrank_optax.bracket.placement import laid_out
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.state import Bracket, SubspaceState
-from lowrank_optax.leaves.matrix import Axes, rebox
+from lowrank_optax.leaves.boxes import rebox
+from lowrank_optax.leaves.matrix import Axes
 from lowrank_optax.leaves.moments import FIELDS, find
 from lowrank_optax.leaves.part import transformation
+from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.quantization import is_quantized
 
 # How a bracket starts: in a report it describes itself, since reports look into any
@@ -34,7 +38,7 @@ def start(planner: Planner, params: Any) -> Any:
     state = start_again(planner, params)
     check_alone(state)
     check_projected(planner.selection, planner.plan(params).leaves)
-    return state
+    return laid_out(planner, params, state)
 
 
 def start_again(planner: Planner, params: Any) -> SubspaceState:
@@ -53,11 +57,11 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
     pending, recovery, sample = list(basis), list(basis), list(basis)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, LowLeaf):
-            first = leaf.start()
-            low[i] = planner.low_zeros(leaf, first.stored)
+            first = vary_like(leaf.start(), arrays[i])
+            low[i] = vary_like(planner.low_zeros(leaf, first.stored), arrays[i])
             basis[i] = box_basis(boxes[i], first.stored, leaf)
             pending[i] = first.pending
-            recovery[i] = leaf.start_recovery(boxes[i])
+            recovery[i] = vary_like(leaf.start_recovery(boxes[i]), arrays[i])
             sample[i] = first.sample
     inner, full = plan.inner_trees(bracket, params, low)
     inner_state = transformation(bracket.inner).init(inner)
@@ -67,15 +71,23 @@ def _start(planner: Planner, params: Any) -> SubspaceState:
     if bracket.full is not None:
         full_state = transformation(bracket.full).init(full)
     dtypes = [leaf.dtype for leaf in plan.leaves]
+
+    def stored(state: Any) -> Any:
+        # Without leaves there is nothing to cast, and perhaps no tree.
+        return bracket.storage.first(state, plan.treedef, dtypes) if dtypes else state
+
+    def own(leaves: list[Any]) -> Any:
+        return hidden(params, plan.treedef.unflatten(leaves))
+
     return SubspaceState(
         jnp.zeros([], jnp.int32),
         planner.key_data(),
-        plan.treedef.unflatten(basis),
-        plan.treedef.unflatten(pending),
-        bracket.storage.first(inner_state, plan.treedef, dtypes),
-        bracket.storage.first(full_state, plan.treedef, dtypes),
-        () if bracket.recovery is None else plan.treedef.unflatten(recovery),
-        () if bracket.match is None else plan.treedef.unflatten(sample),
+        own(basis),
+        own(pending),
+        stored(inner_state),
+        stored(full_state),
+        () if bracket.recovery is None else own(recovery),
+        () if bracket.match is None else own(sample),
     )
 
 

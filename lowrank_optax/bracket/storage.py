@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_box, path_string, refill, unbox
+from lowrank_optax.leaves.boxes import is_box, refill, unbox
+from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.leaves.moments import find
 from lowrank_optax.quantization import is_quantized
 from lowrank_optax.quantization.rounding import dither, round_to_bfloat16

@@ -17,6 +17,7 @@ from lowrank_optax._meshes import explicit_like
 from lowrank_optax.bracket.checks import check_maker, check_state
 from lowrank_optax.bracket.leaf import FullLeaf, LowLeaf, cast, stepped, when
 from lowrank_optax.bracket.match import CHOICES
+from lowrank_optax.bracket.placement import typed
 from lowrank_optax.bracket.plan import Plan, Planner
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.start import start, start_again
@@ -30,7 +31,7 @@ from lowrank_optax.bracket.state import (
     SubspaceView,
 )
 from lowrank_optax.bracket.storage import Storage, load, store
-from lowrank_optax.leaves.matrix import refill, restore, unbox
+from lowrank_optax.leaves.boxes import refill, restore, unbox
 from lowrank_optax.leaves.moments import by_leaf, finite_or, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
@@ -163,6 +164,8 @@ def subspace(
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start_again(planner, like))
         check_state(plan, bracket, state)
+        if layer is None:
+            state = typed(planner, like, state)
         # The bracket goes along as an argument, and its arrays with it: on an Explicit
         # mesh, those that the step had closed over would keep their explicit type.
         args = (bracket, updates, state, params, layer, extra_args)

@@ -19,8 +19,9 @@ from lowrank_optax import _checks
 from lowrank_optax._meshes import explicit_like, explicit_mesh
 from lowrank_optax.distributed.compression import Channel, Compression, LeafTraffic
 from lowrank_optax.distributed.mapped import check_averaging, varying
-from lowrank_optax.leaves.matrix import is_box, path_string, refill, unbox
-from lowrank_optax.linalg.products import wide
+from lowrank_optax.leaves.boxes import is_box, refill, unbox
+from lowrank_optax.leaves.matrix import path_string
+from lowrank_optax.linalg.products import wide, wider
 from lowrank_optax.shapes.report import aligned
 
 
@@ -188,12 +189,12 @@ def pmean(
             return _widened(channels, mean(gradients))
         sent = mean(_down(channels, gradients))
         if refresh is False:
-            return _up(channels, sent)
+            return _up(channels, gradients, sent)
 
-        def finish(channel: Channel, low: Array, gradient: Array) -> Array:
+        def finish(channel: Channel, gradient: Array, low: Array) -> Array:
             return channel.either(low, mean, gradient)
 
-        return _map(channels, finish, sent, gradients)
+        return _map(channels, finish, gradients, sent)
 
     def mean(tree: Any) -> Any:
         return jax.lax.pmean(tree, axis_name)
@@ -284,7 +285,7 @@ def value_and_grad(
 
         def narrow() -> tuple[Array, Any]:
             value, low = total(lambda grads: _down(channels, grads))
-            return value, _up(channels, low)
+            return value, _up(channels, params, low)
 
         def whole() -> tuple[Array, Any]:
             value, grads = total(lambda grads: grads)
@@ -303,7 +304,7 @@ def _mean_of_parts(part: Callable[[Any], Any], parts: Any, axis_name: Any) -> An
     """Returns the mean of ``part`` over the leading axis, summed in float32."""
     like = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)), like
+        lambda x: jnp.zeros(x.shape, wider(jnp.float32, x.dtype)), like
     )
     if axis_name is not None:
         # The carry of a scan keeps its type, and sums differ from device to device.
@@ -325,23 +326,31 @@ def _any_whole(channels: dict[str, Channel]) -> Array:
 
 
 def _map(channels: dict[str, Channel], fn: Callable, tree: Any, *rest: Any) -> Any:
-    """Applies ``fn(channel, leaf, *leaves)`` to the compressed leaves."""
+    """Applies ``fn(channel, leaf, *leaves)`` to the compressed leaves.
+
+    Of the others the last tree's stay.
+    """
 
     def each(path: Any, box: Any, *boxes: Any) -> Any:
         channel = channels.get(path_string(path))
         if channel is None:
-            return box
+            return (box, *boxes)[-1]
         return refill(box, fn(channel, unbox(box), *map(unbox, boxes)))
 
     return jax.tree_util.tree_map_with_path(each, tree, *rest, is_leaf=is_box)
 
 
 def _down(channels: dict[str, Channel], gradients: Any) -> Any:
-    return _map(channels, lambda channel, x: channel.down(x), gradients)
+    def each(path: Any, box: Any) -> Any:
+        channel = channels.get(path_string(path))
+        # A projection is no array for the box of its gradient.
+        return box if channel is None else channel.down(unbox(box))
+
+    return jax.tree_util.tree_map_with_path(each, gradients, is_leaf=is_box)
 
 
-def _up(channels: dict[str, Channel], low: Any) -> Any:
-    return _map(channels, lambda channel, x: channel.up(x), low)
+def _up(channels: dict[str, Channel], like: Any, low: Any) -> Any:
+    return _map(channels, lambda channel, _, x: channel.up(x), like, low)
 
 
 def _widened(channels: dict[str, Channel], gradients: Any) -> Any:

@@ -14,7 +14,8 @@ from lowrank_optax.bracket.plan import LeafPlan, Planner, low_leaf
 from lowrank_optax.bracket.start import Described, described
 from lowrank_optax.bracket.state import Clock, SubspaceState
 from lowrank_optax.bracket.subspace import clock_of
-from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import Matrix, path_string
 from lowrank_optax.linalg.products import Operand, gram, wide
 from lowrank_optax.shapes.report import described_brackets
 

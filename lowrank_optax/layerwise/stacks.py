@@ -1,12 +1,12 @@
 """``Stacks``: where the state of stacked layers has its layers, and that of one."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from lowrank_optax._meshes import explicit_sharding
+from lowrank_optax.leaves.layout import names_of
 from lowrank_optax.quantization import is_quantized
 
 
@@ -71,7 +71,7 @@ class Stacks:
         if arrays != below and len(node.shape) == len(tail):
             # A stack of vectors was encoded as one matrix: its rows are the layers.
             tail = (1, *tail[1:])
-        return dataclasses.replace(one, tail=tail)
+        return one.with_tail(tail)
 
     def state_of(self, leaves: dict[str, Any]) -> Any:
         """Puts one layer's arrays, by path, into the structure of its state."""
@@ -101,7 +101,21 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def part_of(path: Any) -> Any:
     """Returns the part of the parameters that a leaf's path begins with."""
-    return path[0].key
+    return names_of(path[:1])[0]
+
+
+def parts_of(params: Any) -> dict[str, Any]:
+    """Returns the parts of the parameters by name, whatever holds them."""
+    pairs = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda node: node is not params
+    )
+    return {part_of(path): part for path, part in pairs}
+
+
+def like_params(params: Any, parts: dict[str, Any]) -> Any:
+    """Returns parts in what holds the parameters: a mapping, a module, a tuple."""
+    treedef = jax.tree.structure(params, is_leaf=lambda node: node is not params)
+    return treedef.unflatten(parts[name] for name in parts_of(params))
 
 
 def with_layers(tree: Any, layers: int) -> Any:

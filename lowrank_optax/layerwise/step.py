@@ -16,13 +16,9 @@ from jax.experimental.layout import Format, Layout
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.layerwise.update import (
-    LayerUpdate,
-    count_layers,
-    gain_of,
-    like_params,
-    squares,
-)
+from lowrank_optax.layerwise.stacks import like_params, parts_of
+from lowrank_optax.layerwise.update import LayerUpdate, count_layers, gain_of, squares
+from lowrank_optax.linalg.products import wider
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, Array]]]
 
@@ -141,14 +137,15 @@ def train_step(
             update.refuse_coupling()
             accepted.add(update.kind)
         _check_micro_batches(batch, micro_batches)
-        head_params = {name: params[name] for name in names}
+        given = parts_of(params)
+        head_params = {name: given[name] for name in names}
 
         def layer(x: Any, p: Any) -> tuple[Any, Any]:
             # All that is kept of a block is its input: the backward pass runs it again.
             return run(middle, p, x, batch), x
 
-        x = run(first, params["embed"], None, batch)
-        x, inputs = jax.lax.scan(layer, x, params["layers"])
+        x = run(first, given["embed"], None, batch)
+        x, inputs = jax.lax.scan(layer, x, given["layers"])
         like = jax.eval_shape(functools.partial(run, last), head_params, x, batch)
         # The cotangent of a mean: a share of 1 for each micro-batch's loss
         share = jnp.full(like.shape, 1 / max(like.size, 1), like.dtype)
@@ -159,7 +156,7 @@ def train_step(
             return pull(middle, p, x, batch, cotangent)[1:]
 
         def bottom(cotangent: Any) -> Any:
-            return pull(first, params["embed"], None, batch, cotangent)[1]
+            return pull(first, given["embed"], None, batch, cotangent)[1]
 
         norm, gain = None, None
         ahead = clip_norm is not None and clip_by == "global"
@@ -167,7 +164,7 @@ def train_step(
 
             def measure(at: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
                 cotangent, total = carry
-                grad, cotangent = backward(params["layers"], layers - 1 - at, cotangent)
+                grad, cotangent = backward(given["layers"], layers - 1 - at, cotangent)
                 return cotangent, total + squares(grad)
 
             lowest, total = jax.lax.fori_loop(
@@ -203,7 +200,7 @@ def train_step(
             return stack, own, single, cotangent, total
 
         start = (
-            params["layers"],
+            given["layers"],
             update.own("layers", state),
             {path: old[path] for path in update.single},
             cotangent,
@@ -214,7 +211,7 @@ def train_step(
         )
         embed_grad = bottom(cotangent)
         new_embed, embed_state, _ = apply(
-            ("embed",), {"embed": embed_grad}, {"embed": params["embed"]}, state
+            ("embed",), {"embed": embed_grad}, {"embed": given["embed"]}, state
         )
         if norm is None:
             norm = jnp.sqrt(total + squares(embed_grad))
@@ -285,7 +282,7 @@ def _summed(fn: Callable, p: Any, x: Any, batch: Any, cotangent: Any) -> Any:
         return total, (out, cotangent)
 
     zeros = jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), p
+        lambda p: jnp.zeros_like(p, dtype=wider(p.dtype, jnp.float32)), p
     )
     total, (out, cotangent) = jax.lax.scan(add, zeros, (x, batch, cotangent))
     grad = jax.tree.map(lambda t, p: t.astype(p.dtype), total, p)

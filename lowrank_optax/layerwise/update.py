@@ -10,7 +10,14 @@ from optax.transforms import MaskedNode
 
 from lowrank_optax.bracket.notice import quiet_init
 from lowrank_optax.layerwise.coupling import Coupling
-from lowrank_optax.layerwise.stacks import DIFFERENT, Stacks, by_path, with_layers
+from lowrank_optax.layerwise.stacks import (
+    DIFFERENT,
+    Stacks,
+    by_path,
+    like_params,
+    parts_of,
+    with_layers,
+)
 from lowrank_optax.leaves.layer import Layer
 from lowrank_optax.leaves.matrix import path_string
 
@@ -34,6 +41,7 @@ class LayerUpdate:
         self, tx: Any, params: Any, state: Any, layers: int, names: tuple[str, ...]
     ):
         self.tx, self.params = optax.with_extra_args_support(tx), params
+        self.names = tuple(parts_of(params))
         self.layers = layers
         self.whole = whole = jax.eval_shape(quiet_init(tx), params)
         self.stacks = Stacks(quiet_init(tx), self._masked(("layers",), params), layers)
@@ -49,10 +57,9 @@ class LayerUpdate:
         self.kind = jax.tree.structure((params, whole)), tuple(shapes)
 
     def _masked(self, part: tuple[str, ...], tree: Any) -> Any:
-        return like_params(
-            self.params,
-            {k: tree[k] if k in part else MaskedNode() for k in self.params},
-        )
+        parts = parts_of(tree)
+        shown = {k: parts[k] if k in part else MaskedNode() for k in self.names}
+        return like_params(self.params, shown)
 
     def _owners(self, whole: dict[str, Any], names: tuple[str, ...]) -> None:
         """Finds whose every leaf of the state is, by path.
@@ -160,6 +167,7 @@ class LayerUpdate:
         updates, after = self.tx.update(
             self._masked(part, grads), before, masked, **extra
         )
+        updates = parts_of(updates)
         updates = {name: updates[name] for name in part}
         new = optax.apply_updates(params, updates)
         if keep is not None:
@@ -186,15 +194,15 @@ def _check_state(state: Any, expected: Any) -> None:
 
 
 def count_layers(params: Any, names: tuple[str, ...]) -> int:
-    expected = {"embed", "layers", *names}
-    if set(params) != expected:
+    parts, expected = parts_of(params), {"embed", "layers", *names}
+    if set(parts) != expected:
         raise ValueError(
-            f"params must have the parts {sorted(expected)}; got {sorted(params)}. "
+            f"params must have the parts {sorted(expected)}; got {sorted(parts)}. "
             "Name the head's parts with head_names=."
         )
     counts = {
         path_string(path): leaf.shape[:1]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(parts["layers"])
     }
     if len(set(counts.values())) != 1 or () in counts.values():
         raise ValueError(
@@ -202,11 +210,6 @@ def count_layers(params: Any, names: tuple[str, ...]) -> int:
             f"got first axes {counts}."
         )
     return next(iter(counts.values()))[0]
-
-
-def like_params(params: Any, parts: dict[str, Any]) -> Any:
-    # Mappings of two classes are two structures to JAX, even with the same entries.
-    return type(params)({name: parts[name] for name in params})
 
 
 def gain_of(norm: Array, largest: Any) -> Array:

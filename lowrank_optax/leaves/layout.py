@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from lowrank_optax.leaves.matrix import Axes, is_box, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import Axes
 from lowrank_optax.quantization import is_quantized
 
 
@@ -68,8 +69,8 @@ def _longer(leaf: Any, axis: int) -> Any:
     shape = list(unbox(leaf).shape)
     if axis < len(shape):
         shape[axis] += 1
-    struct = jax.ShapeDtypeStruct(tuple(shape), unbox(leaf).dtype)
-    return leaf.replace_boxed(struct) if is_box(leaf) else struct
+    # Without its box, which might not bear an array of another shape.
+    return jax.ShapeDtypeStruct(tuple(shape), unbox(leaf).dtype)
 
 
 def _flatten(state: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:

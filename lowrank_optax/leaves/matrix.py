@@ -1,9 +1,8 @@
-"""``Matrix``: a leaf seen as a stack of matrices, and the box around a leaf."""
+"""``Matrix``: a leaf seen as a stack of matrices."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -194,82 +193,3 @@ def path_string(path: tuple[Any, ...]) -> str:
     while len(names) > 1 and names[-1] in ("value", "raw_value"):
         names.pop()
     return "/".join(names)
-
-
-def is_box(leaf: Any) -> bool:
-    """Whether the leaf is Flax' metadata box around an array (Partitioned, ...)."""
-    return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
-
-
-def unbox(leaf: Any) -> Any:
-    """Returns the array inside a Flax box, or the leaf itself (numbers as arrays)."""
-    leaf = leaf.unbox() if is_box(leaf) else leaf
-    return jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf
-
-
-def refill(leaf: Any, value: Any) -> Any:
-    """Puts ``value`` into the same box, if ``leaf`` is one."""
-    return leaf.replace_boxed(value) if is_box(leaf) else value
-
-
-def unbox_tree(tree: Any) -> Any:
-    """``unbox`` for what a leaf's state may be, such as a pair of bases."""
-    return jax.tree.map(unbox, tree, is_leaf=is_box)
-
-
-def refill_tree(tree: Any, value: Any) -> Any:
-    """``refill`` likewise."""
-    return jax.tree.map(refill, tree, value, is_leaf=is_box)
-
-
-def is_altered(treedef: Any, *trees: Any) -> bool:
-    """Whether a mapping stands where a tree like the parameters has an array or tuple.
-
-    As in the states that ``nnx.Optimizer`` gives back; ``()`` is no such tree.
-    """
-    return any(
-        isinstance(leaf, Mapping)
-        for tree in trees
-        if not (isinstance(tree, tuple) and not tree)
-        for leaf in treedef.flatten_up_to(tree)
-    )
-
-
-def restore(found: Any, make: Callable[[], Any]) -> Any:
-    """Returns ``found`` in the structure of ``make()``, leaves matched by their paths.
-
-    ``found`` may have a mapping wherever that has a tuple with named fields.
-    """
-    template = jax.eval_shape(make)
-    if jax.tree.structure(found, is_leaf=is_box) == jax.tree.structure(
-        template, is_leaf=is_box
-    ):
-        return found
-
-    # A field of a named tuple and a key of a mapping have the same simple name.
-    def named(path: tuple[Any, ...]) -> tuple[str, ...]:
-        return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-    flat = jax.tree_util.tree_leaves_with_path(found, is_leaf=is_box)
-    leaves = {named(path): leaf for path, leaf in flat}
-    wanted = jax.tree_util.tree_leaves_with_path(template, is_leaf=is_box)
-    if any(named(path) not in leaves for path, _ in wanted):
-        return found  # another state altogether
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: leaves[named(path)], template
-    )
-
-
-def rebox(leaf: Any, value: Any, axes: tuple[tuple[int, ...], ...]) -> Any:
-    """Puts ``value`` into a box like ``leaf``'s, each axis under its own name.
-
-    An axis that no single stored axis stands behind (the rank) stays unnamed.
-    """
-    if not is_box(leaf):
-        return value
-    names = getattr(leaf, "names", None)
-    if names is None:
-        return leaf.replace_boxed(value)
-    # No single name is right for several axes merged into one.
-    renamed = tuple(names[group[0]] if len(group) == 1 else None for group in axes)
-    return dataclasses.replace(leaf, value=value, names=renamed)

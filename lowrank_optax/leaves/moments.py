@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_altered, refill, refill_tree, unbox_tree
+from lowrank_optax.leaves.boxes import is_altered, refill, refill_tree, unbox_tree
 from lowrank_optax.quantization import dequantize, is_quantized
 
 FIELDS = ("mu", "nu", "trace", "ema")

@@ -113,7 +113,7 @@ def block_power(
         # Scaling both thin products keeps gradients of 1e-20 and 1e15 in range.
         low, _ = unit_peak(gradient.down(basis))
         y, _ = unit_peak(gradient.across(low))
-        norms = jnp.linalg.norm(y, axis=0)
+        norms = jnp.linalg.norm(y, axis=0, keepdims=True)
         y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms))
         return cholesky_qr(y + _MIX * basis)
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lowrank_optax.linalg.products import wider
+
 KINDS = ("dct3", "dct2")
 
 LARGEST = 2**20
@@ -57,7 +59,7 @@ def dct_columns(
             f"A cosine basis of {n} entries is beyond the {LARGEST} whose angles are "
             "exact; project the other side of the matrix, or leave it full."
         )
-    work = jnp.promote_types(jnp.float32, dtype)
+    work = wider(jnp.float32, dtype)
     rows = jnp.arange(n, dtype=jnp.uint32)[:, None]
     columns = indices.astype(jnp.uint32)[None, :]
     frequency, sample = (rows, columns) if kind == "dct3" else (columns, rows)

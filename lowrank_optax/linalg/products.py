@@ -8,6 +8,7 @@ it is stored, and thin ones are transposed for real. No other file knows of this
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,16 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def wide(x: Array) -> Array:
     """Returns ``x`` in float32, or in float64 if it is that already."""
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    return x.astype(wider(jnp.float32, x.dtype))
+
+
+def wider(*dtypes: Any) -> Any:
+    """Returns the dtype that holds the numbers of all.
+
+    Asked for by name, whatever ``jax_numpy_dtype_promotion`` refuses to conclude.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 def has_square(x: Any) -> Any:

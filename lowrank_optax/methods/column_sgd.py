@@ -18,7 +18,8 @@ from lowrank_optax.bracket.match import (
     start,
     wanted,
 )
-from lowrank_optax.leaves.matrix import Matrix, is_box, path_string, unbox
+from lowrank_optax.leaves.boxes import is_box, unbox
+from lowrank_optax.leaves.matrix import Matrix, path_string
 from lowrank_optax.linalg.products import Operand
 from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method

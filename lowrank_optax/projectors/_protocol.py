@@ -16,7 +16,7 @@ from lowrank_optax.linalg.bases import (
     leading_singular_vectors,
     random_start,
 )
-from lowrank_optax.linalg.products import HIGHEST, Operand, up, wide
+from lowrank_optax.linalg.products import HIGHEST, Operand, up, wide, wider
 
 
 class At(NamedTuple):
@@ -178,13 +178,13 @@ class Projector(Part):
     def down(self, matrix: Matrix, basis: Any, x: Operand) -> Array:
         """Returns ``P^T X``, ``[r, n]``."""
         x = Operand.of(x, matrix.transposed)
-        dtype = jnp.promote_types(basis.dtype, x.dtype)
+        dtype = wider(basis.dtype, x.dtype)
         # Every step takes this product: its precision is JAX's default, or the user's.
         return x.astype(dtype).down(basis.astype(dtype), precision=None)
 
     def up(self, matrix: Matrix, basis: Any, low: Array) -> Operand:
         """Returns ``P N``, ``[m, n]``."""
-        dtype = jnp.promote_types(basis.dtype, low.dtype)
+        dtype = wider(basis.dtype, low.dtype)
         return up(basis.astype(dtype), low.astype(dtype), matrix.transposed)
 
 
@@ -235,7 +235,7 @@ class BasisProjector(Projector):
 
     def align(self, old: Array, new: Array) -> Array:
         """Flips new basis vectors that point against the old ones."""
-        agreement = jnp.sum(old * new, axis=0)
+        agreement = jnp.sum(old * new, axis=0, keepdims=True)
         return jnp.where(agreement < 0, -new, new)
 
     def rotation(self, old: Array, new: Array) -> Rotation:

@@ -92,7 +92,7 @@ class power_iteration(TrackingProjector, OrthonormalProjector):
             y = y + jnp.matmul(old, inside, precision=HIGHEST)
         y = y / jnp.maximum(jnp.max(jnp.abs(y)), _TINY)
         # Directions alone count; columns that all but vanish are noise and stay small.
-        norms = jnp.linalg.norm(y, axis=0)
+        norms = jnp.linalg.norm(y, axis=0, keepdims=True)
         y = y / jnp.maximum(norms, 1e-4 * jnp.max(norms) + _TINY)
         mix = jnp.where(independence(y) < _DEPENDENT, _MIX, 0.0)
         return cholesky_qr(y + mix * old)

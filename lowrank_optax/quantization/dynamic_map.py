@@ -89,7 +89,7 @@ def nearest(q: Float[Array, "..."], signed: bool) -> UInt8[Array, "..."]:
         border = jnp.where(q < 0, 128 - border, 127 + border)
     lower = jnp.clip(border - 1, 0, 254)
     exact = _looked_up(borders(signed), lower)
-    return (lower + (q > exact)).astype(jnp.uint8)
+    return (lower + (q > exact).astype(lower.dtype)).astype(jnp.uint8)
 
 
 def values(codes: UInt8[Array, "..."], signed: bool) -> Float[Array, "..."]:

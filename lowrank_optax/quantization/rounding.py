@@ -30,7 +30,7 @@ def uniform(key: Any, shape: Sequence[int]) -> Float[Array, "..."]:
 def round_with(x: Float[Array, "..."], draws: Float[Array, "..."]) -> Array:
     """Returns ``floor(x) + [u < x - floor(x)]``."""
     floor = jnp.floor(x)
-    return floor + (draws < x - floor)
+    return floor + (draws < x - floor).astype(floor.dtype)
 
 
 def stochastic_round(x: Any, key: Any) -> Float[Array, "..."]:

@@ -125,5 +125,5 @@ def _bfloat16_up(size: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(size, jnp.uint32)
     up = (bits + np.uint32(0xFFFF - _SLACK)) & np.uint32(0xFFFF0000)
     out = jax.lax.bitcast_convert_type(up, jnp.float32)
-    out = out * (size >= _TINY)
+    out = out * (size >= _TINY).astype(out.dtype)
     return jnp.where(jnp.isfinite(size), out, size * jnp.nan)

@@ -166,7 +166,7 @@ class wavelet_details(Recovery):
     def _adam(self, second: Array, count: Array) -> Array:
         if self.b2 is not None:
             # V has seen the gradient of this step; the count has not.
-            second = second / weight_seen(self.b2, count + 1.0)
+            second = second / weight_seen(self.b2, count.astype(jnp.float32) + 1.0)
         return _inverse(jnp.sqrt(second) + self.eps)
 
     def _formed(self, matrix: Matrix, view: LeafView, weight: Array) -> Operand:

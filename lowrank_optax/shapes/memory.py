@@ -9,7 +9,8 @@ import jax
 import optax
 
 from lowrank_optax.bracket.notice import quiet_init
-from lowrank_optax.leaves.matrix import is_box, path_string
+from lowrank_optax.leaves.boxes import is_box
+from lowrank_optax.leaves.matrix import path_string
 
 _ROLES = {
     "basis": "basis",

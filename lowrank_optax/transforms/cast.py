@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.leaves import moments as _moments
-from lowrank_optax.leaves.matrix import is_box, refill, restore, unbox
+from lowrank_optax.leaves.boxes import is_box, refill, restore, unbox
 from lowrank_optax.linalg.products import has_square, kept_if
 from lowrank_optax.quantization import is_quantized
 

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowrank_optax import _checks
+from lowrank_optax.linalg.products import wider
+
 
 class DecayState(NamedTuple):
     """Number of steps taken, kept where the learning rate is a schedule."""
@@ -74,7 +77,10 @@ def decay_after(
 def _masked(
     tx: optax.GradientTransformation, mask: Any
 ) -> optax.GradientTransformation:
-    return tx if mask is None else optax.masked(tx, mask)
+    if mask is None:
+        return tx
+    # Optax would call a module.
+    return optax.masked(tx, mask if _checks.is_function(mask) else lambda _: mask)
 
 
 def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransformation:
@@ -93,7 +99,7 @@ def _decay(learning_rate, weight_decay, moved: bool) -> optax.GradientTransforma
         rate = learning_rate(state.count) if scheduled else learning_rate
 
         def decay(u, w):
-            wide = jnp.promote_types(jnp.float32, jnp.promote_types(u.dtype, w.dtype))
+            wide = wider(jnp.float32, u.dtype, w.dtype)
             before, step = w.astype(wide), u.astype(wide)
             strength = jnp.asarray(rate * weight_decay, wide)
             if not moved:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.stand_in import hidden
 
 
 class MatrixFactoredRmsState(NamedTuple):
@@ -64,20 +65,21 @@ def scale_by_matrix_factored_rms(
             axes = tuple((i,) for i in range(p.ndim))
             if p.ndim < 2:
                 return rebox(leaf, jnp.zeros_like(p), axes)
-            return rebox(leaf, jnp.zeros(p.shape[:-1], p.dtype), axes[:-1])
+            # As sums have it: sharded like the parameter, and each device's own if that
+            # is.
+            return rebox(leaf, jnp.zeros_like(jnp.sum(p, -1), dtype=p.dtype), axes[:-1])
 
         def col(leaf):
             p = unbox(leaf)
             if p.ndim < 2:
                 return optax.MaskedNode()
             axes = tuple((i,) for i in (*range(p.ndim - 2), p.ndim - 1))
-            shape = tuple(p.shape[i] for (i,) in axes)
-            return rebox(leaf, jnp.zeros(shape, p.dtype), axes)
+            return rebox(leaf, jnp.zeros_like(jnp.sum(p, -2), dtype=p.dtype), axes)
 
         return MatrixFactoredRmsState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(row, params, is_leaf=is_box),
-            jax.tree.map(col, params, is_leaf=is_box),
+            hidden(params, jax.tree.map(row, params, is_leaf=is_box)),
+            hidden(params, jax.tree.map(col, params, is_leaf=is_box)),
         )
 
     def update(updates, state, params=None):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
 from lowrank_optax.leaves.moments import weight_seen
+from lowrank_optax.leaves.stand_in import hidden
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -74,13 +75,15 @@ def scale_by_adam_mini(
                 return jax.tree.map(jnp.zeros_like, leaf)
             # Rows are averaged away, and their name leaves the box with them.
             axes = tuple((i,) for i in (*range(p.ndim - 2), p.ndim - 1))
-            shape = tuple(p.shape[i] for (i,) in axes)
-            return rebox(leaf, jnp.zeros(shape, p.dtype), axes)
+            # As a sum has it: sharded like the parameter, and each device's own if that
+            # is.
+            zeros = jnp.zeros_like(jnp.sum(p, -2), dtype=p.dtype)
+            return rebox(leaf, zeros, axes)
 
         return ScaleByAdamMiniState(
             jnp.zeros([], jnp.int32),
             jax.tree.map(jnp.zeros_like, params),
-            jax.tree.map(col, params, is_leaf=is_box),
+            hidden(params, jax.tree.map(col, params, is_leaf=is_box)),
         )
 
     def update(updates, state, params=None):

@@ -8,8 +8,10 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import is_box, rebox, refill, unbox
-from lowrank_optax.linalg.products import unit_norm, wide
+from lowrank_optax._meshes import vary_like
+from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.stand_in import hidden
+from lowrank_optax.linalg.products import unit_norm, wide, wider
 from lowrank_optax.linalg.woodbury import solve_member
 
 
@@ -92,18 +94,18 @@ def scale_by_natural_gradient(
         def columns(leaf):
             p = unbox(leaf)
             shape = (*p.shape[:-2], history, *p.shape[-2:])
-            zeros = jnp.zeros(shape, history_dtype or p.dtype)
+            zeros = vary_like(jnp.zeros(shape, history_dtype or p.dtype), p)
             return rebox(leaf, zeros, _axes(p.ndim, p.ndim))
 
         def lengths(leaf):
             p = unbox(leaf)
-            zeros = jnp.zeros((*p.shape[:-2], history), _wide(p.dtype))
+            zeros = vary_like(jnp.zeros((*p.shape[:-2], history), _wide(p.dtype)), p)
             return rebox(leaf, zeros, _axes(p.ndim, max(p.ndim - 2, 0)))
 
         return ScaleByNaturalGradientState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(columns, params, is_leaf=is_box),
-            jax.tree.map(lengths, params, is_leaf=is_box),
+            hidden(params, jax.tree.map(columns, params, is_leaf=is_box)),
+            hidden(params, jax.tree.map(lengths, params, is_leaf=is_box)),
         )
 
     def update(updates, state, params=None):
@@ -152,7 +154,7 @@ def _one(
 
 
 def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(jnp.float32, dtype)
+    return wider(jnp.float32, dtype)
 
 
 def _axes(ndim: int, kept: int) -> tuple[tuple[int, ...], ...]:

@@ -1,6 +1,5 @@
 """Moments of any inner optimizer, stored in eight bits and fewer."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -10,17 +9,10 @@ import optax
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves import moments as _moments
-from lowrank_optax.leaves.matrix import (
-    is_box,
-    rebox,
-    refill,
-    restore,
-    unbox,
-    unbox_tree,
-)
+from lowrank_optax.leaves.boxes import is_box, rebox, refill, restore, unbox, unbox_tree
+from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.quantization import (
     Codec,
-    QuantizedArray,
     blockwise_int8,
     dequantize,
     is_quantized,
@@ -113,13 +105,16 @@ def quantize_state(
     _checks.positive_int("min_size", min_size, least=0)
     _checks.choice("leafwise", leafwise, (False, True))
 
-    def start(state: Any) -> Any:
+    def start(params: Any, state: Any) -> Any:
         moments = _moments.find(state)
+
+        def encoded(name: str, tree: Any) -> Any:
+            if codecs[name] is None:
+                return tree
+            return hidden(params, _encoded(tree, codecs[name], min_size))
+
         groups = tuple(
-            {
-                name: _encoded(tree, codecs[name], min_size)
-                for name, tree in group.items()
-            }
+            {name: encoded(name, tree) for name, tree in group.items()}
             for group in moments.groups
         )
         return moments.rebuild(groups)
@@ -133,12 +128,9 @@ def quantize_state(
         )
         return moments.rebuild(groups)
 
-    def load(state: Any) -> Any:
-        return jax.tree.map(_decoded, state, is_leaf=is_quantized)
-
     def init(params: Any) -> Any:
         # Else the compiler would encode the zeros itself, at its leisure.
-        return start(jax.lax.optimization_barrier(inner.init(params)))
+        return start(params, jax.lax.optimization_barrier(inner.init(params)))
 
     def update(updates, state, params=None, **extra_args):
         treedef = jax.tree.structure(updates, is_leaf=is_box)
@@ -147,7 +139,8 @@ def quantize_state(
             state = restore(state, lambda: init(updates))
 
         def step(updates, state, params):
-            out, new = inner.update(updates, load(state), params, **extra_args)
+            loaded = _decoded(state, updates)
+            out, new = inner.update(updates, loaded, params, **extra_args)
             return out, store(new, state)
 
         if leafwise and treedef.num_leaves > 1:
@@ -195,12 +188,12 @@ def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) 
     return treedef.unflatten(done), found.rebuild(trees)
 
 
-def _encoded(tree: Any, codec: Codec | None, min_size: int) -> Any:
+def _encoded(tree: Any, codec: Codec, min_size: int) -> Any:
     """Encodes the large matrices of a tree; a box is put around codes and scales."""
 
     def encode(leaf: Any) -> Any:
         x = unbox(leaf)
-        if codec is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
             return leaf
         if math.prod(x.shape[-2:]) < min_size:
             return refill(leaf, x.astype(jnp.float32))
@@ -222,9 +215,8 @@ def _encoded_like(tree: Any, before: Any) -> Any:
 
 def _quantized(leaf: Any, codec: Codec) -> Any:
     found = quantize(unbox(leaf), codec)
-    fields = {name: _boxed(leaf, getattr(found, name)) for name in ("codes", "scales")}
-    zeros = _boxed(leaf, found.zeros) if codec.has_zeros else ()
-    return dataclasses.replace(found, **fields, zeros=zeros)
+    fields = {name: _boxed(leaf, getattr(found, name)) for name in found._fields}
+    return found._replace(**fields)
 
 
 def _boxed(leaf: Any, array: Any) -> Any:
@@ -234,8 +226,21 @@ def _boxed(leaf: Any, array: Any) -> Any:
     return rebox(leaf, array, axes)
 
 
-def _decoded(node: Any) -> Any:
-    if not isinstance(node, QuantizedArray):
-        return node
-    array = dequantize(unbox_tree(node))
-    return refill(node.codes, array)
+def _decoded(state: Any, updates: Any) -> Any:
+    """Decodes the moments, each into a box like its update's."""
+    boxes, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+    if not any(map(is_box, boxes)):
+        return jax.tree.map(dequantize, state, is_leaf=is_quantized)
+
+    def decoded(box: Any, leaf: Any) -> Any:
+        return refill(box, dequantize(unbox_tree(leaf))) if is_quantized(leaf) else leaf
+
+    moments = _moments.find(state)
+    groups = tuple(
+        {
+            name: treedef.unflatten(map(decoded, boxes, treedef.flatten_up_to(tree)))
+            for name, tree in group.items()
+        }
+        for group in moments.groups
+    )
+    return moments.rebuild(groups)
