@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx, struct
+from flax import nnx
 from flax.core import FrozenDict
 
 import lowrank_optax as lro
@@ -16,13 +16,6 @@ from tests.test_layerwise import batches, block, embed, head, make_params
 
 
 class Tuple(NamedTuple):
-    embed: Any
-    layers: Any
-    head: Any
-
-
-@struct.dataclass
-class Struct:
     embed: Any
     layers: Any
     head: Any
@@ -45,7 +38,6 @@ CONTAINERS = {
     "frozen": FrozenDict,
     "state": lambda tree: nnx.State(jax.tree.map(nnx.Param, tree)),
     "tuple": lambda tree: Tuple(**tree),
-    "struct": lambda tree: Struct(**tree),
     "module": lambda tree: Module(**tree),
 }
 
