@@ -222,10 +222,8 @@ def step(
     gain = _gain(bracket, state.count)
     done = _has_stepped(state.inner_state, inner_state)
     seen = _seen(plan, bracket, inner_state, view)
-    gains = [
-        gain if isinstance(leaf, LowLeaf) else _full_gain(bracket, state.count, gain)
-        for leaf in leaves
-    ]
+    full_gain = _full_gain(bracket, state.count, gain)
+    gains = [gain if isinstance(leaf, LowLeaf) else full_gain for leaf in leaves]
     closed = [
         leaf.close(clock, o, d, k, m, g, done)
         for leaf, o, d, k, m, g in zip(

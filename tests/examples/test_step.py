@@ -13,7 +13,10 @@ from examples.llama import optimizers
 from examples.llama.batches import as_batch
 from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model, init_params
+from examples.llama.presets import PRESETS, RATES
 from examples.llama.step import make_steps, mean_gradient, split_rows
+
+RECIPE = PRESETS["tiny"].recipe
 
 # Those with Adam, or codes of it, on the leaves that they do not project.
 LOW_RANK = [
@@ -39,6 +42,19 @@ def batch():
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 264, n).tolist() for n in (17, 3, 17, 2, 9, 17, 4, 6)]
     return as_batch(rows, 8, 16)
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_every_optimizer_has_a_learning_rate_of_its_own(name):
+    config, _ = resolve(TrainConfig(preset="tiny", optimizer=name))
+    assert config.lr == pytest.approx(RATES.get(name, 1.0) * RECIPE.lr)
+    told, _ = resolve(TrainConfig(preset="tiny", optimizer=name, lr=0.02))
+    assert told.lr == 0.02
+
+
+def test_learning_rates_are_of_known_optimizers_and_of_adamw_above_all():
+    assert RATES.keys() <= optimizers.OPTIMIZERS.keys()
+    assert RATES["adamw"] == RATES["adamw_8bit"] < 1.0
 
 
 def test_micro_batches_equal_one_big_batch(definition, params, batch):
