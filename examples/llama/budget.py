@@ -17,7 +17,7 @@ from flax import nnx
 from examples.llama.config import Resolved, UsageError
 from examples.llama.model import ModelConfig, Wrap, abstract_model
 from examples.llama.placement import AXES, ROWS
-from examples.llama.processes import write_whole
+from examples.llama.run_folder import not_vital, write_whole
 from lowrank_optax import activations
 
 # What a device calls itself -> its profile; the first that fits.
@@ -240,10 +240,11 @@ def saved_plan(meta: dict[str, Any], config: Resolved) -> Any:
 
 
 def write_plan(plan: activations.ActivationPlan, folder: pathlib.Path) -> None:
-    """The plan as a table, as JSON and as a picture."""
-    write_whole(folder / "activation_plan.txt", plan.table() + "\n")
-    write_whole(folder / "activation_plan.json", plan.to_json() + "\n")
-    draw(plan, folder / "activation_plan.png")
+    """The plan as a table, as JSON and as a picture; none of them stops a run."""
+    with not_vital("activation_plan was not written"):
+        write_whole(folder / "activation_plan.txt", plan.table() + "\n")
+        write_whole(folder / "activation_plan.json", plan.to_json() + "\n")
+        draw(plan, folder / "activation_plan.png")
 
 
 def draw(plan: activations.ActivationPlan, path: pathlib.Path) -> None:

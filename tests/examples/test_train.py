@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from examples.llama import train
-from examples.llama.checkpoint import Store, choose_run_dir
+from examples.llama.checkpoint import Store
 from examples.llama.config import TrainConfig
+from examples.llama.run_folder import choose_run_dir
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("programs")
