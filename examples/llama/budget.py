@@ -230,13 +230,26 @@ def wrap_with(plan: activations.ActivationPlan) -> Wrap:
 
 
 def saved_plan(meta: dict[str, Any], config: Resolved) -> Any:
-    """The saved run's knowledge of its plan, if this run asks for the same."""
+    """The saved run's knowledge of its plan, if this run asks for the same.
+
+    Raises:
+        UsageError: it is none that this program noted.
+    """
     names = ("activation_budget", "activation_error", "replan_every")
     same = all(
         meta["settings"].get(n) == getattr(config, n)
         for n in (*names, "batch_size", "micro_batches", "seq_len")
     )
-    return meta.get("activation_plan") if same else None
+    record = meta.get("activation_plan") if same else None
+    try:
+        for name in ("plan", "next") if record else ():
+            if record[name] is not None:
+                activations.ActivationPlan.from_json(record[name])
+        if record and not all(type(record[name]) is int for name in ("steps", "due")):
+            raise TypeError("its steps are no numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the plan in the checkpoint's record: {error}") from error
+    return record
 
 
 def write_plan(plan: activations.ActivationPlan, folder: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -317,12 +317,15 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the running save is complete, with its record. All processes ask."""
+        self._settle(any_of)
+
+    def _settle(self, agreed: Callable[[Callable[[], bool]], Callable[[], bool]]):
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
         error = future.exception()
         # What one process could not save is saved for none.
-        if any_of(lambda: error is not None)():
+        if agreed(lambda: error is not None)():
             self._failed(step, error or RuntimeError("another process failed"))
         else:
             self.last_saved = step
@@ -348,7 +351,8 @@ class Checkpoints:
         return state
 
     def close(self) -> None:
-        self.wait()
+        """Ends this process' part, also when the others will never ask again."""
+        self._settle(lambda failed: failed)
         self._worker.shutdown()
         self._orbax.close()
 

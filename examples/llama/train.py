@@ -101,7 +101,8 @@ class Trainer:
         self._make_optimizer()
         # One process chooses: the others would find the folder taken by then.
         self.run_dir = pathlib.Path(found_by_first(lambda: str(self._folder())))
-        self._read_text()
+        with usable("the text"):
+            self._read_text()
         self._make_steps()
         # Held until `close`, or until the run is refused.
         with contextlib.ExitStack() as held, usable(f"run folder {self.run_dir}"):
@@ -284,7 +285,9 @@ class Trainer:
             batches.close()
         # Finished or told to stop: the last step is saved in both cases.
         self.save()
-        return None if should_stop() else self.evaluate(should_stop)
+        result = None if should_stop() else self.evaluate(should_stop)
+        self.checkpoints.wait()
+        return result
 
     def _step(self, item: tuple[Batch, Position], bar: Any) -> None:
         batch, position = item
