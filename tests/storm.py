@@ -103,6 +103,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, default="runs/storm")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of series")
     options = parser.parse_args()
     work = options.folder.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -111,10 +112,11 @@ def main() -> int:
         [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
     )
     results = [result for result in results if result["seed"] == options.seed]
-    for number in range(math.ceil(options.kills / PER_SERIES)):
+    for number in options.only or range(math.ceil(options.kills / PER_SERIES)):
         if number in {result["series"] for result in results}:
             continue
-        kills = min(PER_SERIES, options.kills - number * PER_SERIES)
+        rest = options.kills - number * PER_SERIES
+        kills = min(PER_SERIES, options.kills if options.only else rest)
         results.append(series(work, number, kills, options.seed))
         with log.open("a") as file:
             file.write(json.dumps(results[-1]) + "\n")

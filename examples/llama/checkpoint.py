@@ -288,7 +288,11 @@ class Checkpoints:
     def __init__(self, store: Store, keep: int):
         self.store, self.keep = store, keep
         self.last_saved: int | None = None
-        store.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (
+            store.folder,
+            store.records,
+        ):  # refused now, not at the first save
+            folder.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.StandardCheckpointer()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint-record")
         self._pending: tuple[int, concurrent.futures.Future] | None = None

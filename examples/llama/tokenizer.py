@@ -110,9 +110,9 @@ def load_tokenizer(
     cached = pathlib.Path(cache_dir) / f"bpe-{vocab_size}-{corpus.fingerprint()}.json"
     path = own if own is not None and own.exists() else cached
     if not path.exists():
-        check_writable("--cache-dir", cached.parent)
+        check_writable("--cache-dir", pathlib.Path(cache_dir))
         print(f"training a BPE of {vocab_size} tokens on {corpus.name} ...", flush=True)
-        with usable("--cache-dir"):
+        with usable(f"--cache-dir {cache_dir}"):
             write_whole(path, train_bpe(corpus.texts(), vocab_size).serialized)
     try:
         tokenizer = BPETokenizer(read_text(path, _LARGEST))

@@ -292,7 +292,7 @@ class Trainer:
     def _step(self, item: tuple[Batch, Position], bar: Any) -> None:
         batch, position = item
         if not self.compiled:
-            bar.set_postfix_str("compiling")
+            bar.write(f"step {self.step + 1}: compiling")
         started = time.perf_counter()
         micro = self.placement.batch(split_rows(batch, self.config.micro_batches))
         # Of seed and step alone, so that a run that goes on rounds as it would have.
@@ -409,6 +409,8 @@ def use_compilation_cache(folder: str) -> None:
     """Compiled programs are kept in the folder, if one is named."""
     if folder:
         check_writable("--compilation-cache", pathlib.Path(folder))
+        with usable(f"--compilation-cache {folder}"):
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
