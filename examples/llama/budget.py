@@ -241,11 +241,12 @@ def saved_plan(meta: dict[str, Any], config: Resolved) -> Any:
         for n in (*names, "batch_size", "micro_batches", "seq_len")
     )
     record = meta.get("activation_plan") if same else None
+    if record is None:
+        return None
     try:
-        for name in ("plan", "next") if record else ():
-            if record[name] is not None:
-                activations.ActivationPlan.from_json(record[name])
-        if record and not all(type(record[name]) is int for name in ("steps", "due")):
+        for plan in filter(None, (record["plan"], record["next"])):
+            activations.ActivationPlan.from_json(plan)
+        if not all(type(record[name]) is int for name in ("steps", "due")):
             raise TypeError("its steps are no numbers")
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the plan in the checkpoint's record: {error}") from error

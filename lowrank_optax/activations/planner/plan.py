@@ -204,7 +204,7 @@ def _typed(kind: Any, data: Any) -> Any:
             value = float(value)
         if field.type in (int, float, str, bool) and type(value) is not field.type:
             raise TypeError(f"{field.name}: expected {field.type}, got {value!r}")
-        if field.type is int and not 0 <= value < 2**63:
+        if type(value) is int and not 0 <= value < 2**63:
             raise ValueError(f"{field.name}: no number of bytes or layers")
     return made
 
