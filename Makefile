@@ -11,6 +11,8 @@ PYTHON := $(VENV)/bin/python
 WORKERS ?= 2
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
+KILLS ?= 100
+SEED ?= 0
 # Another jax: every method and every kind of state, fewer variants of them.
 LATEST_TESTS ?= -m "not slow and not whole and not tpu_aot and not variant"
 
@@ -29,7 +31,7 @@ PIP := -m pip --disable-pip-version-check
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help train test lint types format test-slow test-whole test-latest \
-    find-latest docs bench clean FORCE
+    find-latest storm faults docs bench clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -63,6 +65,12 @@ test-latest: $(LATEST)/.dev  ## without variants, on Python >= 3.12 with the new
 
 find-latest:  # prints the interpreter that test-latest would use; fails without one
 	@.ci/find_python 3.12 $(LATEST_CANDIDATES)
+
+storm: $(VENV)/.dev  ## kill the trainer at random times (KILLS=100, SEED=0)
+	$(PYTHON) -m tests.storm --kills $(KILLS) --seed $(SEED)
+
+faults: $(VENV)/.dev  ## full and read-only disks, two writers, signals, corruption
+	$(PYTHON) -m tests.faults
 
 docs: $(VENV)/.dev  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -27,8 +27,8 @@ from examples.llama.budget import planned_train
 from examples.llama.config import Resolved, TrainConfig, resolve
 from examples.llama.corpus import load_corpora
 from examples.llama.model import Params, Wrap, abstract_model, init_params
-from examples.llama.processes import write_whole
 from examples.llama.report import eval_batches, evaluate
+from examples.llama.run_folder import write_whole
 from examples.llama.step import make_steps, split_rows
 from examples.llama.tokenizer import load_tokenizer
 

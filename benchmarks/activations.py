@@ -44,7 +44,7 @@ from examples.llama import model
 from examples.llama.batches import Position, Rows, training_batches
 from examples.llama.model import abstract_model, init_params
 from examples.llama.optimizers import build_optimizer
-from examples.llama.processes import write_whole
+from examples.llama.run_folder import write_whole
 from examples.llama.step import mean_gradient, split_rows
 from lowrank_optax import activations
 

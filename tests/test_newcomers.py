@@ -1,5 +1,8 @@
 """What people who come from elsewhere write: each is told what to write instead."""
 
+import importlib
+import sys
+
 import jax.numpy as jnp
 import jaxtyping
 import optax
@@ -141,3 +144,12 @@ def test_a_projector_whose_basis_has_another_shape(projector):
     tx = lro.galore(1e-3, projector=projector(rank=4))
     with pytest.raises(ValueError, match=rf"{projector.__name__}.*float32\[48, 4\]"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("package", ["chex", "hypothesis"])
+def test_the_extra_of_a_missing_package_is_named(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "lowrank_optax.testing", raising=False)
+    message = rf"testing needs {package}, .* pip install 'lowrank-optax\[testing\]'"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("lowrank_optax.testing")

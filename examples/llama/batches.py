@@ -45,10 +45,20 @@ class Position:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Position":
+        """What `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError or ValueError: it is something else.
+        """
         fields = dict(data["cursor"])
         fields["carry"] = tuple(fields["carry"])
         fields["counts"] = tuple((k, v) for k, v in fields["counts"])
-        return cls(Cursor(**fields), data["rows"])
+        cursor, rows = Cursor(**fields), data["rows"]
+        numbers = [cursor.epoch, cursor.shard, cursor.line, rows, *cursor.carry]
+        numbers += [number for _, number in cursor.counts]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a position is made of numbers from 0 on")
+        return cls(cursor, rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flax import nnx
 from examples.llama.config import Resolved, UsageError
 from examples.llama.model import ModelConfig, Wrap, abstract_model
 from examples.llama.placement import AXES, ROWS
-from examples.llama.processes import write_whole
+from examples.llama.run_folder import not_vital, write_whole
 from lowrank_optax import activations
 
 # What a device calls itself -> its profile; the first that fits.
@@ -230,20 +230,35 @@ def wrap_with(plan: activations.ActivationPlan) -> Wrap:
 
 
 def saved_plan(meta: dict[str, Any], config: Resolved) -> Any:
-    """The saved run's knowledge of its plan, if this run asks for the same."""
+    """The saved run's knowledge of its plan, if this run asks for the same.
+
+    Raises:
+        UsageError: it is none that this program noted.
+    """
     names = ("activation_budget", "activation_error", "replan_every")
     same = all(
         meta["settings"].get(n) == getattr(config, n)
         for n in (*names, "batch_size", "micro_batches", "seq_len")
     )
-    return meta.get("activation_plan") if same else None
+    record = meta.get("activation_plan") if same else None
+    if record is None:
+        return None
+    try:
+        for plan in filter(None, (record["plan"], record["next"])):
+            activations.ActivationPlan.from_json(plan)
+        if not all(type(record[name]) is int for name in ("steps", "due")):
+            raise TypeError("its steps are no numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the plan in the checkpoint's record: {error}") from error
+    return record
 
 
 def write_plan(plan: activations.ActivationPlan, folder: pathlib.Path) -> None:
-    """The plan as a table, as JSON and as a picture."""
-    write_whole(folder / "activation_plan.txt", plan.table() + "\n")
-    write_whole(folder / "activation_plan.json", plan.to_json() + "\n")
-    draw(plan, folder / "activation_plan.png")
+    """The plan as a table, as JSON and as a picture; none of them stops a run."""
+    with not_vital("activation_plan was not written"):
+        write_whole(folder / "activation_plan.txt", plan.table() + "\n")
+        write_whole(folder / "activation_plan.json", plan.to_json() + "\n")
+        draw(plan, folder / "activation_plan.png")
 
 
 def draw(plan: activations.ActivationPlan, path: pathlib.Path) -> None:

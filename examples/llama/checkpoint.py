@@ -3,48 +3,81 @@
 Orbax commits a checkpoint whole or not at all, but restores flipped bits without a
 word. A record is written when a checkpoint is complete, and holds the hash of every
 file, the configuration and the position in the data. What does not agree with its
-record is never restored.
+record is never restored, and nothing older goes before the record is there.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
-import os
+import logging
 import pathlib
+import re
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental.layout import Format
 
-from examples.llama.config import TrainConfig, UsageError
+from examples.llama.config import UsageError
+from examples.llama.processes import any_of, found_by_first, is_first
+from examples.llama.run_folder import (
+    brief,
+    not_vital,
+    parse_object,
+    read_text,
+    say,
+    write_whole,
+)
 
-_UNRECORDED = "it has no record"
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax renames at the end
+_LARGEST_RECORD = 2**22  # bytes
+_PIECE = 2**22  # bytes that one thread hashes at a time
 
 
-def say(line: str) -> None:
-    """One line of warning."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _digest(path: pathlib.Path) -> str:
+def _hash_piece(path: pathlib.Path, start: int) -> bytes:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(start)
+        return hashlib.sha256(file.read(_PIECE)).digest()
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
+    """The sha256 of the sha256s of a file's pieces, by the name in the folder.
+
+    In pieces, since one hash over a file of gigabytes would keep one core busy, and a
+    checkpoint is few large files.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pieces = {
+            path.relative_to(folder).as_posix(): [
+                pool.submit(_hash_piece, path, start)
+                for start in range(0, max(path.stat().st_size, 1), _PIECE)
+            ]
+            for path in files
+        }
+        return {
+            name: hashlib.sha256(b"".join(p.result() for p in parts)).hexdigest()
+            for name, parts in pieces.items()
+        }
 
 
-def _seal(record: dict[str, Any]) -> str:
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the sha256 of its own."""
     text = json.dumps(record, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return record | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 class Store:
-    """The checkpoints of a run: `checkpoints/STEP/` and `records/STEP.json`."""
+    """The checkpoints of a run: `checkpoints/STEP/` and `records/STEP.json`.
+
+    `records/STEP.saving` holds what the record will say beside the hashes, from before
+    a save until its record: a kill in between leaves nothing that cannot be completed.
+    """
 
     def __init__(self, run_dir: pathlib.Path):
         self.folder = (run_dir / "checkpoints").absolute()
@@ -58,48 +91,73 @@ class Store:
         # Orbax writes under another name and renames at the end: a folder whose name is
         # a number is complete.
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        return sorted((int(n) for n in names if _STEP.fullmatch(n)), reverse=True)
 
     def record_path(self, step: int) -> pathlib.Path:
         return self.records / f"{step}.json"
 
+    def _saving_path(self, step: int) -> pathlib.Path:
+        return self.records / f"{step}.saving"
+
+    def begin(self, step: int, meta: dict[str, Any]) -> None:
+        """Notes, before a save, what its record will say."""
+        self._write(self._saving_path(step), {"step": step, "meta": meta})
+
     def write_record(self, step: int, meta: dict[str, Any]) -> None:
-        record = {"step": step, "meta": meta}
-        record["files"] = _digests(self.folder / str(step))
-        record["sha256"] = _seal(record)
-        self.records.mkdir(parents=True, exist_ok=True)
-        # A rename is atomic, and comes after the bytes are on the disk: a record is
-        # there as a whole or not at all.
-        partial = self.record_path(step).with_suffix(".partial")
-        with partial.open("w") as file:
-            json.dump(record, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.record_path(step))
-        # Orbax has removed its oldest checkpoints by now, and their records follow.
-        kept = {str(s) for s in self.steps()}
-        for old in self.records.glob("*.json"):
-            if old.stem not in kept:
-                old.unlink()
+        """Makes a complete checkpoint one that may be restored."""
+        files = _digests(self.folder / str(step))
+        self._write(
+            self.record_path(step), {"step": step, "meta": meta, "files": files}
+        )
+        self._saving_path(step).unlink(missing_ok=True)
+
+    def _write(self, path: pathlib.Path, record: dict[str, Any]) -> None:
+        write_whole(path, json.dumps(_sealed(record), indent=1, sort_keys=True))
+
+    def _read(self, path: pathlib.Path) -> dict[str, Any]:
+        """The record that its file's name promises.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is another, or none that this program wrote.
+        """
+        try:
+            record = parse_object(read_text(path, _LARGEST_RECORD))
+            seal = record.pop("sha256")
+            meta, files = record["meta"], record.get("files", {})
+            good = (
+                _sealed(record)["sha256"] == seal
+                and isinstance(meta, dict)
+                and isinstance(meta["identity"], dict)
+                and isinstance(files, dict)
+            )
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            good, record = False, {}
+        if not good:
+            raise ValueError("its record is damaged")
+        if str(record["step"]) != path.stem:
+            raise ValueError(f"its record is of step {record['step']}")
+        return record
 
     def problem(self, step: int) -> str | None:
         """What is wrong with a checkpoint, in a few words; None when it is good."""
         try:
-            record = json.loads(self.record_path(step).read_text())
-            if record.pop("sha256") != _seal(record):
-                return "its record is damaged"
+            recorded = self._read(self.record_path(step)).get("files", {})
+            found = _digests(self.folder / str(step))
         except FileNotFoundError:
-            return _UNRECORDED
-        # A damaged record may be no JSON, or JSON of any other shape.
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return "its record is damaged"
-        found = _digests(self.folder / str(step))
-        for name in sorted(record["files"].keys() | found.keys()):
+            return "it has no record"
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            return f"it cannot be read: {brief(error)}"
+        for name in sorted(recorded.keys() | found.keys()):
             if name not in found:
                 return f"{name} is missing"
-            if name not in record["files"]:
+            if name not in recorded:
                 return f"{name} was added"
-            if found[name] != record["files"][name]:
+            if found[name] != recorded[name]:
                 return f"{name} differs from its sha256"
         return None
 
@@ -114,10 +172,23 @@ class Store:
         return None, problems
 
     def meta(self, step: int) -> dict[str, Any]:
-        return json.loads(self.record_path(step).read_text())["meta"]
+        return self._read(self.record_path(step))["meta"]
+
+    def settle(self) -> None:
+        """Completes or clears what a killed run was about to save."""
+        for path in self.folder.glob(_UNFINISHED):
+            say(f"the save of step {path.name.split('.')[0]} was cut off: removed")
+            shutil.rmtree(path)
+        for path in sorted(self.records.glob("*.saving")):
+            step = int(path.stem) if _STEP.fullmatch(path.stem) else -1
+            if step in self.steps() and not self.record_path(step).exists():
+                with contextlib.suppress(ValueError):  # then it has no record
+                    self.write_record(step, self._read(path)["meta"])
+                    say(f"checkpoint {step} was complete but for its record: recorded")
+            path.unlink(missing_ok=True)
 
     def set_aside(self, step: int) -> pathlib.Path:
-        """Moves a damaged checkpoint out of the way; nothing is deleted."""
+        """Moves a damaged checkpoint and its record out of the way."""
         target = self.damaged / str(step)
         number = 1
         while target.exists():
@@ -125,25 +196,37 @@ class Store:
             target = self.damaged / f"{step}-{number}"
         self.damaged.mkdir(parents=True, exist_ok=True)
         (self.folder / str(step)).rename(target)
+        with contextlib.suppress(FileNotFoundError):
+            self.record_path(step).rename(target.with_suffix(".json"))
         return target
 
+    def discard(self, step: int) -> None:
+        """Removes what a save that failed has left."""
+        for path in (
+            *self.folder.glob(f"{step}{_UNFINISHED}"),
+            self.folder / f"{step}",
+        ):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self._saving_path(step), self.record_path(step)):
+            path.unlink(missing_ok=True)
 
-def choose_run_dir(config: TrainConfig) -> pathlib.Path:
-    """The named folder; else the first free default one, or with --resume the last."""
-    if config.run_dir:
-        run_dir = pathlib.Path(config.run_dir)
-        if Store(run_dir).steps() and not config.resume:
-            raise UsageError(
-                f"{run_dir} already holds a run: go on with --resume, or give another "
-                "--run-dir"
-            )
-        return run_dir
-    last = path = pathlib.Path("runs") / f"{config.preset}-{config.optimizer}"
-    number = 1
-    while path.exists():
-        last, number = path, number + 1
-        path = path.with_name(f"{config.preset}-{config.optimizer}-{number}")
-    return last if config.resume else path
+    def prune(self, keep: int) -> None:
+        """Leaves the newest checkpoints, and damaged ones while there are too few."""
+        good = [step for step in self.steps() if self.record_path(step).exists()]
+        for step in good[keep:]:
+            # In this order: without its record it is no checkpoint any more.
+            self.record_path(step).unlink()
+            shutil.rmtree(self.folder / str(step))
+        others = [self.folder / str(s) for s in self.steps() if s not in good]
+        if self.damaged.is_dir():
+            others += [path for path in self.damaged.iterdir() if path.is_dir()]
+        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        if gone := others[max(keep - len(good), 0) :]:
+            for path in gone:
+                shutil.rmtree(path)
+                path.with_suffix(".json").unlink(missing_ok=True)
+            names = ", ".join(path.name for path in gone)
+            say(f"removed what was damaged, for --keep {keep} newer ones: {names}")
 
 
 def find_start(store: Store, identity: dict[str, Any]) -> int | None:
@@ -152,17 +235,18 @@ def find_start(store: Store, identity: dict[str, Any]) -> int | None:
     Raises:
         UsageError: every checkpoint is damaged, or belongs to another configuration.
     """
+    store.settle()
     step, problems = store.newest_good()
-    if step is None and list(problems.values()) == [_UNRECORDED]:
-        (only,) = problems  # the run was killed while it saved for the first time
-        say(f"checkpoint {only} is incomplete: moved to {store.set_aside(only)}")
-        return None
     if step is None:
-        if problems:
-            lines = "; ".join(f"{s}: {why}" for s, why in problems.items())
+        # Nothing good is not nothing: whatever was once saved forbids to start over.
+        why = [f"{s}: {problem}" for s, problem in problems.items()]
+        for folder in (store.records, store.damaged):
+            if folder.is_dir():
+                why += [f"found {folder.name}/{p.name}" for p in folder.iterdir()]
+        if why:
             raise UsageError(
-                f"no good checkpoint in {store.folder} ({lines}); start anew in "
-                "another --run-dir"
+                f"no good checkpoint in {store.folder} ({'; '.join(why[:5])}); start "
+                "anew in another --run-dir"
             )
         return None
     saved = store.meta(step)["identity"]
@@ -184,19 +268,32 @@ def find_start(store: Store, identity: dict[str, Any]) -> int | None:
     return step
 
 
+def verify(store: Store) -> bool:
+    """Says of every checkpoint whether it is good; whether all are.
+
+    Raises:
+        UsageError: there is none.
+    """
+    problems = {step: store.problem(step) for step in store.steps()}
+    if not problems:
+        raise UsageError(f"--verify: no checkpoint in {store.folder}")
+    for step, problem in problems.items():
+        print(f"checkpoint {step}: {problem or 'good'}", flush=True)
+    return not any(problems.values())
+
+
 class Checkpoints:
     """Saves in the background, keeps the newest few, restores what was verified."""
 
     def __init__(self, store: Store, keep: int):
-        self.store = store
+        self.store, self.keep = store, keep
         self.last_saved: int | None = None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=True,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-        )
-        self._manager = ocp.CheckpointManager(store.folder, options=options)
+        for folder in (
+            store.folder,
+            store.records,
+        ):  # refused now, not at the first save
+            folder.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.StandardCheckpointer()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint-record")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
 
@@ -204,40 +301,51 @@ class Checkpoints:
         """Starts a save; a failure is a warning, the checkpoints before it stay."""
         self.wait()
         try:
+            # Orbax brings all processes together, so all must know of a failure here.
+            found_by_first(lambda: self.store.begin(step, meta))
             # Orbax copies to the host before it returns, so that the next step may take
-            # the memory. `force`, or it would drop steps that its rules do not ask for.
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            # the memory.
+            self._orbax.save(self.store.folder / str(step), state)
         except Exception as error:
             return self._failed(step, error)
         self._pending = (step, self._worker.submit(self._complete, step, meta))
 
     def _complete(self, step: int, meta: dict[str, Any]) -> None:
         # In a thread of its own, so that training goes on. The record comes last: a
-        # checkpoint without one was cut off.
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
+        # checkpoint without one was cut off. And nothing goes before it is there.
+        self._orbax.wait_until_finished()
+        if is_first():
             self.store.write_record(step, meta)
+            with not_vital("old checkpoints were not removed"):
+                self.store.prune(self.keep)
 
     def wait(self) -> None:
-        """Until the running save is complete, with its record."""
+        """Until the running save is complete, with its record. All processes ask."""
+        self._settle(any_of)
+
+    def _settle(self, agreed: Callable[[Callable[[], bool]], Callable[[], bool]]):
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
-        try:
-            future.result()
+        error = future.exception()
+        # What one process could not save is saved for none.
+        if agreed(lambda: error is not None)():
+            self._failed(step, error or RuntimeError("another process failed"))
+        else:
             self.last_saved = step
-        except Exception as error:
-            self._failed(step, error)
 
-    def _failed(self, step: int, error: Exception) -> None:
-        say(f"checkpoint {step} could not be saved ({error}); earlier ones stand")
+    def _failed(self, step: int, error: BaseException) -> None:
+        if is_first():
+            self.store.discard(step)
+        last = self.last_saved
+        stands = "none was before it" if last is None else f"that of step {last} stands"
+        say(f"checkpoint {step} could not be saved ({brief(error)}): {stands}")
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state saved at a step; `abstract` gives shapes, dtypes and devices."""
         try:
-            args = ocp.args.StandardRestore(abstract)
-            state = self._manager.restore(step, args=args)
-        except (ValueError, KeyError) as error:
+            state = self._orbax.restore(self.store.folder / str(step), abstract)
+        except (ValueError, KeyError, FileNotFoundError) as error:
             raise UsageError(
                 f"checkpoint {self.store.folder / str(step)} holds another structure: "
                 f"{error}"
@@ -247,9 +355,32 @@ class Checkpoints:
         return state
 
     def close(self) -> None:
-        self.wait()
+        """Ends this process' part, also when the others will never ask again."""
+        self._settle(lambda failed: failed)
         self._worker.shutdown()
-        self._manager.close()
+        self._orbax.close()
+
+
+@contextlib.contextmanager
+def orbax_log(path: pathlib.Path) -> Iterator[None]:
+    """What Orbax says of a failure, page after page, goes to a file."""
+
+    class Log(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            # A disk that is full for a checkpoint may be for this line as well.
+            with contextlib.suppress(OSError), path.open("a") as file:
+                file.write(self.format(record) + "\n")
+
+    logger, handler = logging.getLogger("absl"), Log(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = logger.handlers, logger.propagate, sys.excepthook
+    logger.handlers, logger.propagate = [handler], False
+    # TensorStore prints what its callbacks raise, without an end of the program.
+    sys.excepthook = lambda *error: logger.error("in a callback", exc_info=error)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate, sys.excepthook = before
 
 
 def on_device(abstract: Any, shardings: Any = None) -> Any:

@@ -154,11 +154,16 @@ class TrainConfig:
     checkpoint_every: int | None = None
     """steps between two checkpoints; 0: only at the end"""
     keep: int = 3
-    """newest checkpoints kept"""
+    """newest checkpoints kept, damaged ones among them while there are not so many"""
     resume: bool = False
     """go on from the newest good checkpoint of the run; a run without one starts"""
     run_dir: str = ""
     """folder of the run; empty: runs/PRESET-OPTIMIZER, numbered when taken"""
+    verify: bool = False
+    """train nothing: compare the checkpoints of --run-dir with their records"""
+    compilation_cache: str = ""
+    """folder of compiled programs, so that a run that goes on need not compile again;
+    empty: none, or that of JAX_COMPILATION_CACHE_DIR"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +208,40 @@ IDENTITY = (
     "preset optimizer packing seq_len batch_size seed param_dtype state_dtype "
     "compute_dtype weights tokenizer rank level update_proj_gap b1 b2"
 ).split()
+
+
+MOST = 2**31 - 1  # what the counters of a run and of an optimizer hold
+_REAL = 3.4e38  # the largest real number of float32
+
+# The numbers that a flag may be: from, up to (both included), and why not others.
+RANGES: dict[str, tuple[float, float, str]] = {
+    "seq_len": (2, 2**20, "a row has an input and a target"),
+    "batch_size": (1, 2**20, "rows of one step"),
+    "micro_batches": (1, 2**20, "parts of a batch"),
+    "steps": (1, MOST, "counters have 32 bits"),
+    "stop_step": (1, MOST, "a step of the run"),
+    "warmup": (0, MOST, "a number of steps"),
+    "lr": (1e-37, _REAL, "a step must go somewhere"),
+    "final_lr": (0, 1, "a fraction of --lr"),
+    "b1": (0, 1 - 1e-7, "a mean over past steps forgets: less than 1"),
+    "b2": (0, 1 - 1e-7, "a mean over past steps forgets: less than 1"),
+    "eps": (0, 1, "it is added to a root, to keep it from zero"),
+    "weight_decay": (0, _REAL, "a negative decay would make weights grow"),
+    "clip": (0, _REAL, "a norm; 0 for no clipping"),
+    "rank": (1, 2**20, "columns of a basis"),
+    "level": (1, 30, "each level halves the width"),
+    "update_proj_gap": (1, MOST, "counters have 32 bits"),
+    "scale": (1e-37, _REAL, "a step must go somewhere, and downhill"),
+    "max_skips": (1, MOST, "a number of steps"),
+    "activation_error": (0, _REAL, "a bound; 0 for any error"),
+    "replan_every": (0, MOST, "a number of steps; 0 for never"),
+    "seed": (0, 2**32 - 1, "keys are made of 32 bits"),
+    "eval_every": (0, MOST, "a number of steps; 0 for only at the end"),
+    "eval_tokens": (1, 2**40, "a number of tokens"),
+    "eval_batch_size": (1, 2**20, "rows of a batch"),
+    "checkpoint_every": (0, MOST, "a number of steps; 0 for only at the end"),
+    "keep": (1, MOST, "a run without a checkpoint cannot go on"),
+}
 
 
 def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
@@ -263,21 +302,13 @@ def _check(config: Resolved, model: ModelConfig) -> None:
             f"--activation-policy {config.activation_policy}, or the budget"
         )
     _check_layerwise(config)
-    positive = (
-        "steps seq_len batch_size micro_batches lr rank level update_proj_gap "
-        "max_skips eval_tokens eval_batch_size keep"
-    ).split()
-    for name in positive:
-        if getattr(config, name) <= 0:
+    for name, (low, high, why) in RANGES.items():
+        value = getattr(config, name)
+        # Written so that NaN, which is in no order, is refused as well.
+        if value is not None and not low <= value <= high:
             raise UsageError(
-                f"--{name.replace('_', '-')} must be positive; "
-                f"got {getattr(config, name)}"
-            )
-    for name in ("activation_error", "replan_every"):
-        if getattr(config, name) < 0:
-            raise UsageError(
-                f"--{name.replace('_', '-')} must not be negative; "
-                f"got {getattr(config, name)}"
+                f"--{name.replace('_', '-')} must be from {low:.9g} to {high:.10g} "
+                f"({why}); got {value}"
             )
     rows, parts = config.batch_size, config.micro_batches
     if rows % parts:

@@ -2,7 +2,8 @@
 
 A shard is a file. Its documents are its JSON lines, or pieces of a plain text, or the
 whole of a source file; `(shard, line)` names a position that can be returned to.
-Documents that cannot be used are skipped and counted.
+Documents that cannot be used are skipped and counted, and no line of a shard is held
+whole in memory if it is longer than a document may be.
 """
 
 import collections
@@ -21,6 +22,7 @@ from examples.llama.config import UsageError
 TRAIN, VALIDATION = "train", "validation"
 _HELD_OUT = 20  # one document in so many is for validation
 _LONGEST = 1_000_000  # characters; what follows in a document is left out
+_LONGEST_LINE = 4 * _LONGEST  # bytes of a JSON line; a character has up to four
 _PIECE = 65_536  # characters of a plain text that make a document
 _HARMLESS = {"empty", "cut short"}
 _LARGEST_BAD_SHARE = 0.01
@@ -68,6 +70,13 @@ class Corpus:
             self, paths=self.paths[host::hosts], names=self.names[host::hosts]
         )
 
+    @property
+    def hashed(self) -> str:
+        """What `fingerprint` covers, in words."""
+        if self.whole_files:
+            return "names and contents"
+        return f"names, sizes and the first {_PIECE // 1024} KiB of each"
+
     def fingerprint(self) -> str:
         """Hash of names, sizes and contents (of large shards: their first 64 KiB)."""
         digest = hashlib.sha256()
@@ -90,7 +99,7 @@ class Corpus:
             return
         read = _json_texts if ".json" in name else _plain_texts
         try:
-            for line, raw in enumerate(read(self.paths[shard], self.whole_files)):
+            for line, raw in read(self.paths[shard], self.whole_files, start, counts):
                 where = name if self.whole_files else f"{name}:{line}"
                 if line < start or not self._holds(where):
                     continue
@@ -118,7 +127,9 @@ class Corpus:
         return (number % _HELD_OUT == 0) == (self.split == VALIDATION)
 
     def _usable(self, raw: str | bytes, counts: Counts) -> str | None:
-        if isinstance(raw, bytes):
+        if isinstance(raw, bytes) and len(raw) > _LONGEST_LINE:
+            text, problem = "", f"line of more than {_LONGEST_LINE:,} bytes"
+        elif isinstance(raw, bytes):
             text, problem = _parse(raw, self.text_key)
         else:
             text, problem = raw, ""
@@ -137,22 +148,49 @@ class Corpus:
         return text[:_LONGEST]
 
 
-def _plain_texts(path: pathlib.Path, whole: bool) -> Iterator[str]:
+def _plain_texts(
+    path: pathlib.Path, whole: bool, start: int, counts: Counts
+) -> Iterator[tuple[int, str]]:
+    del start, counts
     opener = gzip.open if path.suffix == ".gz" else open
     # Bytes that are no UTF-8 become lone surrogates, by which `_encoding_problem` knows
     # them; a byte order mark is dropped.
     with opener(
         path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
+        at = 0
         while piece := file.read(-1 if whole else _PIECE):
             # Up to the end of the line, so that few pieces end inside of one.
-            yield piece if whole else piece + file.readline(_PIECE)
+            yield at, piece if whole else piece + file.readline(_PIECE)
+            at += 1
 
 
-def _json_texts(path: pathlib.Path, whole: bool) -> Iterator[bytes]:
+def _json_texts(
+    path: pathlib.Path, whole: bool, start: int, counts: Counts
+) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank; of a very long one, more than it may have."""
     del whole
+    at, rest = 0, b""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        yield from file
+        # `read1` gives what it has: a damaged gzip is read up to the damage.
+        while block := file.read1(2**20):
+            if (
+                not rest and not block.strip()
+            ):  # nothing but line ends: passed over fast
+                behind = at + block.count(b"\n")
+                counts["empty"] += max(behind - max(at, start), 0)
+                at = behind
+                continue
+            first, *others = block.split(b"\n")
+            rest += first[: _LONGEST_LINE + 1 - len(rest)]
+            for line in others:
+                if rest.strip():
+                    yield at, rest
+                elif at >= start:
+                    counts["empty"] += 1
+                at, rest = at + 1, line
+    if rest.strip():
+        yield at, rest
 
 
 def _parse(line: bytes, key: str) -> tuple[str, str]:
@@ -204,6 +242,9 @@ def matching(pattern: str, text_key: str) -> Corpus:
     )  # fmt: skip
     if not paths:
         raise UsageError(f"no file matches {pattern!r}")
+    for path in paths:
+        if path.exists() and not path.is_file():  # a pipe or device may never end
+            raise UsageError(f"{path} is no file: a shard is read again every epoch")
     strange = [p for p in paths if not p.name.endswith(_SUFFIXES)]
     if strange:
         raise UsageError(

@@ -1,11 +1,10 @@
-"""`start_processes` joins the processes of one run; what they agree on, how they stop,
-and files that they see whole.
+"""`start_processes` joins the processes of one run; what they agree on, and how they
+stop.
 """
 
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.llama.config import UsageError
+from examples.llama.run_folder import brief
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 WAIT = 300  # seconds until the others must be there
@@ -126,9 +126,10 @@ def found_by_first(find: Callable[[], Any]) -> Any:
     if is_first():
         try:
             text = json.dumps({"found": find()}).encode()
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             # An error is sent as well, or the others would wait for an answer.
-            text = json.dumps({"error": str(error)}).encode()
+            line = str(error) if isinstance(error, UsageError) else brief(error)
+            text = json.dumps({"error": line}).encode()
     # All processes must bring arrays of one shape, so the length goes ahead.
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     data = np.frombuffer(text.ljust(length), np.uint8)
@@ -140,13 +141,16 @@ def found_by_first(find: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C set a flag; the same signal a second time interrupts."""
+    """SIGTERM and Ctrl-C set a flag; a second one ends the process at once."""
     asked = threading.Event()
 
     def note(number: int, frame: Any) -> None:
         del frame
+        if asked.is_set():
+            # Past Python's files, one of which may just be in use by the main thread.
+            os.write(2, b"\nended at once by a second signal; nothing more is saved\n")
+            os._exit(128 + number)  # as a shell says it; nothing waits for a save
         asked.set()
-        signal.signal(number, signal.default_int_handler)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # Python lets only the main thread handle signals
@@ -157,12 +161,3 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file that other processes see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The number keeps two processes of a host out of each other's file.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)

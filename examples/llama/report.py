@@ -1,20 +1,23 @@
 """`Metrics`, `evaluate` and `describe`: all that a run says of itself.
 
 It leaves in its folder metrics.jsonl, metrics.csv, loss.png, config.json,
-selection.txt and, with `--compressed`, traffic.txt.
+selection.txt and, with `--compressed`, traffic.txt. None of them ever stops it.
 """
 
 import contextlib
 import csv
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import math
 import os
 import pathlib
+import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -25,9 +28,36 @@ from examples.llama.config import Resolved
 from examples.llama.corpus import Corpus
 from examples.llama.model import Params, count_params
 from examples.llama.placement import whole_axes
-from examples.llama.processes import is_first, write_whole
+from examples.llama.processes import is_first
+from examples.llama.run_folder import (
+    brief,
+    not_vital,
+    parse_object,
+    say,
+    write_whole,
+)
 
 _UNIGRAM_ROWS = 20_000
+_LONGEST_LINE = 65_536  # bytes of a line of metrics
+_PATIENCE = 100  # lines after which a log that could not be written is tried again
+
+
+def environment() -> dict[str, str]:
+    """What this run runs on."""
+    devices = jax.devices()
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "jax": jax.__version__,
+        "lowrank_optax": _version("lowrank-optax"),
+        "python": platform.python_version(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        return "not installed"
 
 
 def describe(
@@ -42,7 +72,7 @@ def describe(
     print(
         f"{config.preset} ({count_params(params):,} parameters) with "
         f"{config.optimizer}; corpus {corpus.name}: {len(corpus.paths)} "
-        f"shards, hash {corpus.fingerprint()}; writing to {run_dir}",
+        f"shards, hash {corpus.fingerprint()} of {corpus.hashed}; writing to {run_dir}",
         flush=True,
     )
     if mesh is not None:
@@ -52,17 +82,22 @@ def describe(
     if config.compressed:
         report = lro.distributed.traffic_report(optimizer, params)
         print(f"gradients: {str(report).splitlines()[-1]}", flush=True)
-        write_whole(run_dir / "traffic.txt", f"{report}\n")
-    settings = json.dumps(dataclasses.asdict(config), indent=1)
-    write_whole(run_dir / "config.json", settings + "\n")
+        _leave(run_dir / "traffic.txt", f"{report}\n")
+    settings = dataclasses.asdict(config) | {"environment": environment()}
+    _leave(run_dir / "config.json", json.dumps(settings, indent=1) + "\n")
     with contextlib.suppress(ValueError):  # an optimizer without a bracket
         selection = lro.selection_report(optimizer, params)
-        write_whole(run_dir / "selection.txt", f"{selection}\n")
+        _leave(run_dir / "selection.txt", f"{selection}\n")
+
+
+def _leave(path: pathlib.Path, text: str) -> None:
+    with not_vital(f"{path.name} was not written"):
+        write_whole(path, text)
 
 
 def say_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Names the settings in which a resumed run differs from what was saved."""
-    free = {"resume", "run_dir", "stop_step", "cache_dir"}
+    free = {"resume", "run_dir", "stop_step", "cache_dir", "compilation_cache"}
     changed = [
         f"{name}: {before.get(name)}, now {value}"
         for name, value in now.items()
@@ -153,50 +188,99 @@ def unigram(rows: Rows, validation: Sequence[Any], vocab_size: int) -> float:
 class Metrics:
     """One JSON object a line. A resumed run drops the lines behind its start.
 
-    With `write` false nothing is written: another process does it.
+    The lines are kept in memory as well: what a full disk refuses is written later,
+    with all that came before it. With `write` false nothing is written: another
+    process does it.
     """
 
     def __init__(self, run_dir: pathlib.Path, start: int, write: bool = True):
         self.path = run_dir / "metrics.jsonl"
-        self.lines = [line for line in _read(self.path) if line["step"] <= start]
         self.write = write
-        # Written anew, without the lines of steps that will be run again.
-        self._file = (self.path if write else pathlib.Path(os.devnull)).open("w")
-        for line in self.lines:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self.lines, damaged = _read(self.path) if write else ([], 0)
+        before = len(self.lines)
+        self.lines = [line for line in self.lines if line["step"] <= start]
+        # How many of them the file holds; None: it must be written anew, as it is when
+        # it has lines of steps that will be run again.
+        same = not damaged and before == len(self.lines)
+        self._held: int | None = before if same else None
+        self._again = 0  # the number of lines at which a failed write is tried again
+        self._write()
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if len(self.lines) >= self._again:
+            self._write()
+
+    def _write(self) -> None:
+        """Adds what the file lacks, or writes it anew through another one."""
+        if not self.write:
+            return
+        try:
+            if self._held is None:
+                write_whole(self.path, _as_text(self.lines))
+            else:
+                with self.path.open("a") as file:
+                    file.write(_as_text(self.lines[self._held :]))
+            self._held, self._again = len(self.lines), 0
+        except OSError as error:
+            if not self._again:
+                say(f"{self.path.name}: {brief(error)}; lines are kept to be written")
+            # The last line may be there in part.
+            self._held, self._again = None, len(self.lines) + _PATIENCE
 
     def close(self) -> list[pathlib.Path]:
         """Writes the CSV and the picture; returns the files."""
-        self._file.close()
         if not self.write:
             return []
+        if self._held != len(self.lines):
+            self._write()
         table = self.path.with_suffix(".csv")
-        names = list(dict.fromkeys(name for line in self.lines for name in line))
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.lines)
+        with not_vital(f"{table.name} was not written"):
+            names = list(dict.fromkeys(name for line in self.lines for name in line))
+            with table.open("w", newline="") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(self.lines)
         picture = self.path.with_name("loss.png")
-        _plot(self.lines, picture)
-        return [self.path, table, picture]
+        with not_vital(f"{picture.name} was not written"):
+            _plot(self.lines, picture)
+        return [path for path in (self.path, table, picture) if path.is_file()]
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # a line cut by a kill; its step will be run again
-            continue
-    return lines
+def _as_text(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _read(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a log, and how many are damaged; what is no log is moved away."""
+    lines, damaged = [], 0
+    if not os.path.lexists(path):
+        return lines, damaged
+    try:
+        if not path.is_file():  # a pipe, say, would never end
+            raise OSError("no file")
+        with path.open("rb") as file:
+            while text := file.readline(_LONGEST_LINE):
+                try:
+                    lines.append(_parse(text))
+                except ValueError:
+                    damaged += 1
+    except OSError as error:
+        aside = path.with_suffix(".damaged")
+        say(f"{path.name} cannot be read ({brief(error)}): moved to {aside.name}")
+        with not_vital(f"{path.name} was not moved"):
+            path.replace(aside)
+        return [], 1
+    if damaged:
+        say(f"{path.name}: {damaged} damaged or cut lines left out")
+    return lines, damaged
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    line = parse_object(text.decode())
+    if type(line.get("step")) is not int or not text.endswith(b"\n"):
+        raise ValueError("a line without a step, or cut by a kill")
+    return line
 
 
 def _plot(lines: list[dict[str, Any]], path: pathlib.Path) -> None:

@@ -10,9 +10,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from examples.llama.config import UsageError
 from examples.llama.corpus import Corpus
-from examples.llama.processes import write_whole
+from examples.llama.run_folder import (
+    brief,
+    check_writable,
+    read_text,
+    usable,
+    write_whole,
+)
 
 _TRAINING_CHARACTERS = 100_000_000
+_LARGEST = 2**26  # bytes of a tokenizer.json
+_PROBE = "A few words, 1 + 1 = 2;\tü, 漢字 and 🙂\n"  # what every text may hold
 
 
 class Tokenizer(Protocol):
@@ -49,11 +57,17 @@ class BPETokenizer:
     def __init__(self, serialized: str):
         self.serialized = serialized
         self._inner = tokenizers.Tokenizer.from_str(serialized)
-        self.size = self._inner.get_vocab_size()
+        # Rows are cut and filled up by the trainer, and the same in every epoch.
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        if getattr(self._inner.model, "dropout", None):
+            self._inner.model.dropout = None
+        # Numbers may have gaps: the largest one decides.
+        self.size = max(self._inner.get_vocab().values(), default=0) + 1
         self.fingerprint = hashlib.sha256(serialized.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        return self._inner.encode(text).ids
+        return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._inner.decode(list(ids))
@@ -96,16 +110,22 @@ def load_tokenizer(
     cached = pathlib.Path(cache_dir) / f"bpe-{vocab_size}-{corpus.fingerprint()}.json"
     path = own if own is not None and own.exists() else cached
     if not path.exists():
+        check_writable("--cache-dir", pathlib.Path(cache_dir))
         print(f"training a BPE of {vocab_size} tokens on {corpus.name} ...", flush=True)
-        write_whole(path, train_bpe(corpus.texts(), vocab_size).serialized)
+        with usable(f"--cache-dir {cache_dir}"):
+            write_whole(path, train_bpe(corpus.texts(), vocab_size).serialized)
     try:
-        tokenizer = BPETokenizer(path.read_text())
-    except Exception as error:  # the library raises a bare Exception
+        tokenizer = BPETokenizer(read_text(path, _LARGEST))
+        tokenizer.encode(_PROBE)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's own is bare, or a panic of Rust
         raise UsageError(
-            f"tokenizer {path} cannot be read ({error}); remove it to train anew"
+            f"tokenizer {path} cannot be read ({brief(error)}); remove it to train anew"
         ) from error
     if tokenizer.size > vocab_size:
         raise UsageError(
-            f"tokenizer {path} has {tokenizer.size} tokens, the model {vocab_size}"
+            f"tokenizer {path} has tokens up to {tokenizer.size - 1}, the model "
+            f"{vocab_size} from 0 on"
         )
     return tokenizer

@@ -1,9 +1,11 @@
 """`Trainer` trains a LLaMA on real text: `python -m examples.llama.train --help`.
 
-Exit codes: 0 the run ended, or was asked to stop and saved; 1 training cannot go on;
-2 the command, the data or the checkpoint needs mending (nothing was overwritten).
+Exit codes: 0 the run ended, or was asked to stop, and its last state is saved; 1 it is
+not, or training cannot go on; 2 the command, the data or the checkpoint needs mending
+(nothing was overwritten). With `--verify`: 0 all checkpoints are good, 1 some are not.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -31,10 +33,10 @@ from examples.llama.budget import planned_train, saved_plan, write_plan
 from examples.llama.checkpoint import (
     Checkpoints,
     Store,
-    choose_run_dir,
     find_start,
     on_device,
-    say,
+    orbax_log,
+    verify,
 )
 from examples.llama.choose_steps import choose_steps, laid_out, layers_outermost
 from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
@@ -48,19 +50,28 @@ from examples.llama.processes import (
     only_first_prints,
     start_processes,
     stop_on_signals,
-    write_whole,
 )
 from examples.llama.report import (
     Evaluation,
     Metrics,
     closing_table,
     describe,
+    environment,
     eval_batches,
     evaluate,
     finite,
     readable_bytes,
     say_changes,
     unigram,
+)
+from examples.llama.run_folder import (
+    brief,
+    check_writable,
+    choose_run_dir,
+    only_writer,
+    say,
+    usable,
+    write_whole,
 )
 from examples.llama.step import split_rows
 from examples.llama.tokenizer import BPETokenizer, load_tokenizer
@@ -75,22 +86,34 @@ class Trainer:
 
     It is made in the order of the methods below: flags and devices, optimizer, text,
     steps, and a state that is fresh or restored. `run` is the loop over steps, with
-    validation and checkpoints between them; `close` writes the reports.
+    validation and checkpoints between them; `close` writes the reports and lets go of
+    the run's folder.
     """
 
     def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None):
         # The flags. All that can refuse them comes before text is read and tokenized.
         config, self.model = resolve(config)
+        use_compilation_cache(config.compilation_cache)
+        print(" | ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
         self.placement = choose_placement(config, devices)
         self.config = config = dataclasses.replace(config, mesh=self.placement.name)
         # From shapes alone: an unknown optimizer is refused before any text is read.
         self._make_optimizer()
         # One process chooses: the others would find the folder taken by then.
-        run_dir = found_by_first(lambda: str(choose_run_dir(config)))
-        self.run_dir = pathlib.Path(run_dir)
-        self._read_text()
+        self.run_dir = pathlib.Path(found_by_first(lambda: str(self._folder())))
+        with usable("the text"):
+            self._read_text()
         self._make_steps()
-        self._start()
+        # Held until `close`, or until the run is refused.
+        with contextlib.ExitStack() as held, usable(f"run folder {self.run_dir}"):
+            self._start(held)
+            self._held = held.pop_all()
+
+    def _folder(self) -> pathlib.Path:
+        """The folder of the run; one that cannot be used is refused."""
+        run_dir = choose_run_dir(self.config)
+        check_writable("--run-dir", run_dir)
+        return run_dir
 
     def _make_optimizer(self) -> None:
         """The optimizer for the shapes of the model's parameters; nothing is made."""
@@ -150,14 +173,15 @@ class Trainer:
         self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
 
-    def _start(self) -> None:
+    def _start(self, held: contextlib.ExitStack) -> None:
         """A fresh state, or the newest good one of the run that goes on."""
         config, store = self.config, Store(self.run_dir)
+        found_by_first(lambda: held.enter_context(only_writer(self.run_dir)))
+        held.enter_context(orbax_log(self.run_dir / "orbax.log"))
         start = None
         if config.resume:
             # One process looks, since a damaged checkpoint is moved on the way.
             start = found_by_first(lambda: find_start(store, self.identity()))
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(store, config.keep)
         self.step, self.position, self.tokens = start or 0, Position(), 0
         meta = None
@@ -177,8 +201,9 @@ class Trainer:
             self.train_text,
             self.placement.mesh,
         )
-        if isinstance(self.tokenizer, BPETokenizer) and is_first():
-            write_whole(self.run_dir / "tokenizer.json", self.tokenizer.serialized)
+        own = self.run_dir / "tokenizer.json"
+        if isinstance(self.tokenizer, BPETokenizer) and is_first() and not own.exists():
+            write_whole(own, self.tokenizer.serialized)
         # Lines behind the start are dropped: their steps will be run again.
         self.metrics = Metrics(self.run_dir, self.step, is_first())
         self.planner = None
@@ -207,8 +232,13 @@ class Trainer:
         state = laid_out(state, places)
         self.params, self.opt_state = state["params"], state["opt_state"]
         meta = self.checkpoints.store.meta(start)
-        self.position = Position.from_json(meta["position"])
-        self.tokens = meta["tokens"]
+        try:
+            self.position = Position.from_json(meta["position"])
+            self.tokens, _ = int(meta["tokens"]), dict(meta["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"the record of checkpoint {start} is not of this program: {error!r}"
+            ) from error
         print(f"going on from step {start} in {self.run_dir}", flush=True)
         return meta
 
@@ -255,10 +285,14 @@ class Trainer:
             batches.close()
         # Finished or told to stop: the last step is saved in both cases.
         self.save()
-        return None if should_stop() else self.evaluate(should_stop)
+        result = None if should_stop() else self.evaluate(should_stop)
+        self.checkpoints.wait()
+        return result
 
     def _step(self, item: tuple[Batch, Position], bar: Any) -> None:
         batch, position = item
+        if not self.compiled:
+            bar.write(f"step {self.step + 1}: compiling")
         started = time.perf_counter()
         micro = self.placement.batch(split_rows(batch, self.config.micro_batches))
         # Of seed and step alone, so that a run that goes on rounds as it would have.
@@ -279,6 +313,7 @@ class Trainer:
         self.tokens += int(values["tokens"])
         if not self.compiled:  # the first step's time is the compiler's
             self.compiled = True
+            bar.unpause()  # and counts for nothing in what is left
         else:
             self.timed_tokens += int(values["tokens"])
             self.timed_seconds += seconds
@@ -352,8 +387,31 @@ class Trainer:
 
     def close(self) -> list[pathlib.Path]:
         """Completes the running save and writes the reports; returns the files."""
-        self.checkpoints.close()
-        return self.metrics.close()
+        with self._held:
+            self.checkpoints.close()
+            return self.metrics.close()
+
+    def check_saved(self) -> None:
+        """Raises unless the present state is on the disk."""
+        saved = self.checkpoints.last_saved
+        if saved != self.step:
+            newest = (
+                "there is no checkpoint"
+                if saved is None
+                else (f"the newest checkpoint is of step {saved}")
+            )
+            raise TrainingStopped(
+                f"the state of step {self.step} could not be saved; {newest}"
+            )
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Compiled programs are kept in the folder, if one is named."""
+    if folder:
+        check_writable("--compilation-cache", pathlib.Path(folder))
+        with usable(f"--compilation-cache {folder}"):
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def due(step: int, every: int) -> bool:
@@ -389,8 +447,9 @@ def summary(
     ]
     if config.galore_compat:
         rows.append(("as GaLore's script counts", f"{result.compat_perplexity:.3f}"))
-    names = ", ".join(path.name for path in files)
-    rows.append(("files", f"{trainer.run_dir}: {names}, checkpoints"))
+    saved = trainer.checkpoints.store.steps()
+    names = [path.name for path in files] + (["checkpoints"] if saved else [])
+    rows.append(("files", f"{trainer.run_dir}: {', '.join(names)}"))
     return closing_table(rows)
 
 
@@ -407,21 +466,24 @@ def train(config: TrainConfig) -> None:
         finally:
             # However the loop ended, a save under way is completed.
             files = trainer.close()
-    if not is_first():
-        return
-    if result is None:
-        print(
-            f"stopped at step {trainer.step}; saved in {trainer.run_dir}, go on with "
-            "--resume",
-            flush=True,
-        )
-    else:
-        print(summary(trainer, result, files, time.perf_counter() - started))
+        if result is not None and is_first():
+            print(summary(trainer, result, files, time.perf_counter() - started))
+        trainer.check_saved()
+        if result is None:
+            print(
+                f"stopped at step {trainer.step}; saved in {trainer.run_dir}, go on "
+                "with --resume",
+                flush=True,
+            )
 
 
 def main(args: Sequence[str] | None = None) -> int:
     config = tyro.cli(TrainConfig, prog="python -m examples.llama.train", args=args)
     try:
+        if config.verify:
+            run_dir = choose_run_dir(dataclasses.replace(config, resume=True))
+            with usable(f"--run-dir {run_dir}"):
+                return 0 if verify(Store(run_dir)) else 1
         train(config)
     except UsageError as error:
         say(f"error: {error}")
@@ -429,6 +491,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except TrainingStopped as error:
         say(f"stopped: {error}")
         return 1
+    except OSError as error:
+        say(f"stopped: {brief(error)}")
+        return 1
+    except KeyboardInterrupt:  # while nothing is there to be saved
+        say("interrupted")
+        return 130
     return 0
 
 

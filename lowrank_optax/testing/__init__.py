@@ -3,6 +3,16 @@
 Not imported by ``lowrank_optax`` itself: it needs chex and hypothesis.
 """
 
+try:
+    import chex as _chex
+    import hypothesis as _hypothesis
+except ImportError as error:
+    raise ImportError(
+        f"lowrank_optax.testing needs {error.name}, which is in the extra: "
+        "pip install 'lowrank-optax[testing]'"
+    ) from error
+del _chex, _hypothesis
+
 from lowrank_optax.testing._assertions import assert_bit_equal as assert_bit_equal
 from lowrank_optax.testing._assertions import assert_in_span as assert_in_span
 from lowrank_optax.testing._assertions import assert_orthonormal as assert_orthonormal

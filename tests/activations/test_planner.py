@@ -8,6 +8,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax import activations
@@ -129,6 +131,34 @@ def test_forbidden_actions_and_own_errors():
     found = plan(budget_fraction=0.6, actions=actions, errors=errors, error_budget=1e-3)
     assert found.probed and chosen(found)["q"] == "save"
     assert set(chosen(found).values()) == {"save", "int8"}
+
+
+@functools.cache
+def record_of_a_plan() -> bytes:
+    return plan(budget_fraction=0.3, groups=2).to_json().encode()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_of_a_record(changes):
+    """It is a plan that can be shown, or the error says what was expected."""
+    changed = bytearray(record_of_a_plan())
+    for at, byte in changes:
+        changed[at % len(changed)] = byte
+    try:
+        found = activations.ActivationPlan.from_json(changed.decode("latin-1"))
+    except ValueError as error:
+        assert "expected the JSON that ActivationPlan.to_json writes" in str(error)
+    else:
+        assert found.table() and activations.ActivationPlan.from_json(found.to_json())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "7", "[" * 100_000, '{"segments": 1}']
+)
+def test_what_is_no_record(text):
+    with pytest.raises(ValueError, match=r"ActivationPlan\.to_json writes"):
+        activations.ActivationPlan.from_json(text)
 
 
 def test_the_record_of_a_plan():

@@ -68,7 +68,7 @@ def test_budgets_that_cannot_be():
         with pytest.raises(UsageError, match="activation-budget"):
             plan(bad)
     for flags in ({"activation_error": -1.0}, {"replan_every": -1}):
-        with pytest.raises(UsageError, match="must not be negative"):
+        with pytest.raises(UsageError, match="must be from 0"):
             resolve(TrainConfig(**flags))
     with pytest.raises(UsageError, match="--activation-policy full, or the budget"):
         plan("30%", activation_policy="full")

@@ -1,15 +1,26 @@
 """Saving, the record of sha256 beside a checkpoint, and what a damaged one does."""
 
 import json
+import os
 import random
+import resource
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from examples.llama.checkpoint import Checkpoints, Store, find_start, on_device
+from examples.llama.checkpoint import (
+    Checkpoints,
+    Store,
+    find_start,
+    on_device,
+    orbax_log,
+    verify,
+)
 from examples.llama.config import UsageError
 
 IDENTITY = {"rank": 8, "preset": "tiny"}
@@ -128,12 +139,145 @@ def test_no_good_checkpoint_left(store):
     assert store.steps() == [3, 2, 1]
 
 
-def test_a_kill_during_the_first_save_starts_over(tmp_path, capsys):
-    store = save(tmp_path, steps=(1,))
-    store.record_path(1).unlink()
-    assert find_start(store, IDENTITY) is None
-    assert "checkpoint 1 is incomplete: moved to" in capsys.readouterr().err
-    assert (store.damaged / "1").is_dir()
+def killed_before_the_record(run_dir, earlier, keep, monkeypatch) -> Store:
+    """What a kill leaves between Orbax's commit and the record of the next step."""
+    store = save(run_dir, earlier, keep)
+    with monkeypatch.context() as patch:
+
+        def kill(*args):
+            raise RuntimeError("killed")
+
+        patch.setattr(Store, "write_record", kill)
+        patch.setattr(Store, "discard", lambda *args: None)
+        save(run_dir, (4,), keep)
+    return store
+
+
+@pytest.mark.parametrize("earlier", [(), (1,), (1, 2, 3)])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_kill_before_the_record_loses_nothing(
+    tmp_path, monkeypatch, capsys, earlier, keep
+):
+    store = killed_before_the_record(tmp_path, earlier, keep, monkeypatch)
+    assert store.problem(4) == "it has no record"
+    assert set(earlier[-keep:]) < set(store.steps())  # none goes before the record
+    capsys.readouterr()
+    assert find_start(store, IDENTITY) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "checkpoint 4 was complete but for its record: recorded"
+    jax.tree.map(np.testing.assert_array_equal, restored(store, 4), state(4))
+    assert store.meta(4)["note"] == 4
+    save(tmp_path, (5,), keep)
+    assert store.steps() == [5, 4, *earlier[::-1]][:keep]
+
+
+def test_a_kill_in_the_middle_of_a_save(tmp_path, capsys):
+    store = save(tmp_path, (1,))
+    store.begin(2, {"identity": IDENTITY})
+    (store.folder / "2.orbax-checkpoint-tmp").mkdir()
+    assert find_start(store, IDENTITY) == 1
+    assert "the save of step 2 was cut off: removed" in capsys.readouterr().err
+    assert [path.name for path in store.folder.iterdir()] == ["1"]
+    assert [path.name for path in store.records.iterdir()] == ["1.json"]
+
+
+def spoil_record(store):
+    store.record_path(1).write_text("{}")
+
+
+def spoil_all(store):
+    shutil.rmtree(store.folder / "1")
+    shutil.rmtree(store.records)
+    (store.damaged / "1").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda store: store.record_path(1).unlink(),
+        lambda store: shutil.rmtree(store.folder / "1"),
+        spoil_record,
+        spoil_all,
+    ],
+)
+def test_nothing_is_started_over_that_was_once_saved(tmp_path, spoil):
+    store = save(tmp_path, (1,))
+    spoil(store)
+    with pytest.raises(UsageError, match=r"no good checkpoint in .* another --run-dir"):
+        find_start(store, IDENTITY)
+
+
+def test_damaged_checkpoints_do_not_pile_up(tmp_path, capsys):
+    store = save(tmp_path, (1, 2, 3), keep=3)
+    for step in (2, 3):
+        store.record_path(step).unlink()
+    assert find_start(store, IDENTITY) == 1
+    save(tmp_path, (2,), keep=3)
+    assert store.steps() == [2, 1]
+    assert len(list(store.damaged.iterdir())) == 1
+    capsys.readouterr()
+    save(tmp_path, (3,), keep=3)
+    assert store.steps() == [3, 2, 1]
+    assert list(store.damaged.iterdir()) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("removed what was damaged, for --keep 3 newer ones: ")
+
+
+def test_a_checkpoint_under_another_name_is_refused(store):
+    (store.folder / "3").rename(store.folder / "9")
+    store.record_path(3).rename(store.record_path(9))
+    assert store.newest_good() == (2, {9: "its record is of step 3"})
+    for name in ("007", "\u00b2", "\u0663", "9" * 200, "-1", "1.0"):
+        (store.folder / name).mkdir()
+    assert store.steps() == [9, 2, 1]
+
+
+def test_a_record_that_is_no_file_or_too_much(store):
+    path = store.record_path(3)
+    path.unlink()
+    os.mkfifo(path)
+    assert store.newest_good() == (2, {3: "its record is damaged"})
+    path.unlink()
+    path.mkdir()
+    assert store.newest_good() == (2, {3: "its record is damaged"})
+    path.rmdir()
+    path.write_text("[" * 100_000)
+    assert store.newest_good() == (2, {3: "its record is damaged"})
+    with path.open("wb") as file:
+        file.truncate(2**40)  # of no bytes on the disk
+    assert store.newest_good() == (2, {3: "its record is damaged"})
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_of_a_record(saved, changes):
+    store = Store(saved)
+    path = store.record_path(3)
+    before = path.read_bytes()
+    changed = bytearray(before)
+    for at, byte in changes:
+        changed[at % len(changed)] = byte
+    path.write_bytes(changed)
+    try:
+        problem = store.problem(3)
+    finally:
+        path.write_bytes(before)
+    if problem is None:  # other white space is the same record
+        assert json.loads(changed) == json.loads(before)
+
+
+def test_verify(store, capsys):
+    assert verify(store)
+    store.record_path(2).unlink()
+    capsys.readouterr()
+    assert not verify(store)
+    assert capsys.readouterr().out.splitlines() == [
+        "checkpoint 3: good",
+        "checkpoint 2: it has no record",
+        "checkpoint 1: good",
+    ]
+    with pytest.raises(UsageError, match="--verify: no checkpoint in"):
+        verify(Store(store.folder / "nothing"))
 
 
 def test_another_configuration(store):
@@ -164,22 +308,52 @@ def test_a_failed_save_is_a_warning(store, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints._manager, "save", full)
-        checkpoints.save(4, state(4), {"identity": IDENTITY})
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "write_record", full)
-        checkpoints.save(5, state(5), {"identity": IDENTITY})
-        checkpoints.wait()
+    for step, patched in ((4, "begin"), (5, "write_record")):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, patched, full)
+            checkpoints.save(step, state(step), {"identity": IDENTITY})
+            checkpoints.wait()
+        # What is there of it goes at once, so that a full disk can recover.
+        assert store.steps() == [3, 2, 1]
+        assert len(list(store.folder.iterdir())) == 3
+        assert len(list(store.records.iterdir())) == 3
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in lines] == [
-        "checkpoint 4 could not be saved",
-        "checkpoint 5 could not be saved",
+    assert lines == [
+        f"checkpoint {step} could not be saved (No space left on device): none was "
+        "before it"
+        for step in (4, 5)
     ]
+    assert checkpoints.last_saved is None
     checkpoints.save(6, state(6), {"identity": IDENTITY})
     checkpoints.close()
     assert checkpoints.last_saved == 6
     assert store.newest_good() == (6, {})
+
+
+def test_orbax_itself_fails(store, capsys, tmp_path):
+    """One line for each save, the pages go to the log, and the next save is well."""
+    checkpoints = Checkpoints(store, 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = state(4) | {"w": jnp.asarray(np.random.default_rng(0).random((512, 512)))}
+    with orbax_log(tmp_path / "orbax.log"):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            for step in (4, 5):
+                checkpoints.save(step, large, {"identity": IDENTITY})
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(" (")[0] for line in lines] == [
+            "checkpoint 4 could not be saved",
+            "checkpoint 5 could not be saved",
+        ]
+        assert len(list(store.folder.iterdir())) == 3
+        checkpoints.save(6, large, {"identity": IDENTITY})
+        checkpoints.close()
+    assert store.newest_good() == (6, {})
+    assert capsys.readouterr().err == ""
+    assert "Traceback" in (tmp_path / "orbax.log").read_text()
 
 
 def test_a_record_is_json_for_people(store):

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import time
+import tracemalloc
 
 import pytest
 
@@ -176,3 +179,45 @@ def test_unreadable_shard(tmp_path):
         corpus.fingerprint()
     with pytest.raises(UsageError, match=r"cannot read shard .*a\.txt"):
         lines(corpus)
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UsageError, match=r"a\.jsonl is no file: a shard is read again"):
+        matching(str(tmp_path / "*.jsonl"), "text")
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=r"a\.jsonl is no file"):
+        matching(str(tmp_path / "*.jsonl"), "text")
+
+
+def test_a_line_without_end_takes_no_memory(tmp_path):
+    """300 MB of one line, in 0.3 MB of gzip, are read in pieces and counted once."""
+    path = tmp_path / "a.json.gz"
+    with gzip.open(path, "wb", compresslevel=9) as file:
+        file.write(b'{"text": "first"}\n{"text": "')
+        for _ in range(300):
+            file.write(b"x" * 2**20)
+        file.write(b'"}\n{"text": "last"}\n')
+    tracemalloc.start()
+    texts, counts = read(matching(str(path), "text").of(None))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert texts == ["first", "last"]
+    assert counts == {"read": 2, "line of more than 4,000,000 bytes": 1}
+    assert peak < 32 * 2**20
+
+
+def test_empty_lines_are_passed_over(tmp_path):
+    """10 million of them, in a second or so; places of what stands between are kept."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n" * 10_000_000 + b'{"text": "one"}\n \n\n{"text": "two"}')
+    corpus, counts = matching(str(path), "text").of(None), Counts()
+    started = time.perf_counter()
+    found = list(corpus.documents(0, 0, counts))
+    assert time.perf_counter() - started < 10
+    assert found == [(10_000_000, "one"), (10_000_003, "two")]
+    assert counts == {"empty": 10_000_002, "read": 2}
+    counts = Counts()
+    assert list(corpus.documents(0, 10_000_001, counts)) == found[1:]
+    assert counts == {"empty": 2, "read": 1}

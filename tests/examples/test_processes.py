@@ -164,3 +164,24 @@ def test_one_process_asks_nobody():
     assert processes.any_of(flag) is flag
     assert processes.found_by_first(lambda: 3) == 3
     assert processes.is_first()
+
+
+def test_a_second_signal_ends_at_once():
+    program = (
+        "import os, signal\n"
+        "from examples.llama.processes import stop_on_signals\n"
+        "with stop_on_signals() as asked:\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "        os.kill(os.getpid(), number)\n"
+        "        print(asked(), flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "True\n"
+    assert done.stderr.split("\n") == [
+        "",
+        "ended at once by a second signal; nothing more is saved",
+        "",
+    ]

@@ -1,6 +1,8 @@
 """One step: micro-batches, clipping, the guard, the registry, the schedule."""
 
 import dataclasses
+import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 import lowrank_optax as lro
 from examples.llama import optimizers
 from examples.llama.batches import as_batch
-from examples.llama.config import TrainConfig, UsageError, resolve
+from examples.llama.config import RANGES, TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model, init_params
 from examples.llama.presets import PRESETS, RATES
 from examples.llama.step import make_steps, mean_gradient, split_rows
@@ -250,9 +252,9 @@ def test_unknown_names(micro_preset):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"rank": 0}, "--rank must be positive; got 0"),
-        ({"update_proj_gap": -1}, "--update-proj-gap must be positive; got -1"),
-        ({"steps": 0}, "--steps must be positive"),
+        ({"rank": 0}, "--rank must be from 1 to 1048576 .*; got 0"),
+        ({"update_proj_gap": -1}, "--update-proj-gap must be from 1 .*; got -1"),
+        ({"steps": 0}, "--steps must be from 1 to 2147483647"),
         ({"packing": "tight"}, "--packing must be one of padded, packed; got 'tight'"),
         ({"tokenizer": "words"}, "--tokenizer must be one of bytes, bpe"),
         ({"corpus": "web"}, "--corpus must be one of stdlib; got 'web'"),
@@ -263,3 +265,24 @@ def test_unknown_names(micro_preset):
 def test_flags_that_cannot_work(flags, message):
     with pytest.raises(UsageError, match=message):
         resolve(TrainConfig(**flags))
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_numbers_that_mean_nothing(name):
+    """Neither what is in no order, nor what is beyond either end; the ends are good."""
+    low, high, why = RANGES[name]
+    flag = f"--{name.replace('_', '-')} must be from "
+    for value in (math.nan, -math.inf, math.inf, -1, low - 1, 2 * high + 1):
+        with pytest.raises(UsageError, match=flag) as error:
+            resolve(TrainConfig(**{name: value}))
+        assert why in str(error.value)
+    for value in (low, high):
+        same = {"micro_batches": value} if name == "batch_size" else {}
+        same = {"batch_size": value} if name == "micro_batches" else same
+        resolve(TrainConfig(**{name: value}, **same))
+
+
+def test_every_number_has_a_range():
+    hints = typing.get_type_hints(TrainConfig)
+    numbers = {n for n, t in hints.items() if {int, float} & {t, *typing.get_args(t)}}
+    assert numbers == RANGES.keys()

@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from examples.llama import train
-from examples.llama.checkpoint import Store, choose_run_dir
+from examples.llama.checkpoint import Store
 from examples.llama.config import TrainConfig
+from examples.llama.run_folder import choose_run_dir
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("programs")
@@ -51,8 +52,8 @@ def contents(folder: pathlib.Path) -> dict[str, str]:
 
 
 def arrays(run_dir: pathlib.Path, step: int):
-    with ocp.CheckpointManager((run_dir / "checkpoints").absolute()) as manager:
-        state = manager.restore(step, args=ocp.args.StandardRestore())
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore((run_dir / "checkpoints" / str(step)).absolute())
     return {
         jax.tree_util.keystr(path): (leaf.dtype.name, leaf.tobytes())
         for path, leaf in jax.tree_util.tree_flatten_with_path(
@@ -64,13 +65,17 @@ def arrays(run_dir: pathlib.Path, step: int):
 def test_resume_is_bit_for_bit_and_survives_damage(command, tmp_path, capsys):
     assert command("--micro-batches", "2", run_dir="whole") == 0
     table = capsys.readouterr().out
-    assert re.search(r"corpus .*\.json\.gz: 3 shards, hash [0-9a-f]{16}", table)
+    assert re.match(rf"device \d+ x .* \| jax {jax.__version__} \| lowrank_opt", table)
+    assert re.search(r"corpus .*\.json\.gz: 3 shards, hash [0-9a-f]{16} of", table)
+    assert "step 1: compiling" in table
     assert "optimizer state, galore" in table
     assert "byte-unigram perplexity" in table
     whole = tmp_path / "whole"
     for name in ("metrics.jsonl", "metrics.csv", "loss.png", "config.json"):
         assert (whole / name).stat().st_size > 0
     assert "layers/attn/q/kernel" in (whole / "selection.txt").read_text()
+    settings = json.loads((whole / "config.json").read_text())
+    assert settings["environment"]["jax"] == jax.__version__
     rows = csv.DictReader((whole / "metrics.csv").read_text().splitlines())
     assert [int(r["step"]) for r in rows] == [x["step"] for x in metrics(whole)]
 
@@ -99,6 +104,9 @@ def test_resume_is_bit_for_bit_and_survives_damage(command, tmp_path, capsys):
     assert metrics(parts)[-3:] == metrics(whole)[-3:]
     assert arrays(parts, 8) == arrays(whole, 8)
 
+    assert command("--verify", run_dir="parts") == 0
+    assert "checkpoint 8: good" in capsys.readouterr().out
+
     # Another configuration: refused, with what differs, and nothing is touched.
     before = contents(parts)
     assert command("--resume", "--rank", "4", "--b2", "0.9", run_dir="parts") == 2
@@ -107,6 +115,76 @@ def test_resume_is_bit_for_bit_and_survives_damage(command, tmp_path, capsys):
     assert command(run_dir="parts") == 2
     assert "already holds a run: go on with --resume" in capsys.readouterr().err
     assert contents(parts) == before
+
+
+def test_what_no_resume_can_use_is_one_line(command, tmp_path, capsys):
+    """A record that is whole, as its seal says, and of another program."""
+    assert command("--steps", "2") == 0
+    store = Store(tmp_path / "run")
+    meta = store.meta(2)
+    hostile = [
+        {},
+        {"identity": None},
+        {"identity": {}},
+        meta | {"position": None},
+        meta | {"position": meta["position"] | {"rows": -1}},
+        meta | {"position": {"cursor": {"shard": "x"}, "rows": 0}},
+        meta | {"tokens": "many"},
+        meta | {"settings": 7},
+    ]
+    for number, changed in enumerate(hostile):
+        store.write_record(2, changed)
+        capsys.readouterr()
+        assert command("--steps", "2", "--resume") == 2, number
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: "), number
+    store.write_record(2, meta)
+    assert command("--steps", "3", "--resume") == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "records", "lock", "damaged"])
+def test_a_run_folder_of_something_else(command, tmp_path, capsys, name):
+    """Files where folders should be, or the other way round; `damaged` can wait."""
+    (tmp_path / "run").mkdir()
+    if name == "lock":
+        (tmp_path / "run/lock").mkdir()
+    else:
+        (tmp_path / "run" / name).write_text("")
+    code = command("--steps", "2", "--resume", "--eval-every", "0")
+    if name == "damaged":
+        assert code == 0
+    else:
+        assert code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and " cannot be used: " in line
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--cache-dir", "--compilation-cache"])
+@pytest.mark.parametrize("place", ["file", "file/below", "dangling", "/proc/none"])
+def test_folders_that_cannot_be_used(command, tmp_path, capsys, flag, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere/at/all")
+    assert command("--tokenizer", "bpe", flag, place) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {flag} {place} cannot be used: ")
+
+
+def test_a_run_whose_state_is_not_saved(command, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "begin", full)
+        assert command("--steps", "3", "--eval-every", "0") == 1
+    told, message = capsys.readouterr()
+    assert message.splitlines() == [
+        "checkpoint 2 could not be saved (No space left on device): none was before it",
+        "checkpoint 3 could not be saved (No space left on device): none was before it",
+        "stopped: the state of step 3 could not be saved; there is no checkpoint",
+    ]
+    assert "checkpoints" not in told.splitlines()[-2]
+    # Nothing was ever saved, so the run may start.
+    assert command("--steps", "3", "--eval-every", "0", "--resume") == 0
 
 
 def test_a_run_that_diverges_stops(command, tmp_path, capsys):

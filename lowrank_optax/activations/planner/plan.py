@@ -161,21 +161,52 @@ class ActivationPlan:
 
     @classmethod
     def from_json(cls, text: str) -> "ActivationPlan":
-        """Returns the plan that ``to_json`` wrote."""
-        data = json.loads(text)
-        segments = tuple(
-            Segment(
-                s["layers"],
-                tuple(
-                    Choice(**c | {"action": _from_json(c["action"])})
-                    for c in s["choices"]
-                ),
+        """Returns the plan that ``to_json`` wrote.
+
+        Raises:
+          ValueError: if the text is something else.
+        """
+        try:
+            data = json.loads(text)
+            data["segments"] = tuple(
+                Segment(
+                    s["layers"],
+                    tuple(
+                        _typed(Choice, c | {"action": _from_json(c["action"])})
+                        for c in s["choices"]
+                    ),
+                )
+                for s in data["segments"]
             )
-            for s in data.pop("segments")
-        )
-        for name in ("predicted", "full_save", "full_recompute"):
-            data[name] = Prediction(**data[name])
-        return cls(segments=segments, **data)
+            for segment in data["segments"]:
+                _typed(Segment, vars(segment))
+            for name in ("predicted", "full_save", "full_recompute"):
+                data[name] = _typed(Prediction, data[name])
+            return _typed(cls, data)
+        except (
+            AttributeError,
+            KeyError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ValueError(
+                f"expected the JSON that ActivationPlan.to_json writes ({error})"
+            ) from error
+
+
+def _typed(kind: Any, data: Any) -> Any:
+    """Returns a dataclass of numbers, flags and names that are of their types."""
+    made = kind(**data)
+    for field in dataclasses.fields(kind):
+        value = getattr(made, field.name)
+        if field.type is float and type(value) is int:
+            value = float(value)
+        if field.type in (int, float, str, bool) and type(value) is not field.type:
+            raise TypeError(f"{field.name}: expected {field.type}, got {value!r}")
+        if type(value) is int and not 0 <= value < 2**63:
+            raise ValueError(f"{field.name}: no number of bytes or layers")
+    return made
 
 
 def _row(name: str, action: str, *numbers: str) -> str:
