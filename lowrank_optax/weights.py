@@ -252,8 +252,8 @@ def weight_storage(
             apply=lambda stored, updates, key: optax.apply_updates(stored, updates),
         ),
         "stochastic-bf16": WeightStorage(
-            store=lambda params: optax.tree.cast(params, jnp.bfloat16),
-            load=lambda stored: optax.tree.cast(stored, dtype),
+            store=lambda params: _floats(params, jnp.bfloat16),
+            load=lambda stored: _floats(stored, dtype),
             apply=stochastic_round_apply_updates,
         ),
         "int8": WeightStorage(
@@ -263,6 +263,15 @@ def weight_storage(
         ),
     }
     return kinds[_checks.choice("kind", kind, kinds)]
+
+
+def _floats(tree: Any, dtype: Any) -> Any:
+    """Casts real floating-point leaves; counters and keys stay."""
+
+    def cast(x: Any) -> Any:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, tree)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -303,3 +303,12 @@ def test_bad_input():
     overlap = lro.MatrixDimensionNumbers(2, 3, shared_axis=(1, 2))
     with pytest.raises(ValueError, match=r"disjoint.*shared_axis"):
         lro.coap(1e-2, 4, weight_dimension_numbers=overlap).init(jnp.zeros(KERNEL))
+
+
+def test_both_sides_of_a_square_matrix_start_with_numbers_of_their_own():
+    """A symmetric gradient would give them the same basis."""
+    one = jax.random.normal(jax.random.key(0), (24, 24))
+    tx = lro.galore(1.0, projector=lro.correlation(3), side="both", select="w")
+    _, state = jax.jit(tx.update)({"w": one + one.T}, tx.init({"w": one}))
+    left, right = jax.tree.leaves(optax.tree.get(state, "basis"))
+    assert not np.allclose(left, right, atol=1e-3)

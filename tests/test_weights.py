@@ -129,3 +129,13 @@ def test_training_on_codes_learns():
 def test_a_codec_that_rounds_to_the_nearest_is_refused():
     with pytest.raises(ValueError, match=r"`codec` must be able to round at random"):
         lro.quantize_weights({"w": jnp.ones((4, 4))}, quantization.blockwise_int8())
+
+
+@pytest.mark.parametrize("kind", ["plain", "stochastic-bf16", "int8"])
+def test_a_storage_leaves_counters_alone(kind):
+    params = {"kernel": jnp.ones((16, 64)), "steps": jnp.int32(2**20 + 1)}
+    weights = lro.weight_storage(kind)
+    loaded = weights.load(weights.store(params))
+    assert loaded["steps"].dtype == jnp.int32
+    assert int(loaded["steps"]) == 2**20 + 1
+    assert loaded["kernel"].dtype == jnp.float32

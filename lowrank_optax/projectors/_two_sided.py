@@ -80,7 +80,7 @@ class TwoSided(Projector):
                 matrix.seen_from("right"),
                 matrix.other_side(gradient),
                 stored.right,
-                _other_key(at),
+                other_key(at),
             ),
         )
 
@@ -88,7 +88,7 @@ class TwoSided(Projector):
         """Returns both bases."""
         return TwoSidedBasis(
             self.left.basis(matrix, stored.left, at),
-            self.right.basis(matrix.seen_from("right"), stored.right, _other_key(at)),
+            self.right.basis(matrix.seen_from("right"), stored.right, other_key(at)),
         )
 
     def align(self, old: Any, new: Any) -> TwoSidedBasis:
@@ -124,6 +124,6 @@ def two_sided(projector: Projector) -> Projector:
     return TwoSided(projector.rank, projector.update_proj_gap, left, right)
 
 
-def _other_key(at: At) -> At:
+def other_key(at: At) -> At:
     # From one key both sides of a square matrix would draw the same numbers.
     return at._replace(key=jax.random.fold_in(at.key, 1))

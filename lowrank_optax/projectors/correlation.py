@@ -25,7 +25,7 @@ from lowrank_optax.linalg.products import (
     wide,
 )
 from lowrank_optax.projectors._protocol import At, Projector, TrackingProjector
-from lowrank_optax.projectors._two_sided import TwoSided, TwoSidedBasis
+from lowrank_optax.projectors._two_sided import TwoSided, TwoSidedBasis, other_key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ class TwoSidedCorrelation(TwoSided):
             other, turned = matrix.seen_from("right"), matrix.other_side(gradient)
             return (
                 part.decompose(matrix, gradient, left, at),
-                part.decompose(other, turned, right, at),
+                part.decompose(other, turned, right, other_key(at)),
             )
 
         def step() -> tuple[Array, ...]:

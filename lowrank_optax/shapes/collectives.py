@@ -17,7 +17,7 @@ _BITS = {"pred": 8, "f16": 16, "bf16": 16, "c64": 64, "c128": 128}
 # operation(operands), attributes`.
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z][a-z\d]*)\[([\d,]*)\]")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -221,7 +221,9 @@ def _result(
 
 
 def _size(dtype: str, dims: tuple[int, ...]) -> int:
-    bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 32)
+    # The first number of s4, u32, f8e4m3fn.
+    number = re.search(r"\d+", dtype)
+    bits = _BITS.get(dtype) or int(number[0] if number else 32)
     count = 1
     for dim in dims:
         count *= dim

@@ -50,6 +50,10 @@ def test_a_loop_multiplies_and_a_branch_is_told_apart():
     assert reduce.exact and reduce.total == 192
     assert (gather.times, gather.conditional) == (1, True)
     assert gather.bytes == 8 * 64
+    # A dtype is as wide as the first number in its name says.
+    for name, share in {"f8e4m3fn": 4, "bf16": 2, "s4": 8}.items():
+        found = lro.collectives(hlo.replace("f32[", f"{name}["))
+        assert {item.bytes for item in found} == {64 // share, 8 * 64 // share}
 
 
 @pytest.mark.parametrize("mesh", ["auto", "explicit"])
