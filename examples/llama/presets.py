@@ -49,11 +49,11 @@ def method_defaults(optimizer: str) -> dict[str, Any]:
     return found
 
 
-# Learning rates in multiples of the recipe's, which is GaLore's beside its scale of 0.25;
-# 1 for those that are not here. AdamW's is from runs of the tiny preset: 120 steps end at
-# 2.46 nats with a tenth of 0.01, at 2.70 with 0.01 (docs/results/ablation_subtrack.json).
-# LDAdam's is its paper's. The others step as far as AdamW, or a third to half as far, by
-# the table of step sizes in docs/choosing.md, and were not searched.
+# Learning rates in multiples of the recipe's, which is GaLore's beside a scale of 0.25;
+# 1 for those that are not here. AdamW's is from runs of the tiny preset: 120 steps end
+# at 2.46 nats with a tenth of 0.01, at 2.70 with 0.01 (docs/results, ablation_subtrack).
+# LDAdam's is its paper's. The others step as far as AdamW, or a third to half as far,
+# by the table of step sizes in docs/choosing.md, and were not searched.
 RATES = {
     "adamw": 0.1,
     "adamw_8bit": 0.1,
