@@ -138,3 +138,26 @@ def test_bpe_round_trip_and_cache(tmp_path, shards):
     cached.write_text("{")
     with pytest.raises(UsageError, match=r"cannot be read .* remove it to train anew"):
         load_tokenizer("bpe", 300, corpus, str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        {"shard": "x"},
+        {"line": -1},
+        {"epoch": None},
+        {"line": True},
+        {"carry": [1.5]},
+        {"carry": 7},
+        {"counts": [["read", "many"]]},
+        {"counts": [1]},
+        {"other": 1},
+    ],
+)
+def test_positions_of_something_else(cursor):
+    good = Position().to_json()
+    assert Position.from_json(good) == Position()
+    spoiled = [good | {"cursor": good["cursor"] | cursor}, {"rows": 0}, [], 7]
+    for data in (*spoiled, good | {"rows": 2.5}):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            Position.from_json(data)

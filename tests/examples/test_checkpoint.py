@@ -248,6 +248,14 @@ def test_a_record_that_is_no_file_or_too_much(store):
     assert store.newest_good() == (2, {3: "its record is damaged"})
 
 
+@pytest.mark.parametrize(
+    "meta", [{}, {"identity": None}, {"identity": []}, {"other": {}}, [], None]
+)
+def test_a_sealed_record_of_something_else(store, meta):
+    store.write_record(3, meta)
+    assert store.newest_good() == (2, {3: "its record is damaged"})
+
+
 @given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_of_a_record(saved, changes):

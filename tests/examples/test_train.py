@@ -122,24 +122,13 @@ def test_what_no_resume_can_use_is_one_line(command, tmp_path, capsys):
     assert command("--steps", "2") == 0
     store = Store(tmp_path / "run")
     meta = store.meta(2)
-    hostile = [
-        {},
-        {"identity": None},
-        {"identity": {}},
-        meta | {"position": None},
-        meta | {"position": meta["position"] | {"rows": -1}},
-        meta | {"position": {"cursor": {"shard": "x"}, "rows": 0}},
-        meta | {"tokens": "many"},
-        meta | {"settings": 7},
-    ]
+    hostile = [{"identity": {}}, meta | {"position": None}, meta | {"settings": 7}]
     for number, changed in enumerate(hostile):
         store.write_record(2, changed)
         capsys.readouterr()
         assert command("--steps", "2", "--resume") == 2, number
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: "), number
-    store.write_record(2, meta)
-    assert command("--steps", "3", "--resume") == 0
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "records", "lock", "damaged"])
