@@ -53,7 +53,7 @@ def method_defaults(optimizer: str) -> dict[str, Any]:
 # 1 for those that are not here. From runs of the tiny preset, whose recipe has 0.01.
 # AdamW: 0.01 ends behind 0.001 after 120 steps (docs/results/ablation_subtrack.json),
 # 0.001 is too low for 300 (few_bits.json), and 60 steps of 8 rows end at 3.03 nats with
-# 0.003, 2.93 with 0.01, 2.95 with 0.03. LDAdam: there 2.59, 2.54 and 2.76, and its paper
+# 0.003, 2.93 with 0.01, 2.95 with 0.03. LDAdam: there 2.59, 2.54 and 2.76; its paper
 # has 0.001. FRUGAL and SCALE step one to four times as far as AdamW (the table of step
 # sizes in docs/choosing.md), and were not searched; nor were those at 1.
 RATES = {
