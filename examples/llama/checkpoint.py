@@ -137,8 +137,8 @@ class Store:
             good, record = False, {}
         if not good:
             raise ValueError("its record is damaged")
-        if str(record["step"]) != path.stem:
-            raise ValueError(f"its record is of step {record['step']}")
+        if str(step := record.get("step")) != path.stem:
+            raise ValueError(f"its record is of step {step}")
         return record
 
     def problem(self, step: int) -> str | None:
