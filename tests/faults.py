@@ -31,10 +31,11 @@ def run(work: pathlib.Path, name: str, *flags: str, **how) -> tuple[int, str]:
 
 
 def running(work: pathlib.Path, name: str, *flags: str, **how) -> subprocess.Popen:
-    """A run that has trained its first steps."""
+    """A run that has trained some steps, whatever the log held before."""
+    before = last_step(work / name)
     (process,) = launch(work, work / name, *flags, **how)
     until = time.monotonic() + PATIENCE
-    while last_step(work / name) < 12 and process.poll() is None:
+    while last_step(work / name) < before + 12 and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.05)
     return process
