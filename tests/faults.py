@@ -5,6 +5,7 @@ for each. A disk of its own, for a full and a read-only one, needs the right to 
 without it that fault is said to be skipped.
 """
 
+import contextlib
 import json
 import pathlib
 import random
@@ -31,10 +32,11 @@ def run(work: pathlib.Path, name: str, *flags: str, **how) -> tuple[int, str]:
 
 
 def running(work: pathlib.Path, name: str, *flags: str, **how) -> subprocess.Popen:
-    """A run that has trained its first steps."""
+    """A run that has trained some steps, whatever the log held before."""
+    before = last_step(work / name)
     (process,) = launch(work, work / name, *flags, **how)
     until = time.monotonic() + PATIENCE
-    while last_step(work / name) < 12 and process.poll() is None:
+    while last_step(work / name) < before + 12 and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.05)
     return process
@@ -85,19 +87,15 @@ def own_disk(work: pathlib.Path) -> None:
     """A small disk that is full, has room again, and is then read-only."""
     disk = work / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         raise Skipped("no right to mount")
     try:
         process = running(work, "disk/run", *LONG)
         ballast = disk / "ballast"
-        with ballast.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
-                pass
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(65536))
         time.sleep(2)
         assert process.poll() is None, process.communicate()
         ballast.unlink()

@@ -137,8 +137,8 @@ class Store:
             good, record = False, {}
         if not good:
             raise ValueError("its record is damaged")
-        if str(record["step"]) != path.stem:
-            raise ValueError(f"its record is of step {record['step']}")
+        if str(step := record.get("step")) != path.stem:
+            raise ValueError(f"its record is of step {step}")
         return record
 
     def problem(self, step: int) -> str | None:
@@ -373,14 +373,16 @@ def orbax_log(path: pathlib.Path) -> Iterator[None]:
 
     logger, handler = logging.getLogger("absl"), Log(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = logger.handlers, logger.propagate, sys.excepthook
+    before = logger.handlers, logger.propagate, sys.unraisablehook
     logger.handlers, logger.propagate = [handler], False
-    # TensorStore prints what its callbacks raise, without an end of the program.
-    sys.excepthook = lambda *error: logger.error("in a callback", exc_info=error)
+    # What the callbacks of TensorStore raise can end nothing, and is printed by Python.
+    sys.unraisablehook = lambda raised: logger.error(
+        "in a callback", exc_info=raised.exc_value
+    )
     try:
         yield
     finally:
-        logger.handlers, logger.propagate, sys.excepthook = before
+        logger.handlers, logger.propagate, sys.unraisablehook = before
 
 
 def on_device(abstract: Any, shardings: Any = None) -> Any:

@@ -254,6 +254,8 @@ def test_a_record_that_is_no_file_or_too_much(store):
 def test_a_sealed_record_of_something_else(store, meta):
     store.write_record(3, meta)
     assert store.newest_good() == (2, {3: "its record is damaged"})
+    store._write(store.record_path(3), {"meta": {"identity": IDENTITY}})
+    assert store.newest_good() == (2, {3: "its record is of step None"})
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1))
