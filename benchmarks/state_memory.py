@@ -2,7 +2,7 @@
 
 Nothing is allocated or compiled: every number is ``lro.state_bytes`` of the presets'
 shapes, or arithmetic on it. The papers' estimates stand beside what they can be
-compared with. GB are 10^9 bytes.
+compared with. States are in MiB, the papers' estimates in GB of 10^9 bytes.
 """
 
 import argparse
@@ -147,8 +147,12 @@ def report() -> dict[str, Any]:
 def tables(found: dict[str, Any]) -> tuple[str, str, str]:
     """Returns the state, the totals beside the papers', and what 7B's layers save."""
     sizes = list(RANKS)
+
+    def cell(state: dict[str, int], name: str) -> str:
+        return f"{state[name] / 2**20:,.0f} ({state[name] / state['adamw']:.2f})"
+
     by_method = [
-        [name, *(f"{found['state'][size][name] / GB:.3f}" for size in sizes)]
+        [name, *(cell(found["state"][size], name) for size in sizes)]
         for name in methods(1)
     ]
     against = [
@@ -178,7 +182,7 @@ def text(found: dict[str, Any]) -> str:
     states, totals, saved = tables(found)
     return "\n\n".join(
         [
-            "State in GB, the whole model:",
+            "State in MiB, the whole model, and over optax.adamw's:",
             states,
             "Weights and states in GB, and the paper's estimate:",
             totals,
