@@ -16,6 +16,7 @@ from lowrank_optax import _checks
 from lowrank_optax.bracket.chain import behind, project
 from lowrank_optax.leaves.part import made
 from lowrank_optax.projectors import Projector
+from lowrank_optax.quantization import Codec, blockwise_int8
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transforms import (
     decay_after,
@@ -288,3 +289,17 @@ class Recipe(types.SimpleNamespace):
         authors = self.authors if authors is None else authors
         form = decay_after if authors else decay_before
         return behind(tx, form(learning_rate, self.weight_decay, self.mask))
+
+
+def eight_bits(block: int, authors: bool = False) -> tuple[Codec, Codec]:
+    """Returns the 8-bit codecs of first and second moments."""
+    if authors:
+        return (
+            blockwise_int8(block, signed=True, blocks="flat"),
+            blockwise_int8(block, signed=False, blocks="flat", keep_nonzero=False),
+        )
+    # Computed codes: on a TPU a lookup costs far more than arithmetic.
+    return (
+        blockwise_int8(block, signed=True, signed_scale=True, exact=False),
+        blockwise_int8(block, signed=False, exact=False),
+    )

@@ -8,8 +8,7 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.bracket.match import CHOICES
 from lowrank_optax.methods._method import method
-from lowrank_optax.methods._shared import Transformation
-from lowrank_optax.quantization import Codec, blockwise_int8
+from lowrank_optax.methods._shared import Transformation, eight_bits
 from lowrank_optax.transforms import decay_before, quantize_state
 from lowrank_optax.transforms.cast import without_overflow
 
@@ -43,7 +42,7 @@ def adamw_8bit(
     """
     if match is not None:
         _checks.choice("match", match, CHOICES)
-    mu, nu = codecs(block)
+    mu, nu = eight_bits(block)
     adam = optax.scale_by_adam(b1, b2, eps)
     stages: list[Any] = [
         # Adam treats every leaf by itself, so only one is decoded at a time.
@@ -53,17 +52,3 @@ def adamw_8bit(
     if weight_decay is not None:
         stages.append(decay_before(learning_rate, weight_decay, mask))
     return optax.chain(*stages)
-
-
-def codecs(block: int, authors: bool = False) -> tuple[Codec, Codec]:
-    """Returns the 8-bit codecs of first and second moments."""
-    if authors:
-        return (
-            blockwise_int8(block, signed=True, blocks="flat"),
-            blockwise_int8(block, signed=False, blocks="flat", keep_nonzero=False),
-        )
-    # Computed codes: on a TPU a lookup costs far more than arithmetic.
-    return (
-        blockwise_int8(block, signed=True, signed_scale=True, exact=False),
-        blockwise_int8(block, signed=False, exact=False),
-    )

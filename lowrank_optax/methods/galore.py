@@ -11,7 +11,6 @@ from lowrank_optax.leaves.part import made
 from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method, recipe_of
 from lowrank_optax.methods._shared import Options, Recipe, Transformation
-from lowrank_optax.methods.adamw_8bit import codecs
 from lowrank_optax.projectors import Projector, power, svd
 from lowrank_optax.transforms import (
     clip_by_matrix_rms,
@@ -133,7 +132,7 @@ def galore_8bit(
         step.
     """
     its = Recipe(**options)
-    mu, nu = codecs(block, its.authors)
+    mu, nu = has.eight_bits(block, its.authors)
     inner: Any = its.base_optimizer
     if inner is None:
         # Optax' Adam in both modes: the released 8-bit code, too, adds eps to the
