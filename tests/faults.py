@@ -10,7 +10,6 @@ import json
 import pathlib
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -65,11 +64,7 @@ def only_whole_ones(run_dir: pathlib.Path) -> None:
 
 def no_large_files(work: pathlib.Path) -> None:
     """A quota: no save succeeds, then there is room again."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-
-    ended = run(work, "quota", *SHORT, preexec_fn=limit)
+    ended = run(work, "quota", *SHORT, largest=60_000)
     expect(
         ended, 1, "checkpoint 5 could not be saved", "could not be saved; there is no"
     )
@@ -77,7 +72,7 @@ def no_large_files(work: pathlib.Path) -> None:
     expect(run(work, "quota", *SHORT, "--resume"), 0)
     expect(run(work, "whole", *SHORT), 0)
     assert fingerprint(work / "quota") == fingerprint(work / "whole")
-    (process,) = [running(work, "asked", *LONG, preexec_fn=limit)]
+    process = running(work, "asked", *LONG, largest=60_000)
     expect(
         stopped(process, signal.SIGTERM), 1, "step .* could not be saved; there is no"
     )

@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
 import sys
-from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 EVERY = 5  # steps between two checkpoints
@@ -50,9 +50,12 @@ def launch(
     run_dir: pathlib.Path,
     *flags: str,
     processes: int = 1,
-    **how: Any,
+    largest: int | None = None,
 ) -> list[subprocess.Popen]:
-    """The processes of one run, with their outputs in one pipe each."""
+    """The processes of one run, with their outputs in one pipe each.
+
+    No file that they write may have more than `largest` bytes.
+    """
     command = [sys.executable, "-m", "tests.runs", "--data", text(work / "text")]
     command += ["--run-dir", str(run_dir), *flags]
     env = os.environ | {
@@ -80,9 +83,11 @@ def launch(
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                **how,
             )
         )
+        if largest is not None:  # from here, since a fork beside JAX's threads may hang
+            limits = largest, resource.RLIM_INFINITY
+            resource.prlimit(started[-1].pid, resource.RLIMIT_FSIZE, limits)
     return started
 
 

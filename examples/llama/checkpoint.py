@@ -371,18 +371,22 @@ def orbax_log(path: pathlib.Path) -> Iterator[None]:
             with contextlib.suppress(OSError), path.open("a") as file:
                 file.write(self.format(record) + "\n")
 
-    logger, handler = logging.getLogger("absl"), Log(logging.WARNING)
+    handler, before = Log(logging.WARNING), sys.unraisablehook
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = logger.handlers, logger.propagate, sys.unraisablehook
-    logger.handlers, logger.propagate = [handler], False
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    were = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
     # What the callbacks of TensorStore raise can end nothing, and is printed by Python.
-    sys.unraisablehook = lambda raised: logger.error(
+    sys.unraisablehook = lambda raised: loggers[0].error(
         "in a callback", exc_info=raised.exc_value
     )
     try:
         yield
     finally:
-        logger.handlers, logger.propagate, sys.unraisablehook = before
+        sys.unraisablehook = before
+        for logger, (handlers, propagate) in zip(loggers, were, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 def on_device(abstract: Any, shardings: Any = None) -> Any:
