@@ -1,13 +1,12 @@
 """``LowLeaf`` and ``FullLeaf``: a leaf's way to the inner optimizer, and back.
 
 Both ``open`` before the inner optimizer and ``close`` after it. The parts of a bracket
-are written for one matrix; ``LowLeaf.lift`` alone knows of stacks. Leaves of equal
-shapes share one trace of either door, since the path enters as a number.
+are written for one matrix; ``Lifted`` alone knows of stacks. Leaves of equal shapes
+share one trace of either door, since the path enters as a number.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,20 +14,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax._meshes import varied_axes, vary_like
+from lowrank_optax._meshes import vary_like
 from lowrank_optax.bracket import match
+from lowrank_optax.bracket.bases import Bases, where
 from lowrank_optax.bracket.state import Clock, Kept, Moments, Opened, Renewable
 from lowrank_optax.leaves.boxes import refill, unbox
-from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.products import Operand, has_square, kept_if
-from lowrank_optax.projectors import At, Projector
+from lowrank_optax.projectors import At
 from lowrank_optax.recovery import LeafView, Recovered, Recovery
-from lowrank_optax.transport import Transport
-
-# Named here, and not left to `jax_default_prng_impl`: the state has bare key data, and
-# a run that goes on under another default must draw the same numbers.
-PRNG = "threefry2x32"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,87 +61,36 @@ class FullLeaf(Part):
         That of an integer is a real number, as in Optax: cut to an integer, it would be
         nothing.
         """
-        del clock, moments, done
+        del moments, done
         gradient = opened.gradient.stored
         if isinstance(direction, optax.MaskedNode):  # no elements, and no direction
             return gradient, None, kept
         if jnp.issubdtype(gradient.dtype, jnp.integer):
             return stepped(direction, gain), None, kept
+        sound = has_square(gradient)
+        if clock.open is not None and sound is not True:
+            sound = sound & jnp.isfinite(direction)
         update = cast(stepped(direction, gain), gradient.dtype)
-        return kept_if(has_square(gradient), update), None, kept
+        return kept_if(sound, update), None, kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowLeaf(Part):
+class LowLeaf(Bases):
     """A projected leaf.
 
     Attributes:
-      matrix: how it is seen.
-      projector: of this leaf.
-      transport: carries signs and moments over to a new basis.
       recovery: gives the update its share from outside the subspace, or None.
       scale: factor on the lifted direction.
       match: whose updates the leaf's are as long as, "adamw" or None.
       dtype: the inner optimizer's.
       update_dtype: the gradient's, and so the update's.
-      in_turn: whether the layers are projected and lifted one after another, so that a
-        basis that lies in parts on a mesh is whole for one layer at a time.
-      path: the leaf's path as a number, for its random keys.
-      shift: by how many steps each matrix refreshes early, ``int32 [*batch]``.
     """
 
-    matrix: Matrix
-    projector: Projector
-    transport: Transport
     recovery: Recovery | None
     scale: Any
     match: str | None
     dtype: Any
     update_dtype: Any
-    in_turn: bool
-    path: Any
-    shift: Any
-
-    def lift(self, function: Callable, *trees: Any, in_turn: bool = False) -> Any:
-        """Returns ``function`` of one matrix for all matrices of the leaf.
-
-        All at once, or in turn, layer by layer.
-        """
-        if not self.matrix.batch:
-            return function(*trees)
-        # The plan says so only where the layers are the one batch axis, axis 0.
-        if in_turn:
-            return jax.lax.map(lambda args: function(*args), trees)
-        # Axis by axis: batch axes that are sharded are not merged.
-        for name in reversed(self._names):
-            function = jax.vmap(function, axis_name=name)
-        return function(*trees)
-
-    def one_by_one(self, function: Callable, *trees: Any) -> Any:
-        """Returns the same by a loop over the matrices, each with its own branches."""
-        if not self.matrix.batch:
-            return function(*trees)
-        batch = self.matrix.batch_shape
-        flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[len(batch) :])), trees)
-        # In a loop every `cond` stays a branch. `vmap` would make a select of it, and
-        # every matrix would pay for a refresh that one needs.
-        out = jax.lax.map(lambda args: function(*args), flat)
-        return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), out)
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(f"lowrank/batch{axis}" for axis in self.matrix.batch)
-
-    def _anywhere(self, flag: Array) -> Array:
-        """Whether the flag holds for any matrix that is worked on at once."""
-        if not self.matrix.batch or self.in_turn:
-            return flag
-        # A maximum over the mapped axes is one scalar for all, so that a branch on it
-        # stays a branch where `vmap` would run both. Inside `jax.shard_map` JAX has no
-        # collectives over axes of `vmap`.
-        if varied_axes(flag):
-            return _over_axes(flag)
-        return jax.lax.pmax(flag.astype(jnp.int32), self._names) > 0
 
     def start(self) -> Kept:
         """Returns what is kept of the basis before the first step."""
@@ -220,108 +163,6 @@ class LowLeaf(Part):
             sample,
         )
 
-    def at(self, clock: Clock) -> At:
-        """Returns place and time of every matrix."""
-        batch = self.matrix.batch_shape
-        first = jnp.arange(self.shift.size, dtype=jnp.int32).reshape(batch)
-        # In a layer-wise step the leaf is one layer of a stack: its matrices keep the
-        # numbers, and so the keys, that they have in the whole.
-        layer = first + clock.layer * self.shift.size
-        key = jax.random.wrap_key_data(clock.key_data, impl=PRNG)
-        # A key hangs on seed, path, matrix and epoch alone, so that all replicas and
-        # all resumed runs draw the same basis.
-        key = jax.random.fold_in(key, self.path)
-
-        def one(layer: Any, shift: Any) -> At:
-            epoch = (clock.count + shift) // self.projector.update_proj_gap
-            own = jax.random.fold_in(jax.random.fold_in(key, layer), epoch)
-            return At(own, epoch, layer, jnp.bool_(False), (), clock.count)
-
-        return self.lift(one, layer, self.shift)
-
-    def due(self, clock: Clock, stored: Any, pending: Any) -> Array:
-        """Returns for every matrix whether its basis is renewed in this step."""
-
-        def one(stored: Any, shift: Any) -> Array:
-            return self.projector.is_due(stored, clock.count + shift)
-
-        # A sum under way stands in the coordinates of the basis that it began with.
-        wanted = self.lift(one, stored, self.shift) | pending
-        return wanted if clock.open is None else clock.open & wanted
-
-    def refresh(
-        self, clock: Clock, at: At, gradient: Operand, before: Renewable
-    ) -> Renewable:
-        """Renews the matrices that are due and healthy; the rest stay as they are."""
-        if not self.projector.stores_basis:
-            return before
-
-        def one(due: Array, at: At, gradient: Operand, before: Renewable) -> Renewable:
-            return jax.lax.cond(
-                due, lambda: self._attempt(clock, at, gradient, before), lambda: before
-            )
-
-        due = self.due(clock, before.stored, before.pending)
-        if not self.matrix.batch:
-            return one(due, at, gradient, before)
-        # One scalar for the leaf, so that a step without a refresh pays nothing, and
-        # one for each matrix inside.
-        return jax.lax.cond(
-            jnp.any(due),
-            lambda: self.one_by_one(one, due, at, gradient, before),
-            lambda: before,
-        )
-
-    def _attempt(
-        self, clock: Clock, at: At, gradient: Operand, before: Renewable
-    ) -> Renewable:
-        """Renews one matrix, unless its gradient cannot tell a subspace."""
-        owed = before._replace(pending=jnp.ones_like(before.pending))
-        at = at._replace(cold=before.pending, moments=before.moments)
-        return jax.lax.cond(
-            _healthy(gradient),
-            lambda: self._renew(clock, at, gradient, before, owed),
-            lambda: owed,
-        )
-
-    def _renew(self, clock, at, gradient, before: Renewable, owed: Renewable):
-        new = self.projector.refresh(self.matrix, gradient, before.stored, at)
-        self._check_type(before.stored, new)
-        # Signs come before the rotation, which has to lead to the vectors that stay.
-        # Packing comes last, so that both see the new basis before it is rounded.
-        if self.transport.aligns:
-            new = self.projector.align(before.stored, new)
-        moments = before.moments
-        if self.transport.moves:
-            rotation = self.projector.rotation(before.stored, new)
-            moments = self.transport.move(moments, rotation, clock.count)
-        stored = self.projector.pack(new)
-        renewed = Renewable(stored, jnp.zeros_like(before.pending), moments)
-        # Of the new basis before it is packed: a codec turns NaN into a number.
-        good = _finite(new)
-        if self.transport.moves:
-            good &= _finite(moments)
-        return _where(good, renewed, owed)
-
-    def _check_type(self, stored: Any, new: Any) -> None:
-        """Raises if a refresh returns what cannot be stored in the old one's place."""
-        packed = jax.eval_shape(self.projector.pack, new)
-        found, expected = jax.tree.map(_type, (packed, stored))
-        if found != expected:
-            matrix, name = self.matrix, type(self.projector).__name__
-            raise ValueError(
-                f"{name}.refresh returned {found} for a matrix [m={matrix.m}, "
-                f"n={matrix.n}] at rank {matrix.rank}, and {name}.start {expected}; "
-                "they must be the same. A basis is [m, rank]."
-            )
-
-    def basis(self, at: At, stored: Any) -> Any:
-        """Returns what the projector uses this step, with leading batch axes."""
-        return self.lift(self._basis, stored, at)
-
-    def _basis(self, stored: Any, at: At) -> Any:
-        return self.projector.basis(self.matrix, stored, at)
-
     def down(self, at: At, stored: Any, basis: Any, x: Operand) -> Array:
         """Returns ``P^T X`` in the inner's dtype."""
 
@@ -329,7 +170,7 @@ class LowLeaf(Part):
             return cast(self.projector.down(self.matrix, basis, x), self.dtype)
 
         def formed(at: At, stored: Any, x: Operand) -> Array:
-            return one(self._basis(stored, at), x)
+            return one(self.basis_of(stored, at), x)
 
         # Formed inside the loop, a basis that is cut over devices is gathered for one
         # layer at a time.
@@ -389,7 +230,8 @@ class LowLeaf(Part):
         stored = renewed.stored
         if self.projector.advances:
             with jax.named_scope("lowrank/advance"):
-                stored = when(done, self._advance(clock, at, opened, kept), stored)
+                moved = self.advance(clock, at, opened, kept.pending)
+                stored = when(done, moved, stored)
         if outside is not None:
             outside = self.matrix.leaf(outside)
         update = self.matrix.leaf(lifted)
@@ -408,7 +250,7 @@ class LowLeaf(Part):
         """Returns ``P low + G * phi + addend`` of one matrix, in its stored order."""
         basis = opened.basis
         if self.in_turn:
-            basis = self._basis(opened.renewed.stored, at)
+            basis = self.basis_of(opened.renewed.stored, at)
         gradient, low = opened.gradient, opened.low
         if clock.open is not None:
             low, direction = _shown(low), kept_if(jnp.isfinite(direction), direction)
@@ -423,7 +265,7 @@ class LowLeaf(Part):
             previous_moments=moments.before,
             orthonormal=self.projector.orthonormal and _is_exact(basis),
             up=functools.partial(self.projector.up, self.matrix),
-            anywhere=self._anywhere,
+            anywhere=self.anywhere,
             count=clock.count,
         )
         recovered = Recovered(self.scale * direction)
@@ -472,20 +314,6 @@ class LowLeaf(Part):
             self.lift(one, self.matrix.operand(update), opened.wanted)
         )
 
-    def _advance(self, clock: Clock, at: At, opened: Opened, kept: Kept) -> Any:
-        """Moves the bases after use, but for those that were found in this step.
-
-        (Or early in the accumulation that ends with the bracket's first step.)
-        """
-
-        def one(at, gradient: Operand, projected, cold, stored):
-            good = _healthy(gradient) & ~cold & (clock.count > 0)
-            new = self.projector.advance(self.matrix, stored, gradient, projected, at)
-            return _where(good & _finite(new), new, stored)
-
-        trees = (opened.gradient, opened.low, kept.pending, opened.renewed.stored)
-        return self.one_by_one(one, at, *trees)
-
     def _as_matrices(self, state: Any) -> Any:
         assert self.recovery is not None
         return self.matrix.operand(state) if self.recovery.like_leaf else state
@@ -501,18 +329,6 @@ def _resized(update: Operand, wanted: Array, gain: Any) -> Operand:
         wanted = wanted * jnp.abs(gain)
     factor = match.ratio(wanted, match.root_mean_square(update))
     return update.map(lambda x: x * factor.astype(x.dtype))
-
-
-@jax.custom_batching.custom_vmap
-def _over_axes(flag: Array) -> Array:
-    """Returns whether a flag holds anywhere along the axes of ``vmap``."""
-    return flag
-
-
-@_over_axes.def_vmap
-def _(size: int, batched: Any, flag: Array) -> tuple[Array, bool]:
-    del size
-    return _over_axes(jnp.any(flag, 0) if batched[0] else flag), False
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
@@ -539,11 +355,7 @@ def stepped(x: Any, gain: Any) -> Any:
 
 def when(done: Any, after: Any, before: Any) -> Any:
     """Returns ``before`` in the middle of an accumulation."""
-    return after if done is None else _where(done, after, before)
-
-
-def _where(flag: Array, after: Any, before: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), after, before)
+    return after if done is None else where(done, after, before)
 
 
 def _shown(x: Any, accumulates: bool = False) -> Any:
@@ -557,19 +369,3 @@ def _shown(x: Any, accumulates: bool = False) -> Any:
     if accumulates and sound is not True:
         sound = sound | ~jnp.isfinite(x)
     return kept_if(sound, x)
-
-
-def _healthy(gradient: Operand) -> Array:
-    # One reduction tells all: a maximum with a NaN or an infinity in it is not finite.
-    return has_square(gradient.peak) & (gradient.peak > 0)
-
-
-def _finite(stored: Any) -> Array:
-    """Returns whether every number of one matrix' stored tree is finite."""
-    return jnp.all(
-        jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(stored)])
-    )
-
-
-def _type(x: Any) -> str:
-    return f"{x.dtype}{[*x.shape]}"

@@ -14,7 +14,8 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax._meshes import explicit_sharding
-from lowrank_optax.bracket.leaf import PRNG, FullLeaf, LowLeaf
+from lowrank_optax.bracket.bases import PRNG
+from lowrank_optax.bracket.leaf import FullLeaf, LowLeaf
 from lowrank_optax.bracket.notice import quiet
 from lowrank_optax.bracket.selection import Selection, axis_parts
 from lowrank_optax.bracket.state import Bracket, Clock
@@ -218,19 +219,19 @@ def low_leaf(
     shift = shift or (0,) * math.prod(matrix.batch_shape)
     kept, recovery = bracket.storage.of(dtype), bracket.recovery
     return LowLeaf(
-        matrix,
-        projector.for_leaf(matrix.path).stored_as(kept),
-        bracket.transport,
-        None if recovery is None else recovery.stored_as(kept),
-        bracket.scale,
-        bracket.match,
-        bracket.dtype,
-        update_dtype,
-        in_turn,
+        matrix=matrix,
+        in_turn=in_turn,
+        projector=projector.for_leaf(matrix.path).stored_as(kept),
+        transport=bracket.transport,
         # Both as arrays: a static number would give every leaf a trace of its own.
         # Python's own hash of a string differs from process to process.
-        np.asarray(zlib.crc32(matrix.path.encode()), np.uint32),
-        np.asarray(shift, np.int32).reshape(matrix.batch_shape),
+        path=np.asarray(zlib.crc32(matrix.path.encode()), np.uint32),
+        shift=np.asarray(shift, np.int32).reshape(matrix.batch_shape),
+        recovery=None if recovery is None else recovery.stored_as(kept),
+        scale=bracket.scale,
+        match=bracket.match,
+        dtype=bracket.dtype,
+        update_dtype=update_dtype,
     )
 
 
