@@ -22,18 +22,30 @@ RATES = {
     "adamw": 0.001,
     "adamw_8bit": 0.001,
     "galore": 0.01,
+    "galore, bfloat16": 0.01,
     "galore_8bit": 0.01,
     "q_galore": 0.01,
 }
-AGAINST = {"adamw_8bit": "adamw", "galore_8bit": "galore", "q_galore": "galore"}
+AGAINST = {
+    "adamw_8bit": "adamw",
+    "galore, bfloat16": "galore",
+    "galore_8bit": "galore",
+    "q_galore": "galore",
+}
 
 
 def experiment(work: Workload) -> Callable[[str, int], dict]:
     """Returns the function that trains once."""
 
     def run(name: str, seed: int) -> dict:
+        # Behind the comma the dtype that moments and bases are kept in.
+        optimizer, _, dtype = name.partition(", ")
         config = dataclasses.replace(
-            work.config, optimizer=name, lr=RATES[name], seed=seed
+            work.config,
+            optimizer=optimizer,
+            lr=RATES[name],
+            seed=seed,
+            state_dtype=dtype or work.config.state_dtype,
         )
         tx = optimizers.build_optimizer(config)
         return {
