@@ -170,7 +170,8 @@ def test_the_scale_of_the_gradient_does_not_matter():
             _, state = tx.update(jnp.float32(scale) * normal(seed, 12, 20), state)
         return state.basis.vectors
 
-    for scale in (2.0**-60, 2.0**60):  # above 2^64 squares overflow: no step
+    # Above 2^56 squares cannot be summed: no step.
+    for scale in (2.0**-60, 2.0**53):
         # Powers of two: only what divides by a rounded norm differs.
         np.testing.assert_allclose(run(scale), run(1.0), atol=1e-5)
 
