@@ -120,7 +120,7 @@ def test_draws_differ_by_leaf_layer_epoch_and_seed_and_repeat_otherwise():
         assert np.max(np.abs(np.abs(one.T @ two) - np.eye(4))) > 0.5
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e15, 1e18])
+@pytest.mark.parametrize("scale", [1e-20, 1e15, 1e16])
 def test_the_draw_does_not_depend_on_the_gradient_s_scale(scale):
     gradient = jnp.clip(jax.random.normal(jax.random.key(5), (6, 9)), -3, 3)
     ((plain,), (scaled,)) = (

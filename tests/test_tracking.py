@@ -438,7 +438,7 @@ def test_power_iteration_of_too_few_directions(kind):
         assert np.linalg.norm(strange) <= 1e-2
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e18])
+@pytest.mark.parametrize("scale", [1e-30, 1e15])
 def test_power_iteration_has_no_scale(scale):
     """Momentum and gradient alike: products of both leave float32's range."""
     tx = bracket(lro.power_iteration(4, 0.9), averaged(0.9))

@@ -131,7 +131,7 @@ def test_hosts_without_eps_are_indifferent_to_the_gradients_size(host, size):
     assert_near(got, want)
 
 
-@pytest.mark.parametrize("size", [1e-20, 1e15, 1e18])
+@pytest.mark.parametrize("size", [1e-20, 1e15])
 def test_raw_details_have_the_gradients_size(size):
     want, _ = run(bracket(optax.identity(), normalize=False), gradients())
     scaled = [g * jnp.float32(size) for g in gradients()]

@@ -308,9 +308,10 @@ def _is_tree(select: Any) -> bool:
     """Whether it is a tree, and neither words nor a function."""
     if select is None or _checks.is_function(select):
         return False
-    return any(not isinstance(leaf, str) for leaf in jax.tree.leaves(select)) and (
-        not jax.tree_util.all_leaves([select])
-    )
+    leaves = jax.tree.leaves(select)
+    if not leaves or jax.tree_util.all_leaves([select]):
+        return False
+    return not any(isinstance(leaf, str) for leaf in leaves)
 
 
 def _axes_tuple(axes: Any, ndim: int, path: str) -> tuple[int, ...]:
