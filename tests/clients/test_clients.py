@@ -1,0 +1,64 @@
+"""Every client trains, projects what it should, and a restart leaves no trace."""
+
+import importlib
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from examples.clients import common
+
+pytestmark = [
+    pytest.mark.clients,
+    # What other software does that JAX or NumPy advise against is not ours to mend.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+# How each client is run; the first word says whether anything is cut.
+CASES = {
+    "nnx_optimizer": {
+        "cut, Auto": {"kind": AxisType.Auto},
+        "cut, Explicit": {"kind": AxisType.Explicit},
+    },
+    "linen_train_state": {
+        "msgpack": {"form": "msgpack"},
+        "orbax": {"form": "orbax"},
+    },
+    "equinox_module": {"one device": {}},
+    "keras_jax": {"one device": {}, "cut": {"sharded": True}},
+    "multi_steps": {"one device": {}},
+    "orbax_loop": {
+        "cut, Auto": {"kind": AxisType.Auto},
+        "cut, Explicit": {"kind": AxisType.Explicit},
+    },
+    "tunix_peft": {"one device": {}, "cut": {"sharded": True}},
+}
+
+
+def client(name):
+    try:
+        return importlib.import_module(f"examples.clients.{name}")
+    except ModuleNotFoundError as error:
+        pytest.fail(
+            f"{name}: no module {error.name!r} here; `make test-clients` installs the "
+            "group `clients` of pyproject.toml"
+        )
+
+
+@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize(
+    ("name", "how"), [(name, how) for name, ways in CASES.items() for how in ways]
+)
+def test_client(name, how, method):
+    module = client(name)
+    run, changed = common.restarted(module.train, method, **CASES[name][how])
+    assert sorted(run.report.projected) == sorted(module.PROJECTED)
+    assert run.losses[-1] < run.losses[0] - 0.1
+    assert not changed
+    if how.startswith("cut"):
+        cut = {
+            jax.tree_util.keystr(path)
+            for path, x in jax.tree_util.tree_leaves_with_path(run.state)
+            if "model" in str(x.sharding.spec)
+        }
+        print(sorted(cut))
