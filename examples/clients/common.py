@@ -28,8 +28,9 @@ BATCH = 8
 class Run(NamedTuple):
     """What a run leaves behind.
 
-    `report` says what was projected, `losses` are those of its own steps, and `state` is
-    all that it trains and keeps, parameters and the optimizer's state, as a tree.
+    `report` says what was projected, `losses` are those of the steps that it took
+    itself, and `state` is the tree of all that it keeps: parameters and the optimizer's
+    state.
     """
 
     report: lro.SelectionReport
@@ -37,9 +38,11 @@ class Run(NamedTuple):
     state: Any
 
 
-def optimizer(method: str, learning_rate: Any = 1e-2) -> optax.GradientTransformation:
+def optimizer(
+    method: str, learning_rate: Any = 1e-2, **options: Any
+) -> optax.GradientTransformation:
     """`lro.galore(1e-2, rank=4, ...)`, for any of the methods by its name."""
-    return getattr(lro, method)(learning_rate, **METHODS[method])
+    return getattr(lro, method)(learning_rate, **METHODS[method], **options)
 
 
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,15 +86,18 @@ def restarted(
     """Trains six steps in one go, and three and three with a restart in between.
 
     Returns:
-      The run in one go, and the paths that differ in the end: none, if a restart
-      leaves no trace.
+      The run in one go, and what differs in the end: nothing, if a restart leaves no
+      trace.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         straight = train(method, root / "straight", 6, **options)
         train(method, root / "stopped", 3, **options)
         again = train(method, root / "stopped", 6, **options)
-    return straight, differences(straight.state, again.state)
+    changed = differences(straight.state, again.state)
+    if len(again.losses) != 3:  # a run that began anew would end the same
+        changed.append(f"{len(again.losses)} steps after the restart")
+    return straight, changed
 
 
 def main(train: Callable[..., Run], variants: Iterable[dict[str, Any]] = ({},)) -> None:
