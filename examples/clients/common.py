@@ -13,13 +13,13 @@ from jax.sharding import AxisType, Mesh
 
 import lowrank_optax as lro
 
-# A new basis every second step, so that the steps after a restart find some; and no
-# matrix is too small for eight bits.
+# A new basis every second step, so that the steps after a restart find some; and eight
+# bits for the moments of all matrices, however small.
 METHODS: dict[str, dict[str, Any]] = {
     "galore": {"rank": 4, "update_proj_gap": 2},
     "subtrack": {"rank": 4, "update_proj_gap": 2},
     "gwt": {"level": 2},
-    "galore_8bit": {"rank": 4, "update_proj_gap": 2, "min_size": 0},
+    "galore_8bit": {"rank": 4, "update_proj_gap": 2, "min_size": 100},
 }
 VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
 BATCH = 8
@@ -61,7 +61,7 @@ def as_numpy(tree: Any) -> dict[str, np.ndarray]:
     """Every array by its path, copied, so that a later donation leaves it alone."""
 
     def plain(x: Any) -> np.ndarray:
-        key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        key = jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
         return np.array(jax.random.key_data(x) if key else x)
 
     pairs = jax.tree_util.tree_leaves_with_path(tree)

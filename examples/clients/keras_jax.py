@@ -84,8 +84,9 @@ class Optax(keras.optimizers.Optimizer):
         updates, state = self.tx.update(self.tree(grads), state, params)
         for variable, kept in zip(self.kept, jax.tree.leaves(state), strict=True):
             variable.assign(kept)
+        params = optax.tree.add_scale(params, -rate, updates)
         for variable, path in zip(variables, self.paths, strict=True):
-            variable.assign_sub(rate * updates[path])
+            variable.assign(params[path])
 
     def get_config(self) -> dict[str, Any]:
         own = {"method": self.method, "options": self.options}

@@ -59,7 +59,7 @@ def save(state: TrainState, path: pathlib.Path, form: str) -> None:
             checkpointer.save(path.absolute(), state, force=True)
 
 
-def load(fresh: TrainState, path: pathlib.Path, form: str) -> TrainState:
+def load(fresh: TrainState, path: pathlib.Path, form: str) -> Any:
     if form == "msgpack":
         return serialization.from_bytes(fresh, path.read_bytes())
     with ocp.StandardCheckpointer() as checkpointer:

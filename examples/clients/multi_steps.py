@@ -15,13 +15,13 @@ nothing; the three steps before the restart here are one and a half.
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from flax import linen as nn
 
 import lowrank_optax as lro
 from examples.clients import common
@@ -30,9 +30,9 @@ from examples.clients.linen_train_state import Model
 PROJECTED = ("down/kernel", "up/kernel")
 
 
-def make_step(model: nn.Module, tx: optax.MultiSteps) -> Any:
+def make_step(apply: Callable[..., Any], tx: optax.MultiSteps) -> Any:
     def loss_fn(params: Any, tokens: Any, after: Any) -> jax.Array:
-        logits = model.apply({"params": params}, tokens)
+        logits = apply({"params": params}, tokens)
         cross = optax.softmax_cross_entropy_with_integer_labels(logits, after)
         return cross.mean()
 
@@ -58,7 +58,7 @@ def train(method: str, folder: pathlib.Path, steps: int) -> common.Run:
             args = ocp.args.StandardRestore((params, state))
             params, state = manager.restore(start, args=args)
 
-        train_step, losses = make_step(model, tx), []
+        train_step, losses = make_step(model.apply, tx), []
         for step in range(start, steps):
             params, state, loss = train_step(params, state, *common.batch(step))
             losses.append(float(loss))

@@ -5,6 +5,7 @@ import re
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -60,6 +61,8 @@ def test_client(name, how, method):
     assert sorted(run.report.projected) == sorted(module.PROJECTED)
     assert run.losses[-1] < run.losses[0] - 0.1
     assert not changed
+    sizes = {x.dtype.itemsize for x in jax.tree.leaves(run.state) if x.dtype != bool}
+    assert (1 in sizes) == (method == "galore_8bit")
     if how.startswith("cut"):
         whole = set(module.PROJECTED) - set(cut_moments(run.state, module.PROJECTED))
         assert not whole, f"moments that lie whole on every device: {whole}"
@@ -73,3 +76,24 @@ def cut_moments(state, projected):
             yield from (
                 leaf for leaf in projected if set(leaf.split("/")) <= set(words)
             )
+
+
+def test_what_is_keras_own_acts_around_the_method():
+    """Its schedules, weight decay and accumulation, as around its own AdamW."""
+    keras, adapter = client("keras_jax").keras, client("keras_jax").Optax
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.0])
+    options = {"weight_decay": 0.1, "gradient_accumulation_steps": 2}
+
+    def kernels(optimizer):
+        # Without a gradient the decay is all there is.
+        kernel = keras.Variable(np.ones((16, 32), np.float32), name="kernel")
+        optimizer.build([kernel])
+        for _ in range(5):
+            optimizer.apply([keras.ops.zeros((16, 32))])
+            yield np.array(kernel.value)
+
+    ours = kernels(adapter("gwt", {"level": 2}, rate, **options))
+    theirs = kernels(keras.optimizers.AdamW(rate, **options))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert one.max() < 1
