@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 LATEST := .venv-latest
+CLIENTS := .venv-clients
 PYTHON := $(VENV)/bin/python
 WORKERS ?= 2
 TRAIN_ARGS ?=
@@ -14,7 +15,7 @@ BENCH_ARGS ?=
 KILLS ?= 100
 SEED ?= 0
 # Another jax: every method and every kind of state, fewer variants of them.
-LATEST_TESTS ?= -m "not slow and not whole and not tpu_aot and not variant"
+LATEST_TESTS ?= -m "not slow and not whole and not tpu_aot and not variant and not clients"
 
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # 3.12 before newer ones; on PATH before the version managers' folders.
@@ -31,7 +32,7 @@ PIP := -m pip --disable-pip-version-check
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help train test lint types format test-slow test-whole test-latest \
-    find-latest storm faults docs bench clean FORCE
+    find-latest test-clients storm faults docs bench clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -66,6 +67,9 @@ test-latest: $(LATEST)/.dev  ## without variants, on Python >= 3.12 with the new
 find-latest:  # prints the interpreter that test-latest would use; fails without one
 	@.ci/find_python 3.12 $(LATEST_CANDIDATES)
 
+test-clients: $(CLIENTS)/.dev  ## the library inside NNX, Keras, MaxText and others
+	$(CLIENTS)/bin/python $(PYTEST) -m clients tests/clients
+
 storm: $(VENV)/.dev  ## kill the trainer at random times (KILLS=100, SEED=0)
 	$(PYTHON) -m tests.storm --kills $(KILLS) --seed $(SEED)
 
@@ -79,7 +83,7 @@ bench: $(VENV)/.dev  ## time and size one optimizer step beside Optax's
 	$(PYTHON) -m benchmarks.optimizer_step $(BENCH_ARGS)
 
 clean:  ## remove the environments and everything built
-	rm -rf $(VENV) $(LATEST) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) $(CLIENTS) site dist .pytest_cache .ruff_cache .hypothesis
 
 # A stamp outlives its interpreter when that is uninstalled: then start again.
 alive = $(if $(wildcard $(1)/bin/python),,FORCE)
@@ -118,4 +122,19 @@ $(LATEST)/.dev: pyproject.toml $(LATEST)/.made
 	@echo "Installing into $(LATEST): minutes the first time"
 	$(LATEST)/bin/python $(PIP) install --quiet --upgrade \
 	    --editable ".[examples,planner,testing]" --group dev
+	@touch $@
+
+# MaxText needs Python 3.12; the others do with the project's.
+$(CLIENTS)/.made: $(call alive,$(CLIENTS))
+	@python=$$(.ci/find_python 3.12 $(LATEST_CANDIDATES)) || \
+	    python=$$(.ci/find_python 3.11 $(CANDIDATES)) || { \
+	    echo "No Python >= 3.11 with its venv module."; exit 1; }; \
+	echo "Making $(CLIENTS) with $$python ($$($$python -V))"; \
+	"$$python" -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python $(PIP) install --quiet --upgrade "pip>=25.1"
+	@touch $@
+
+$(CLIENTS)/.dev: pyproject.toml $(CLIENTS)/.made
+	@echo "Installing into $(CLIENTS): minutes the first time"
+	$(CLIENTS)/bin/python $(PIP) install --quiet --editable . --group clients
 	@touch $@
