@@ -41,6 +41,9 @@ PROJECTED = (
     *(f"{LAYERS}/self_attention/{name}/kernel" for name in ("key", "out", "query")),
     f"{LAYERS}/self_attention/value/kernel",
 )
+# MaxText lays the state out by the names of a parameter's axes. Heads and their width
+# are one axis of a matrix, and have no name together.
+CUT = tuple(f"{LAYERS}/mlp/{name}/kernel" for name in ("wi_0", "wi_1", "wo"))
 
 FLAGS = {
     "run_name": "client",
