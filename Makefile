@@ -10,6 +10,10 @@ LATEST := .venv-latest
 CLIENTS := .venv-clients
 PYTHON := $(VENV)/bin/python
 WORKERS ?= 2
+# The light ones alone: make test-clients CLIENTS_GROUP=clients-light \
+#     CLIENTS_TESTS='-k "not tunix and not maxtext"'
+CLIENTS_GROUP ?= clients
+CLIENTS_TESTS ?=
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 KILLS ?= 100
@@ -68,7 +72,7 @@ find-latest:  # prints the interpreter that test-latest would use; fails without
 	@.ci/find_python 3.12 $(LATEST_CANDIDATES)
 
 test-clients: $(CLIENTS)/.dev  ## the library inside NNX, Keras, MaxText and others
-	$(CLIENTS)/bin/python $(PYTEST) -m clients tests/clients
+	$(CLIENTS)/bin/python $(PYTEST) -m clients $(CLIENTS_TESTS) tests/clients
 
 storm: $(VENV)/.dev  ## kill the trainer at random times (KILLS=100, SEED=0)
 	$(PYTHON) -m tests.storm --kills $(KILLS) --seed $(SEED)
@@ -136,5 +140,5 @@ $(CLIENTS)/.made: $(call alive,$(CLIENTS))
 
 $(CLIENTS)/.dev: pyproject.toml $(CLIENTS)/.made
 	@echo "Installing into $(CLIENTS): minutes the first time"
-	$(CLIENTS)/bin/python $(PIP) install --quiet --editable . --group clients
+	$(CLIENTS)/bin/python $(PIP) install --quiet --editable . --group $(CLIENTS_GROUP)
 	@touch $@
