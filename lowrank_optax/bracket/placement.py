@@ -49,16 +49,12 @@ def places_of(
     if projected:
         spec = _spread(spec, piece.shape, like)
     entries = (*spec, *[None] * (len(piece.shape) - len(spec)))
-
-    def place(shape: tuple[int, ...]) -> Any:
-        part = _shorter(entries, piece.shape, shape, like)
-        # Scales that cannot be cut as their codes are lie in parts by rows; a single
-        # one for each row is everywhere, like a flag.
-        if projected and shape[-1:] != (1,):
-            part = _spread(part, shape, like)
-        return _spelled(part, shape, like)
-
-    return [place(x.shape) for x in jax.tree.leaves(piece)]
+    # Scales that cannot be cut as their codes are stay whole: by rows, the first step
+    # would give them back whole, and be compiled again for that.
+    return [
+        _spelled(_shorter(entries, piece.shape, x.shape, like), x.shape, like)
+        for x in jax.tree.leaves(piece)
+    ]
 
 
 def laid_out(planner: Planner, params: Any, state: SubspaceState) -> SubspaceState:
