@@ -109,7 +109,8 @@ def test_the_scale_is_of_no_account_and_cannot_be_given():
         )
         for scale in (0.25, 3.0)
     ]
-    np.testing.assert_allclose(*map(one_step, tx), atol=1e-6)
+    # A length is rounded by the scale that it is taken at.
+    np.testing.assert_allclose(*map(one_step, tx), rtol=1e-5, atol=1e-6)
     with pytest.raises(TypeError, match="`scale` has no effect beside `match`"):
         lro.galore(1e-3, 4, scale=1.0, match="adamw")
     lro.fira(1e-3, 4, scale=1.0, match="adamw")  # weighs its two parts
