@@ -10,16 +10,39 @@ import re
 import lowrank_optax as lro
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+CARDS = pathlib.Path(__file__).parent / "methods"
+# The groups of the navigation; a card says in its first lines to which it belongs.
+KINDS = {
+    "found": "A subspace found anew",
+    "moved": "A subspace that moves",
+    "fixed": "A subspace that is given",
+    "none": "No subspace",
+}
 BEGIN, END = "<!-- methods: python docs/hooks.py -->", "<!-- end of the methods -->"
 
 
 def on_config(config):
-    """Lists the cards in the navigation."""
-    cards = [{m.title: f"methods/{m.name}.md"} for m in lro.METHODS.values()]
+    """Lists the cards in the navigation, by their kinds."""
+    groups = {title: [] for title in KINDS.values()}
+    for method in lro.METHODS.values():
+        groups[KINDS[kind(method)]].append({method.title: f"methods/{method.name}.md"})
     for entry in config.nav:
         if "Methods" in entry:
-            entry["Methods"] = [{"All methods": entry["Methods"]}, *cards]
+            grouped = [{title: cards} for title, cards in groups.items()]
+            entry["Methods"] = [{"All methods": entry["Methods"]}, *grouped]
     return config
+
+
+def kind(method):
+    """The kind that the method's card names in its first lines."""
+    card = (CARDS / f"{method.name}.md").read_text(encoding="utf-8")
+    found = re.match(r"---\nkind: (\w+)\n---\n", card)
+    if not found or found[1] not in KINDS:
+        raise ValueError(
+            f"docs/methods/{method.name}.md begins with '---', 'kind: KIND', '---', "
+            f"where KIND is one of {', '.join(KINDS)}"
+        )
+    return found[1]
 
 
 def on_page_markdown(markdown, **kwargs):

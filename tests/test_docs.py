@@ -130,6 +130,19 @@ def test_pages_speak_of_what_exists(page):
     assert not dead
 
 
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_formulas_are_whole(page):
+    """A blank line would end a formula in the middle, and show its source."""
+    formulas = page.read_text(encoding="utf-8").split("$$")
+    assert len(formulas) % 2 == 1, "a $$ without its partner"
+    assert not [formula for formula in formulas[1::2] if "\n\n" in formula]
+
+
+def test_every_card_has_a_kind():
+    for method in lro.METHODS.values():
+        assert hooks.kind(method) in hooks.KINDS
+
+
 # --- examples ----------------------------------------------------------------------
 
 
