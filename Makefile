@@ -18,8 +18,14 @@ TRAIN_ARGS ?=
 BENCH_ARGS ?=
 KILLS ?= 100
 SEED ?= 0
-# Another jax: every method and every kind of state, fewer variants of them.
-LATEST_TESTS ?= -m "not slow and not whole and not tpu_aot and not variant and not clients"
+# What another jax may change: programs (every method under the laws, sharded, against
+# the authors' numbers, by layers, with compressed activations), trees and containers,
+# what is read off jaxprs and compiled text, and the trainer.
+LATEST_TESTS ?= tests/activations tests/distributed tests/golden tests/quantization \
+    $(addprefix tests/test_,boxes.py containers.py docs.py in_turn.py layerwise.py \
+    memory.py optax_laws.py optax_suite.py registry.py saved.py static_args.py) \
+    $(addprefix tests/examples/test_,activations.py checkpoint.py compressed.py \
+    layerwise.py mesh.py model.py plan.py processes.py train.py)
 
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # 3.12 before newer ones; on PATH before the version managers' folders.
@@ -35,17 +41,17 @@ LATEST_CANDIDATES := python3.12 $(wildcard \
 PIP := -m pip --disable-pip-version-check
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help train test lint types format test-slow test-whole test-latest \
-    find-latest test-clients storm faults docs bench clean FORCE
+.PHONY: help train test lint types format test-variants test-slow test-whole \
+    test-latest find-latest test-clients storm faults docs bench clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
-	    awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	    awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 train: $(VENV)/.examples  ## train a small LLaMA on real text with GaLore
 	$(PYTHON) -m examples.llama.train $(TRAIN_ARGS)
 
-test: lint types  ## linter, type checker and the tests that are not slow
+test: lint types  ## linter, type checker, tests without variants, slow and whole ones
 	$(PYTHON) $(PYTEST)
 
 lint: $(VENV)/.dev  ## formatter (check only) and linter
@@ -59,13 +65,16 @@ format: $(VENV)/.dev  ## format and mend what the linter can mend
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+test-variants: $(VENV)/.dev  ## more rows of what `make test` tries: every method x law
+	$(PYTHON) $(PYTEST) -m "variant and not slow and not whole"
+
 test-slow: $(VENV)/.dev  ## the tests marked slow
 	$(PYTHON) $(PYTEST) -m slow
 
 test-whole: $(VENV)/.dev  ## whole runs of the trainer, notebooks and long pages
 	$(PYTHON) $(PYTEST) -m "whole and not slow"
 
-test-latest: $(LATEST)/.dev  ## without variants, on Python >= 3.12 with the newest jax
+test-latest: $(LATEST)/.dev  ## what may differ with the newest jax, on Python >= 3.12
 	$(LATEST)/bin/python $(PYTEST) $(LATEST_TESTS)
 
 find-latest:  # prints the interpreter that test-latest would use; fails without one

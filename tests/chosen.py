@@ -48,8 +48,8 @@ def chosen():
 
 
 @functools.cache
-def newest():
-    """Rows for another jax: every kind of state, and one row of every method."""
+def usual():
+    """Rows of `make test`: every kind of state, and one row of every method."""
     methods = {}
     for row in (*chosen(), *ROWS):
         methods.setdefault(ROWS[row].make.func, row)
@@ -62,8 +62,8 @@ def laws(row):
 
 
 def case(row, *values):
-    """A row as a case of a test; `make test-latest` leaves variants out."""
-    marks = () if row in newest() else pytest.mark.variant
+    """A row as a case of a test; `make test` leaves variants to `make test-variants`."""
+    marks = () if row in usual() else pytest.mark.variant
     return pytest.param(row, *values, marks=marks)
 
 

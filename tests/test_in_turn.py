@@ -25,9 +25,11 @@ METHODS = {
     "ldadam": lambda **o: lro.ldadam(1e-2, R, error_feedback=True, **o),
     "apollo": lambda **o: lro.apollo(1e-2, R, **o),
     "frugal": lambda **o: lro.frugal(1e-2, R, **o),
-    "galore_8bit": lambda **o: lro.galore_8bit(1e-2, R, min_size=0, **o),
+    "galore_8bit": lambda **o: lro.galore_8bit(
+        1e-2, projector=lro.svd(R), min_size=0, **o
+    ),
     "complement": lambda **o: lro.chain(  # with one counter for all layers of a leaf
-        lro.project(lro.power(R), select=".", **o),
+        lro.project(lro.svd(R), select=".", **o),
         optax.scale_by_adam(),
         lro.complement(optax.scale_by_adam()),
         lro.backproject(learning_rate=1e-2),

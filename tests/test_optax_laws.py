@@ -32,7 +32,7 @@ from tests.chosen import (
     each_row,
     kinds_of,
     laws,
-    newest,
+    usual,
 )
 from tests.rows import GAP, NOT_INSIDE, RAW, ROWS, subject
 
@@ -69,8 +69,8 @@ def test_chosen_rows_have_every_kind_of_state():
     assert len(found) > 5
 
 
-def test_the_newest_jax_gets_every_method():
-    assert {ROWS[row].make.func for row in newest()} == {
+def test_the_usual_rows_have_every_method():
+    assert {ROWS[row].make.func for row in usual()} == {
         row.make.func for row in ROWS.values()
     }
 
