@@ -58,10 +58,10 @@ def launch(
     """
     command = [sys.executable, "-m", "tests.runs", "--data", text(work / "text")]
     command += ["--run-dir", str(run_dir), *flags]
+    command += ["--compilation-cache", str(work / "programs")]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={processes}",
-        "JAX_COMPILATION_CACHE_DIR": str(work / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     started = []
