@@ -59,6 +59,7 @@ def launch(
     command = [sys.executable, "-m", "tests.runs", "--data", text(work / "text")]
     command += ["--run-dir", str(run_dir), *flags]
     command += ["--compilation-cache", str(work / "programs")]
+    command += ["--cache-dir", str(work / "cache")]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={processes}",

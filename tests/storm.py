@@ -113,7 +113,8 @@ def series(
     """
     draw = random.Random(f"{seed}-{number}")
     method, keep = METHODS[number % len(METHODS)], 1 + number % 3
-    processes = 2 if number % 7 == 3 else 1  # of each, methods and numbers kept
+    # 7 has no factor in common with the methods and with 3: all pairs will come.
+    processes = 2 if number % 7 == 3 else 1
     which = {"seed": seed, "series": number}
     result = which | {"method": method, "keep": keep, "processes": processes}
     result |= {"kills": 0, "most_lost": 0, "wrong": []}

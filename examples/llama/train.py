@@ -133,6 +133,10 @@ class Trainer:
         self.train_text, self.val_text = load_corpora(
             config.data, config.val_data, config.text_key
         )
+        # As it was at the start: a save says nothing of what was changed since.
+        self.corpus_hash = found_by_first(
+            lambda: self.train_text.fingerprint(config.cache_dir)
+        )
         # A run that goes on keeps the tokenizer that it began with.
         own = self.run_dir / "tokenizer.json" if config.resume else None
         size = self.model.vocab_size
@@ -199,6 +203,7 @@ class Trainer:
             self.optimizer,
             self.abstract_params,
             self.train_text,
+            self.corpus_hash,
             self.placement.mesh,
         )
         own = self.run_dir / "tokenizer.json"
@@ -249,7 +254,7 @@ class Trainer:
             side = optimizers.sides(self.optimizer, self.abstract_params)
         return {name: getattr(self.config, name) for name in IDENTITY} | {
             **({"side": side} if side else {}),
-            "corpus_hash": self.train_text.fingerprint(),
+            "corpus_hash": self.corpus_hash,
             "tokenizer_hash": self.tokenizer.fingerprint,
             "model": dataclasses.asdict(self.model),
         }
