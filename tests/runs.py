@@ -19,6 +19,9 @@ EVERY = 5  # steps between two checkpoints
 
 
 def main() -> int:
+    from examples.llama.interrupt import end_at_once
+
+    signal.signal(signal.SIGINT, end_at_once)  # as the trainer's own first lines do
     from examples.llama import presets, train
     from examples.llama.model import ModelConfig
 
