@@ -130,8 +130,14 @@ def fingerprint(run_dir: pathlib.Path) -> str:
     if problems:
         raise AssertionError(f"damaged at the end: {problems}")
     folder = (run_dir / "checkpoints" / str(step)).absolute()
+    # On one device, whatever it was saved from.
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(folder)
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved
+        )
+        state = checkpointer.restore(folder, target)
     digest = hashlib.sha256(str(step).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         leaf = np.asarray(leaf)

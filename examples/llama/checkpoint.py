@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -214,13 +215,22 @@ class Store:
 
     def discard(self, step: int) -> None:
         """Removes what a save that failed has left."""
-        for path in (
-            *self.folder.glob(f"{step}{_UNFINISHED}"),
-            self.folder / f"{step}",
-        ):
-            shutil.rmtree(path, ignore_errors=True)
+        self.sweep()
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)
         for path in (self._saving_path(step), self.record_path(step)):
             path.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Removes unfinished saves, while none is under way."""
+        # Where one of Orbax' threads has failed, others may still make files for a
+        # moment, and a folder is not removed under them.
+        for _ in range(20):
+            left = [*self.folder.glob(_UNFINISHED)]
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
+            if not left:
+                return
+            time.sleep(0.05)
 
     def prune(self, keep: int) -> None:
         """Leaves the newest checkpoints, and damaged ones while there are too few."""
@@ -371,6 +381,8 @@ class Checkpoints:
         self._settle(lambda failed: failed)
         self._worker.shutdown()
         self._orbax.close()
+        if is_first():
+            self.store.sweep()
 
 
 @contextlib.contextmanager

@@ -366,6 +366,22 @@ def test_a_failed_save_is_a_warning(store, monkeypatch, capsys):
     assert store.newest_good() == (6, {})
 
 
+def test_remains_that_are_still_written_to_go_as_well(store, monkeypatch):
+    left = store.folder / "4.orbax-checkpoint-tmp"
+    left.mkdir()
+    plain, tries = shutil.rmtree, []
+
+    def busy(path, **how):
+        tries.append(path)
+        if len(tries) > 2:
+            plain(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    store.discard(4)
+    assert store.steps() == [3, 2, 1]
+    assert not left.exists()
+
+
 def test_orbax_itself_fails(store, capsys, tmp_path):
     """One line for each save, the pages go to the log, and the next save is well."""
     checkpoints = Checkpoints(store, 3)
