@@ -19,6 +19,9 @@ EVERY = 5  # steps between two checkpoints
 
 
 def main() -> int:
+    from examples.llama.interrupt import end_at_once
+
+    signal.signal(signal.SIGINT, end_at_once)  # as the trainer's own first lines do
     from examples.llama import presets, train
     from examples.llama.model import ModelConfig
 
@@ -58,10 +61,11 @@ def launch(
     """
     command = [sys.executable, "-m", "tests.runs", "--data", text(work / "text")]
     command += ["--run-dir", str(run_dir), *flags]
+    command += ["--compilation-cache", str(work / "programs")]
+    command += ["--cache-dir", str(work / "cache")]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={processes}",
-        "JAX_COMPILATION_CACHE_DIR": str(work / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     started = []
@@ -126,8 +130,14 @@ def fingerprint(run_dir: pathlib.Path) -> str:
     if problems:
         raise AssertionError(f"damaged at the end: {problems}")
     folder = (run_dir / "checkpoints" / str(step)).absolute()
+    # On one device, whatever it was saved from.
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(folder)
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved
+        )
+        state = checkpointer.restore(folder, target)
     digest = hashlib.sha256(str(step).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         leaf = np.asarray(leaf)

@@ -43,7 +43,7 @@ class TrainConfig:
     packing: str | None = None
     """padded: one document, one row, cut to --seq-len; packed: documents end to end"""
     cache_dir: str = "runs/cache"
-    """folder of trained tokenizers"""
+    """folder of trained tokenizers, and of the hashes of shards that were read"""
 
     seq_len: int | None = None
     """length of a row, tokens"""

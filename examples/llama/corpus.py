@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator
 
 from examples.llama.config import UsageError
+from examples.llama.shard_hashes import shard_hashes
 
 TRAIN, VALIDATION = "train", "validation"
 _HELD_OUT = 20  # one document in so many is for validation
@@ -70,24 +71,22 @@ class Corpus:
             self, paths=self.paths[host::hosts], names=self.names[host::hosts]
         )
 
-    @property
-    def hashed(self) -> str:
-        """What `fingerprint` covers, in words."""
-        if self.whole_files:
-            return "names and contents"
-        return f"names, sizes and the first {_PIECE // 1024} KiB of each"
+    def fingerprint(self, cache_dir: str = "") -> str:
+        """Hash of names, sizes and contents.
 
-    def fingerprint(self) -> str:
-        """Hash of names, sizes and contents (of large shards: their first 64 KiB)."""
+        What was read once is noted in the folder, if one is named; a shard is read
+        again when its size or its time is another.
+        """
+        # Small files are read faster than noted.
+        cache_dir = "" if self.whole_files else cache_dir
+        try:
+            contents = shard_hashes(self.paths, cache_dir)
+        except OSError as error:
+            raise _unreadable(pathlib.Path(error.filename), error) from error
         digest = hashlib.sha256()
-        for name, path in zip(self.names, self.paths, strict=True):
-            try:
-                with path.open("rb") as file:
-                    content = file.read(-1 if self.whole_files else _PIECE)
-            except OSError as error:
-                raise _unreadable(path, error) from error
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-            digest.update(hashlib.sha256(content).digest())
+        for name, (size, content) in zip(self.names, contents, strict=True):
+            digest.update(f"{name}\0{size}\0".encode())
+            digest.update(bytes.fromhex(content))
         return digest.hexdigest()[:16]
 
     def documents(

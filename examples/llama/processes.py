@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.llama.config import UsageError
+from examples.llama.interrupt import end_at_once
 from examples.llama.run_folder import brief
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -140,24 +141,52 @@ def found_by_first(find: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C set a flag; a second one ends the process at once."""
+def stop_on_signals(
+    unsaved: Callable[[], bool] = lambda: True,
+) -> Iterator[Callable[[], bool]]:
+    """SIGTERM and Ctrl-C set a flag; a second one ends the process at once.
+
+    So does a first Ctrl-C while nothing is `unsaved`: who sits before a compilation of
+    minutes need not wait for it.
+    """
     asked = threading.Event()
+
+    def end_if_due(number: int, before: int) -> None:
+        if before:
+            end_at_once(number, why="ended at once by a second signal; nothing more "
+                        "is saved")  # fmt: skip
+        if number == signal.SIGINT and not unsaved():
+            end_at_once(number, why="interrupted before a step; nothing is lost")
 
     def note(number: int, frame: Any) -> None:
         del frame
-        if asked.is_set():
-            # Past Python's files, one of which may just be in use by the main thread.
-            os.write(2, b"\nended at once by a second signal; nothing more is saved\n")
-            os._exit(128 + number)  # as a shell says it; nothing waits for a save
+        end_if_due(number, asked.is_set())
         asked.set()
+
+    def watch(reader: int) -> None:
+        # Python's handlers wait until the main thread is back from a compilation or a
+        # device; what the system writes here is seen at once.
+        seen = 0
+        while number := os.read(reader, 1):
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                end_if_due(number[0], seen)
+                seen += 1
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # Python lets only the main thread handle signals
         return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    watcher = threading.Thread(target=watch, args=(reader,), daemon=True)
+    watcher.start()
+    before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before_fd)
+        os.close(writer)  # which ends the watcher
+        watcher.join()
+        os.close(reader)

@@ -66,13 +66,14 @@ def describe(
     optimizer: optax.GradientTransformation,
     params: Any,
     corpus: Corpus,
+    corpus_hash: str,
     mesh: Mesh | None,
 ) -> None:
     """Says what is about to run, and leaves the particulars in its folder."""
     print(
         f"{config.preset} ({count_params(params):,} parameters) with "
         f"{config.optimizer}; corpus {corpus.name}: {len(corpus.paths)} "
-        f"shards, hash {corpus.fingerprint()} of {corpus.hashed}; writing to {run_dir}",
+        f"shards, hash {corpus_hash} of all bytes; writing to {run_dir}",
         flush=True,
     )
     if mesh is not None:

@@ -107,7 +107,8 @@ def load_tokenizer(
     """The file `own` if it exists, else the cached one, else one trained now."""
     if kind == "bytes":
         return ByteTokenizer()
-    cached = pathlib.Path(cache_dir) / f"bpe-{vocab_size}-{corpus.fingerprint()}.json"
+    fingerprint = corpus.fingerprint(cache_dir)
+    cached = pathlib.Path(cache_dir) / f"bpe-{vocab_size}-{fingerprint}.json"
     path = own if own is not None and own.exists() else cached
     if not path.exists():
         check_writable("--cache-dir", pathlib.Path(cache_dir))

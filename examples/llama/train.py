@@ -2,17 +2,24 @@
 
 Exit codes: 0 the run ended, or was asked to stop, and its last state is saved; 1 it is
 not, or training cannot go on; 2 the command, the data or the checkpoint needs mending
-(nothing was overwritten). With `--verify`: 0 all checkpoints are good, 1 some are not.
+(nothing was overwritten); 130 Ctrl-C before the first step. With `--verify`: 0 all
+checkpoints are good, 1 some are not.
 """
 
 import contextlib
 import dataclasses
 import functools
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from examples.llama.interrupt import end_at_once
+
+if __name__ == "__main__":  # what follows takes seconds to load
+    signal.signal(signal.SIGINT, end_at_once)
 
 import jax
 import optax
@@ -133,6 +140,10 @@ class Trainer:
         self.train_text, self.val_text = load_corpora(
             config.data, config.val_data, config.text_key
         )
+        # As it was at the start: a save says nothing of what was changed since.
+        self.corpus_hash = found_by_first(
+            lambda: self.train_text.fingerprint(config.cache_dir)
+        )
         # A run that goes on keeps the tokenizer that it began with.
         own = self.run_dir / "tokenizer.json" if config.resume else None
         size = self.model.vocab_size
@@ -199,6 +210,7 @@ class Trainer:
             self.optimizer,
             self.abstract_params,
             self.train_text,
+            self.corpus_hash,
             self.placement.mesh,
         )
         own = self.run_dir / "tokenizer.json"
@@ -249,7 +261,7 @@ class Trainer:
             side = optimizers.sides(self.optimizer, self.abstract_params)
         return {name: getattr(self.config, name) for name in IDENTITY} | {
             **({"side": side} if side else {}),
-            "corpus_hash": self.train_text.fingerprint(),
+            "corpus_hash": self.corpus_hash,
             "tokenizer_hash": self.tokenizer.fingerprint,
             "model": dataclasses.asdict(self.model),
         }
@@ -457,7 +469,13 @@ def train(config: TrainConfig) -> None:
     started = time.perf_counter()
     # Before anything asks JAX for its devices.
     start_processes(config.distributed)
-    with stop_on_signals() as asked, only_first_prints():
+    # Of several processes none ends alone, since the others would wait for it.
+    trainer, several = None, jax.process_count() > 1
+
+    def unsaved() -> bool:
+        return several or (trainer is not None and trainer.compiled)
+
+    with stop_on_signals(unsaved) as asked, only_first_prints():
         should_stop = any_of(asked)
         trainer = Trainer(config)
         files: list[pathlib.Path] = []

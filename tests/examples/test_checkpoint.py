@@ -1,4 +1,4 @@
-"""Saving, the record of sha256 beside a checkpoint, and what a damaged one does."""
+"""Saving, the record of hashes beside a checkpoint, and what a damaged one does."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.llama import checkpoint
 from examples.llama.checkpoint import (
     Checkpoints,
     Store,
@@ -88,7 +89,7 @@ def test_every_flipped_bit_is_noticed(store):
         path.write_bytes(changed)
         step, problems = store.newest_good()
         assert step == 2
-        assert problems[3].endswith("differs from its sha256")
+        assert problems[3].endswith("differs from its hash")
         path.write_bytes(before)
     assert store.newest_good() == (3, {})
 
@@ -117,6 +118,31 @@ def test_a_damaged_record(store):
         assert store.newest_good() == (2, {3: "its record is damaged"})
     path.unlink()
     assert store.newest_good() == (2, {3: "it has no record"})
+
+
+def test_a_record_of_an_earlier_version(store):
+    for step in (1, 2, 3):
+        path = store.record_path(step)
+        record = json.loads(path.read_text())
+        record["sha256"] = record.pop("xxh3_128")
+        path.write_text(json.dumps(record))
+    with pytest.raises(
+        UsageError, match=r"\(3: an earlier version recorded its sha256: not read; 2: "
+    ):
+        find_start(store, IDENTITY)
+    assert store.steps() == [3, 2, 1]
+
+
+def test_files_of_many_pieces(tmp_path, monkeypatch):
+    """Every byte counts, where it lies and how many there are."""
+    monkeypatch.setattr(checkpoint, "_PIECE", 64)
+    monkeypatch.setattr(checkpoint, "_READ", 24)
+    data, seen = bytes(range(200)), set()
+    changed = [data[:i] + b"\xff" + data[i + 1 :] for i in range(200)]
+    for content in (data, *changed, data[:-1], data[:64], data[:128], b""):
+        (tmp_path / "a").write_bytes(content)
+        seen.add(checkpoint._digests(tmp_path)["a"])
+    assert len(seen) == 205
 
 
 def test_going_back_is_told_in_one_line_and_deletes_nothing(store, capsys):
@@ -338,6 +364,22 @@ def test_a_failed_save_is_a_warning(store, monkeypatch, capsys):
     checkpoints.close()
     assert checkpoints.last_saved == 6
     assert store.newest_good() == (6, {})
+
+
+def test_remains_that_are_still_written_to_go_as_well(store, monkeypatch):
+    left = store.folder / "4.orbax-checkpoint-tmp"
+    left.mkdir()
+    plain, tries = shutil.rmtree, []
+
+    def busy(path, **how):
+        tries.append(path)
+        if len(tries) > 2:
+            plain(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    store.discard(4)
+    assert store.steps() == [3, 2, 1]
+    assert not left.exists()
 
 
 def test_orbax_itself_fails(store, capsys, tmp_path):

@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 
+from examples.llama import shard_hashes
 from examples.llama.config import UsageError
 from examples.llama.corpus import (
     Corpus,
@@ -152,6 +153,51 @@ def test_the_fingerprint_follows_the_contents_not_the_folder(tmp_path):
         corpus = json_lines(tmp_path / folder / "a.jsonl", [{"text": text}])
         hashes.append(corpus.fingerprint())
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_fingerprint_covers_every_byte_and_reads_it_once(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.txt", str(tmp_path / "cache")
+    path.write_bytes(b"x" * 300_000)
+    corpus = matching(str(path), "text")
+    reads = []
+    plain = shard_hashes._hash
+    monkeypatch.setattr(
+        shard_hashes, "_hash", lambda path: reads.append(path) or plain(path)
+    )
+
+    def fingerprint(byte: bytes, seconds: int) -> str:
+        with path.open("r+b") as file:
+            file.seek(200_000)
+            file.write(byte)
+        os.utime(path, (seconds, seconds))
+        return corpus.fingerprint(cache)
+
+    first = fingerprint(b"x", 1)
+    assert corpus.fingerprint(cache) == corpus.fingerprint() == first
+    assert len(reads) == 2  # once, and once without the folder
+    assert fingerprint(b"y", 2) != first
+    assert fingerprint(b"x", 3) == first
+    assert len(reads) == 4
+    # Just written: it may change again within what is called the same time.
+    path.write_bytes(b"x" * 300_000)
+    assert corpus.fingerprint(cache) == corpus.fingerprint(cache) == first
+    assert len(reads) == 6
+    os.utime(path, (3, 3))
+    name = str(path)
+    for notes in ("", "[]", "[" * 99_999, f'{{"{name}": [300000, 3000000000, "0"]}}'):
+        (tmp_path / "cache" / "hashes.json").write_text(notes)
+        assert corpus.fingerprint(cache) == first
+    assert len(reads) == 10
+    assert corpus.fingerprint(cache) == first
+    assert len(reads) == 10
+
+
+def test_a_folder_that_takes_no_notes(tmp_path, capsys):
+    corpus = json_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert corpus.fingerprint(str(tmp_path / "a.jsonl")) == corpus.fingerprint()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "hashes.json was not written (" in line
 
 
 def test_stdlib():

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -164,6 +165,56 @@ def test_one_process_asks_nobody():
     assert processes.any_of(flag) is flag
     assert processes.found_by_first(lambda: 3) == 3
     assert processes.is_first()
+
+
+def test_ctrl_c_while_the_libraries_load():
+    command = [sys.executable, "-X", "importtime", "-m", "examples.llama.train"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as loading:
+        for line in loading.stderr:
+            if "jax._src.config" in line:
+                loading.send_signal(signal.SIGINT)
+                break
+        _, rest = loading.communicate()
+    lines = [x for x in rest.splitlines() if x and not x.startswith("import time:")]
+    assert (loading.returncode, lines) == (130, ["interrupted"])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "unsaved", "line"),
+    [
+        ([signal.SIGINT], False, "interrupted before a step; nothing is lost"),
+        (
+            [signal.SIGTERM, signal.SIGINT],
+            True,
+            "ended at once by a second signal; nothing more is saved",
+        ),
+    ],
+)
+def test_signals_while_the_main_thread_is_busy(numbers, unsaved, line):
+    program = (
+        "import hashlib\n"
+        "from examples.llama.processes import stop_on_signals\n"
+        f"with stop_on_signals(lambda: {unsaved}):\n"
+        "    print('busy', flush=True)\n"
+        # As a compilation does: no line of Python for minutes.
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as busy:
+        assert busy.stdout.readline() == "busy\n"
+        for number in numbers:
+            busy.send_signal(number)
+            time.sleep(0.2)  # or the system may keep one of them
+        _, errors = busy.communicate(timeout=60)
+    assert errors.split("\n") == ["", line, ""]
+    assert busy.returncode == 128 + numbers[-1]
 
 
 def test_a_second_signal_ends_at_once():
