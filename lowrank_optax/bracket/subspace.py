@@ -18,7 +18,8 @@ from lowrank_optax.bracket.checks import check_maker, check_state
 from lowrank_optax.bracket.leaf import FullLeaf, LowLeaf, cast, stepped, when
 from lowrank_optax.bracket.match import CHOICES
 from lowrank_optax.bracket.placement import typed
-from lowrank_optax.bracket.plan import Plan, Planner
+from lowrank_optax.bracket.plan import Plan
+from lowrank_optax.bracket.planner import Planner
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.start import start, start_again
 from lowrank_optax.bracket.state import (
