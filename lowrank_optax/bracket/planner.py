@@ -17,7 +17,7 @@ from lowrank_optax.bracket.leaf import LowLeaf
 from lowrank_optax.bracket.notice import quiet
 from lowrank_optax.bracket.plan import LeafPlan, Plan, low_leaf
 from lowrank_optax.bracket.selection import Selection, axis_parts
-from lowrank_optax.bracket.state import Bracket, Clock
+from lowrank_optax.bracket.state import Bracket, Clock, Kept
 from lowrank_optax.leaves.boxes import is_box, unbox
 from lowrank_optax.leaves.matrix import Matrix, Parts, path_string
 from lowrank_optax.leaves.part import transformation
@@ -48,6 +48,20 @@ class LeafInfo(NamedTuple):
         return math.prod(self.shape)
 
 
+class LeafState(NamedTuple):
+    """Shapes of what one leaf adds to a bracket's state.
+
+    Attributes:
+      kept: ``Kept``, without its recovery; of a full leaf nothing.
+      inner: the state of the inner transformation, or of ``full``, as it is stored.
+      recovery: the recovery's.
+    """
+
+    kept: Kept
+    inner: Any
+    recovery: Any = ()
+
+
 class Planner:
     """Makes plans for one bracket, each structure's once.
 
@@ -65,6 +79,7 @@ class Planner:
         self.bracket, self.selection = bracket, selection
         self.stagger, self.seed = stagger, seed
         self._plans: dict[Any, Plan] = {}
+        self._states: dict[Any, LeafState] = {}
         self.structures: set[Any] = set()
 
     def plan(self, tree: Any, layers: int | None = None) -> Plan:
@@ -204,26 +219,40 @@ class Planner:
 
     def state_bytes(self, leaf: Matrix | tuple[int, ...], dtype: Any) -> int:
         """Returns the state bytes of one projected matrix, or of one full leaf."""
-        bracket = self.bracket
+        shapes = jax.tree.leaves(self.state_of(leaf, dtype))
+        return sum(x.size * x.dtype.itemsize for x in shapes)
 
-        def stored(state: Any) -> Any:
-            return bracket.storage.first(state, jax.tree.structure(0), [dtype])
+    def state_of(self, leaf: Matrix | tuple[int, ...], dtype: Any) -> LeafState:
+        """Returns the state of one projected matrix, or of one full leaf."""
+        path = leaf.path if isinstance(leaf, Matrix) else ""
+        key = path, leaf, jnp.dtype(dtype)
+        if key not in self._states:
+            low = isinstance(leaf, Matrix)
+            start = self._start_low if low else self._start_full
+            with quiet():  # the inner transformation may be a bracket, too
+                shapes = jax.eval_shape(lambda: start(leaf, dtype))
+            self._states[key] = shapes
+        return self._states[key]
 
-        def full() -> Any:
-            tx = transformation(bracket.full or bracket.inner)
-            return stored(tx.init(jnp.zeros(leaf, bracket.dtype)))
+    def _start_low(self, matrix: Matrix, dtype: Any) -> LeafState:
+        door = low_leaf(self.bracket, matrix, dtype)
+        kept = door.start()
+        zeros = self.low_zeros(door, kept.stored)
+        inner = transformation(self.bracket.inner).init(zeros)
+        recovery = door.start_recovery(jnp.zeros(matrix.shape))
+        return LeafState(kept, self._stored(inner, dtype), recovery)
 
-        def low(matrix: Matrix) -> Any:
-            door = low_leaf(bracket, matrix, dtype)
-            kept = door.start()
-            zeros = self.low_zeros(door, kept.stored)
-            inner = transformation(bracket.inner).init(zeros)
-            return kept, stored(inner), door.start_recovery(jnp.zeros(matrix.shape))
+    def _start_full(self, shape: tuple[int, ...], dtype: Any) -> LeafState:
+        tx = transformation(self.bracket.full or self.bracket.inner)
+        inner = tx.init(jnp.zeros(shape, self.bracket.dtype))
+        return LeafState(Kept(), self._stored(inner, dtype))
 
-        make = functools.partial(low, leaf) if isinstance(leaf, Matrix) else full
-        with quiet():  # the inner transformation may be a bracket, too
-            shapes = jax.eval_shape(make)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    def _stored(self, state: Any, dtype: Any) -> Any:
+        return self.bracket.storage.first(state, jax.tree.structure(0), [dtype])
+
+    def of(self, bracket: Bracket) -> "Planner":
+        """Returns the planner of another bracket with the same choices."""
+        return Planner(bracket, self.selection, self.stagger, self.seed)
 
     def low_zeros(self, door: LowLeaf, stored: Any) -> Array:
         """Returns zeros in the shape of a leaf's projection."""

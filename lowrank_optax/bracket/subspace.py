@@ -164,7 +164,7 @@ def subspace(
         if layer is None and jax.tree.structure(state) not in planner.structures:
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start_again(planner, like))
-        check_state(plan, bracket, state)
+        check_state(planner, plan, state)
         if layer is None:
             state = typed(planner, like, state)
         # The bracket goes along as an argument, and its arrays with it: on an Explicit
