@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from typing import Any
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from tests.rows import ROWS, subject
 from tests.test_newcomers import PARAMS
 
 
-def at_another_rank(make):
+def at_another_rank(make: Any):
     """The same with another rank or level, and how the two are asked for."""
     options, own = make.keywords, inspect.signature(make.func).parameters
     if "projector" in options:

@@ -227,11 +227,12 @@ class Planner:
         path = leaf.path if isinstance(leaf, Matrix) else ""
         key = path, leaf, jnp.dtype(dtype)
         if key not in self._states:
-            low = isinstance(leaf, Matrix)
-            start = self._start_low if low else self._start_full
+            if isinstance(leaf, Matrix):
+                start = functools.partial(self._start_low, leaf, dtype)
+            else:
+                start = functools.partial(self._start_full, leaf, dtype)
             with quiet():  # the inner transformation may be a bracket, too
-                shapes = jax.eval_shape(lambda: start(leaf, dtype))
-            self._states[key] = shapes
+                self._states[key] = jax.eval_shape(start)
         return self._states[key]
 
     def _start_low(self, matrix: Matrix, dtype: Any) -> LeafState:

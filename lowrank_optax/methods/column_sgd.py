@@ -72,6 +72,7 @@ def column_sgd(
     Differences from the authors' code:
       * The paper divides by the norm of a column, the code by its rms, which is
         smaller by ``sqrt(m)``: learning rates are the code's.
+      * There, the decay of a vector takes the vectors' learning rate.
       * There, a matrix whose name is unknown is the head, and Adam adds eps to the root
         before its bias is corrected.
     """
