@@ -62,6 +62,6 @@ def annotation(parameter: inspect.Parameter) -> str:
 
 def default(value: Any) -> str:
     """The default as one would write it."""
-    value = getattr(value, "value", value)  # of a box, see methods/_method.py
+    value = getattr(value, "value", value)  # of a box, see methods/_arguments.py
     name = getattr(value, "__name__", None)
     return f"jnp.{name}" if isinstance(value, type) or name else repr(value)

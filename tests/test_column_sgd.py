@@ -74,3 +74,22 @@ def test_a_head_that_is_not_there_is_an_error():
         lro.column_sgd(LR, head="decoder").init(normal(0))
     tied = lro.column_sgd(LR, head="embed").init(normal(0))
     assert tied is not None
+
+
+def test_matched_layers_are_matched_one_by_one_wherever_they_are_stacked():
+    # Layer 1 is shown noise alone, layer 0 a signal: AdamW goes further in that.
+    noise = np.random.default_rng(0).standard_normal((3, 2, 16, 24))
+    gradients = [np.float32(x * [[[0.1]], [[1]]] + [[[1]], [[0]]]) for x in noise]
+    both = []
+    for axis in (0, 1):
+        tx = lro.scale_by_column_sgd(
+            axis=-2 * (axis == 0), layer_axis=axis, match="adamw"
+        )
+        stacks = [{"w": jnp.moveaxis(g, 0, axis)} for g in gradients]
+        state = tx.init(stacks[0])
+        for stack in stacks:
+            updates, state = tx.update(stack, state)
+        both.append(jnp.moveaxis(updates["w"], axis, 0))
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-5)
+    signal, without = jnp.sqrt(jnp.mean(both[0] ** 2, (1, 2)))
+    assert signal > 1.2 * without

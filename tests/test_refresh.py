@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.bracket.plan import LeafPlan, shifts
+from lowrank_optax.bracket.plan import LeafPlan
+from lowrank_optax.bracket.planner import shifts
 
 LAYERS, GAP = 4, 8
 

@@ -1,13 +1,19 @@
 """``check_state`` and its like: whether a state is this bracket's own."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import optax
 
 from lowrank_optax.bracket.plan import Plan
+from lowrank_optax.bracket.planner import Planner
 from lowrank_optax.bracket.state import Bracket, SubspaceState
-from lowrank_optax.leaves.moments import by_leaf
-from lowrank_optax.projectors import BasisProjector, gaussian
+from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.moments import find
+
+# The shapes of a matrix' basis, and those of its moments.
+_Sizes = tuple[list[tuple[int, ...]], list[tuple[int, ...]]]
 
 
 def check_alone(state: Any) -> None:
@@ -57,23 +63,66 @@ def check_maker(plan: Plan, bracket: Bracket, state: Any) -> None:
         )
 
 
-def check_state(plan: Plan, bracket: Bracket, state: SubspaceState) -> None:
-    """Raises if the bases have another rank."""
-    bases, moments = plan.arrays(state.basis), []
-    if not bracket.projector.stores_basis:
-        moments = [of_leaf for (of_leaf,) in by_leaf(plan.treedef, state.inner_state)]
-    for i, matrix in plan.matrices():
-        found = None
-        if matrix.side == "both":
-            continue
-        if isinstance(bracket.projector, BasisProjector):
-            found = getattr(bases[i], "shape", (None,))[-1]
-        elif isinstance(bracket.projector, gaussian):
-            seen = [x for group in moments[i] for x in group.values()]
-            found = seen[0].shape[-2] if seen and seen[0].ndim > 1 else None
-        if found is not None and found != matrix.rank:
+def check_state(planner: Planner, plan: Plan, state: SubspaceState) -> None:
+    """Raises if the state is that of another rank, or of other leaves projected."""
+    for i, leaf in enumerate(plan.leaves):
+        basis = plan.flat(state.basis)[i]
+        if leaf.matrix is None and jax.tree.leaves(basis):
             raise ValueError(
-                f"The state was made with rank {found} for leaf {matrix.path!r}, and "
-                f"this optimizer has rank {matrix.rank}. Use rank={found} to go on, or "
-                "start anew with tx.init(params)."
+                f"The state was made with leaf {leaf.path!r} projected, and this "
+                f"optimizer keeps it full ({leaf.reason}). Use the options that it was "
+                "made with to go on, or start anew with tx.init(params)."
             )
+        if leaf.matrix is None:
+            continue
+        if isinstance(basis, optax.MaskedNode):
+            raise ValueError(
+                f"The state was made with leaf {leaf.path!r} at full size, and this "
+                f"optimizer has rank {leaf.matrix.rank}. Use the options that it was "
+                "made with to go on, or start anew with tx.init(params)."
+            )
+        found = _sizes(basis), _sizes(_moments(plan.treedef, state.inner_state, i))
+        if found != _expected(planner, leaf.matrix, leaf.dtype):
+            _check_rank(planner, leaf.matrix, leaf.dtype, found)
+
+
+def _check_rank(planner: Planner, matrix: Matrix, dtype: Any, found: _Sizes) -> None:
+    """Raises if the sizes of a basis and its moments are those of another rank."""
+    projector = planner.bracket.projector
+    own = projector.at_rank(matrix, matrix.rank)
+    alike = {}
+    for rank in sorted({n for sizes in found for shape in sizes for n in shape}):
+        other = projector.at_rank(matrix, rank)
+        if own is None or other is None or other[0] == own[0]:
+            continue
+        option, projector_then = other
+        bracket = dataclasses.replace(planner.bracket, projector=projector_then)
+        block = projector_then.block_of(matrix)
+        then = dataclasses.replace(matrix, rank=rank, block=block)
+        basis, moments = _expected(planner.of(bracket), then, dtype)
+        # Of an inner transformation that treats leaves by their names, the moments of
+        # one leaf alone are not known; two ranks may share the bytes of their codes.
+        alike[option] = 2 * (moments == found[1] != []) + (basis == found[0] != [])
+    option = max(alike, key=alike.__getitem__, default=None)
+    if own is not None and option is not None and alike[option]:
+        raise ValueError(
+            f"The state was made with {option.replace('=', ' ')} for leaf "
+            f"{matrix.path!r}, and this optimizer has {own[0].replace('=', ' ')}. "
+            f"Use {option} to go on, or start anew with tx.init(params)."
+        )
+
+
+def _expected(planner: Planner, matrix: Matrix, dtype: Any) -> _Sizes:
+    kept, inner, _ = planner.state_of(matrix, dtype)
+    return _sizes(kept.stored), _sizes(_moments(jax.tree.structure(0), inner, 0))
+
+
+def _moments(treedef: Any, inner_state: Any, leaf: int) -> list[Any]:
+    """Returns the moments of one leaf, encoded as they are."""
+    groups = find(inner_state, factors=True).groups
+    trees = [tree for group in groups for tree in group.values()]
+    return [treedef.flatten_up_to(tree)[leaf] for tree in trees]
+
+
+def _sizes(tree: Any) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(tree)]

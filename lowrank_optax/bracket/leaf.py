@@ -99,7 +99,6 @@ class LowLeaf(Bases):
         stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), one)
         pending = jnp.ones(batch, jnp.bool_) if self.projector.stores_basis else ()
         sample = match.start(self.matrix) if self.match else ()
-        sample = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), sample)
         return Kept(stored, pending, sample=sample)
 
     def start_recovery(self, leaf: Any) -> Any:
@@ -132,8 +131,7 @@ class LowLeaf(Bases):
         seen = self.matrix.operand(gradient)
         wanted, sample = (), kept.sample
         if self.match:
-            one = functools.partial(match.wanted, self.matrix, count=clock.count)
-            wanted, sample = self.lift(one, seen, sample)
+            wanted, sample = match.wanted(self, seen, sample, clock.count)
         if self.recovery is not None and not self.recovery.whole:
             entering = self._as_matrices(kept.recovery)
             seen = self.lift(self.recovery.enter, entering, seen)
@@ -301,18 +299,16 @@ class LowLeaf(Bases):
         total = functools.reduce(lambda a, b: a.map(jnp.add, b), terms)
         if outside is None:  # else one more term is to come
             if self.match and length is None:
-                total = _resized(total, opened.wanted, gain)
+                total = match.resize(total, opened.wanted, gain)
             total = total.map(lambda x: cast(x, self.update_dtype))
         return total, outside, state
 
-    def resized(self, update: Array, opened: Opened, gain: Any) -> Array:
+    def resized(self, update: Any, opened: Opened, gain: Any) -> Array:
         """Returns the leaf's update as long as wanted, if anything is."""
         if not self.match:
             return update
-        one = functools.partial(_resized, gain=gain)
-        return self.matrix.leaf(
-            self.lift(one, self.matrix.operand(update), opened.wanted)
-        )
+        update = self.matrix.operand(update)
+        return self.matrix.leaf(match.resized(self, update, opened.wanted, gain))
 
     def _as_matrices(self, state: Any) -> Any:
         assert self.recovery is not None
@@ -321,14 +317,6 @@ class LowLeaf(Bases):
     def _as_leaf(self, state: Any) -> Any:
         assert self.recovery is not None
         return self.matrix.leaf(state) if self.recovery.like_leaf else state
-
-
-def _resized(update: Operand, wanted: Array, gain: Any) -> Operand:
-    """Returns one matrix' update, which has its learning rate, as long as wanted."""
-    if gain is not None:
-        wanted = wanted * jnp.abs(gain)
-    factor = match.ratio(wanted, match.root_mean_square(update))
-    return update.map(lambda x: x * factor.astype(x.dtype))
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:

@@ -1,16 +1,18 @@
-"""``wanted`` and ``length``: updates as long as AdamW's, which a sample tells.
+"""``wanted`` and ``resized``: updates as long as AdamW's, which a sample tells.
 
 How far AdamW would go in a matrix depends on how steady its entries are, and a subspace
 does not show that: it was chosen for what is steady in it. So AdamW's own moments are
 kept of a sample of entries, as many as one row or a few of the projection has.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lowrank_optax.bracket.lifted import Lifted
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.products import Operand, has_square, kept_if, regram, wide
 from lowrank_optax.recovery import LeafView, Recovered
@@ -30,7 +32,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 class Sample(NamedTuple):
-    """AdamW's moments of some entries of every column, each ``float32 [c, n]``.
+    """AdamW's moments of some entries of every column, ``float32 [*batch, c, n]``.
 
     Not ``mu`` and ``nu``: those are the inner optimizer's, and found by their names.
     """
@@ -41,21 +43,30 @@ class Sample(NamedTuple):
 
 def start(matrix: Matrix) -> Sample:
     """Returns the moments before the first step."""
-    zeros = jnp.zeros(_rows(matrix).shape, jnp.float32)
+    shape = (*matrix.batch_shape, *_rows(matrix).shape)
+    zeros = jnp.zeros(shape, jnp.float32)
     return Sample(zeros, zeros)
 
 
 def wanted(
-    matrix: Matrix, gradient: Operand, sample: Sample, count: Array
-) -> tuple[Float[Array, ""], Sample]:
+    leaf: Lifted, gradient: Operand, sample: Sample, count: Array
+) -> tuple[Float[Array, "*batch"], Sample]:
     """Returns the root mean square of AdamW's next update, and the new moments.
 
     Args:
-      matrix: how the one matrix is seen.
+      leaf: the matrices.
       gradient: as it came, without what a recovery adds.
       sample: the moments so far.
       count: steps before this one.
     """
+    one = functools.partial(_wanted, leaf.matrix, count=count)
+    return leaf.lift(one, gradient, sample)
+
+
+def _wanted(
+    matrix: Matrix, gradient: Operand, sample: Sample, count: Array
+) -> tuple[Float[Array, ""], Sample]:
+    """Returns the same of one matrix."""
     rows = gradient.along(jnp.asarray(_rows(matrix)))
     # Where it is stored, so that no large matrix is transposed.
     picked = jnp.take_along_axis(gradient.stored, rows, gradient.axis)
@@ -94,15 +105,30 @@ def length(view: LeafView, recovered: Recovered) -> Float[Array, ""] | None:
     return jnp.sqrt(jnp.maximum(square, 0.0))
 
 
+def resized(leaf: Lifted, update: Operand, size: Array, gain: Any = None) -> Operand:
+    """Returns updates, each matrix with a root mean square of ``size``.
+
+    Args:
+      leaf: the matrices.
+      update: theirs, with their learning rate.
+      size: of every matrix, without it.
+      gain: the negative learning rate, None if it is applied elsewhere.
+    """
+    return leaf.lift(functools.partial(resize, gain=gain), update, size)
+
+
+def resize(update: Operand, size: Array, gain: Any = None) -> Operand:
+    """Returns the same of one matrix."""
+    if gain is not None:
+        size = size * jnp.abs(gain)
+    factor = ratio(size, jnp.sqrt(jnp.mean(jnp.square(wide(update.stored)))))
+    return update.map(lambda x: x * factor.astype(x.dtype))
+
+
 def ratio(wished: Array, size: Array) -> Array:
     """Returns the factor from one to the other, 0 for what has no size."""
     usable = (size > 0) & jnp.isfinite(size)
     return jnp.where(usable, wished / jnp.where(usable, size, 1.0), 0.0)
-
-
-def root_mean_square(x: Operand) -> Array:
-    """Returns that of the entries of one matrix."""
-    return jnp.sqrt(jnp.mean(jnp.square(wide(x.stored))))
 
 
 def _rows(matrix: Matrix) -> np.ndarray:

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax._meshes import explicit_mesh, explicit_sharding
 from lowrank_optax.bracket.leaf import LowLeaf
-from lowrank_optax.bracket.plan import Plan, Planner
+from lowrank_optax.bracket.plan import Plan
+from lowrank_optax.bracket.planner import Planner
 from lowrank_optax.bracket.selection import mesh_axes
 from lowrank_optax.bracket.state import SubspaceState
 from lowrank_optax.leaves.boxes import is_box, unbox, unbox_tree

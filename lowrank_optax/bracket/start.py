@@ -14,7 +14,8 @@ from lowrank_optax.bracket.checks import check_alone
 from lowrank_optax.bracket.leaf import LowLeaf, cast
 from lowrank_optax.bracket.notice import check_projected
 from lowrank_optax.bracket.placement import laid_out
-from lowrank_optax.bracket.plan import Plan, Planner
+from lowrank_optax.bracket.plan import Plan
+from lowrank_optax.bracket.planner import Planner
 from lowrank_optax.bracket.state import Bracket, SubspaceState
 from lowrank_optax.leaves.boxes import rebox
 from lowrank_optax.leaves.matrix import Axes

@@ -18,7 +18,8 @@ from lowrank_optax.bracket.checks import check_maker, check_state
 from lowrank_optax.bracket.leaf import FullLeaf, LowLeaf, cast, stepped, when
 from lowrank_optax.bracket.match import CHOICES
 from lowrank_optax.bracket.placement import typed
-from lowrank_optax.bracket.plan import Plan, Planner
+from lowrank_optax.bracket.plan import Plan
+from lowrank_optax.bracket.planner import Planner
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.start import start, start_again
 from lowrank_optax.bracket.state import (
@@ -163,7 +164,7 @@ def subspace(
         if layer is None and jax.tree.structure(state) not in planner.structures:
             # nnx.Optimizer gives a state back with mappings in the place of tuples.
             state = restore(state, lambda: start_again(planner, like))
-        check_state(plan, bracket, state)
+        check_state(planner, plan, state)
         if layer is None:
             state = typed(planner, like, state)
         # The bracket goes along as an argument, and its arrays with it: on an Explicit

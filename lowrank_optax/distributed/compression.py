@@ -10,7 +10,8 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax.bracket.leaf import LowLeaf
-from lowrank_optax.bracket.plan import LeafPlan, Planner, low_leaf
+from lowrank_optax.bracket.plan import LeafPlan, low_leaf
+from lowrank_optax.bracket.planner import Planner
 from lowrank_optax.bracket.start import Described, described
 from lowrank_optax.bracket.state import Clock, SubspaceState
 from lowrank_optax.bracket.subspace import clock_of

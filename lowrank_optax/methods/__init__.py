@@ -3,8 +3,8 @@
 A new method is one file and its line here: exports, tables and pages follow.
 """
 
-from lowrank_optax.methods._method import METHODS as METHODS
-from lowrank_optax.methods._method import Method as Method
+from lowrank_optax.methods._registry import METHODS as METHODS
+from lowrank_optax.methods._registry import Method as Method
 from lowrank_optax.methods._static import static_args as static_args
 
 from lowrank_optax.methods.galore import galore as galore

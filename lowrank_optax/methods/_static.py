@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from lowrank_optax.methods._method import METHODS
+from lowrank_optax.methods._registry import METHODS
 
 # A learning rate is a number to tune, whatever its annotation says.
 _RATE = re.compile(r"(^|_)(lr|learning_rate|step_size)(_|$)")

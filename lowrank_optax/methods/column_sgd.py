@@ -10,17 +10,10 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.bracket.match import (
-    CHOICES,
-    Sample,
-    ratio,
-    root_mean_square,
-    start,
-    wanted,
-)
+from lowrank_optax.bracket.lifted import Lifted
+from lowrank_optax.bracket.match import CHOICES, Sample, resized, start, wanted
 from lowrank_optax.leaves.boxes import is_box, unbox
 from lowrank_optax.leaves.matrix import Matrix, path_string
-from lowrank_optax.linalg.products import Operand
 from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method
 from lowrank_optax.methods._shared import Recipe, Transformation
@@ -79,6 +72,7 @@ def column_sgd(
     Differences from the authors' code:
       * The paper divides by the norm of a column, the code by its rms, which is
         smaller by ``sqrt(m)``: learning rates are the code's.
+      * There, the decay of a vector takes the vectors' learning rate.
       * There, a matrix whose name is unknown is the head, and Adam adds eps to the root
         before its bias is corrected.
     """
@@ -93,7 +87,7 @@ def column_sgd(
     }
     if match is not None:
         _checks.choice("match", match, CHOICES)
-        matrices = {role: _matched(tx) for role, tx in matrices.items()}
+        matrices = {k: _matched(tx, layer_axis) for k, tx in matrices.items()}
     tx = optax.partition(
         {
             **matrices,
@@ -140,51 +134,43 @@ class _Matched(NamedTuple):
     inner_state: Any
 
 
-def _matched(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def _matched(
+    tx: optax.GradientTransformation, layer_axis: int | None
+) -> optax.GradientTransformation:
     """Returns a direction that is in every matrix as long as AdamW's."""
 
-    def one(shape: tuple[int, ...]) -> Matrix:
-        return Matrix("", shape[-2:], (), (0,), (1,), "left", 1)
-
     def init(params: Any) -> _Matched:
-        def zeros(p: Any) -> Sample:
-            first = start(one(p.shape))
-            batch = p.shape[:-2]
-            return jax.tree.map(lambda x: jnp.zeros((*batch, *x.shape)), first)
-
-        sample = jax.tree.map(zeros, params)
+        sample = jax.tree.map(lambda p: start(_seen(p, layer_axis).matrix), params)
         return _Matched(jnp.zeros([], jnp.int32), sample, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         directions, inner = tx.update(updates, state.inner_state, params)
 
-        def leaf(gradient: Any, direction: Any, sample: Sample) -> Any:
-            def matrix(gradient: Any, direction: Any, sample: Sample) -> Any:
-                seen = one(gradient.shape)
-                aim, kept = wanted(seen, Operand(gradient), sample, state.count)
-                size = root_mean_square(Operand(direction))
-                return direction * ratio(aim, size).astype(direction.dtype), kept
-
-            for _ in gradient.shape[:-2]:
-                matrix = jax.vmap(matrix)
-            return matrix(gradient, direction, sample)
+        def matched(gradient: Any, direction: Any, sample: Sample) -> Any:
+            leaf = _seen(gradient, layer_axis)
+            seen, long = map(leaf.matrix.operand, (gradient, direction))
+            size, sample = wanted(leaf, seen, sample, state.count)
+            return leaf.matrix.leaf(resized(leaf, long, size)), sample
 
         flat, treedef = jax.tree.flatten(updates)
-        pairs = [
-            leaf(*args)
-            for args in zip(
-                flat,
-                jax.tree.leaves(directions),
-                treedef.flatten_up_to(state.sample),
-                strict=True,
-            )
-        ]
-        out = treedef.unflatten(matched for matched, _ in pairs)
-        sample = treedef.unflatten(kept for _, kept in pairs)
+        trees = treedef.flatten_up_to(directions), treedef.flatten_up_to(state.sample)
+        pairs = list(map(matched, flat, *trees))
+        out, sample = (treedef.unflatten(pair[i] for pair in pairs) for i in (0, 1))
         count = jnp.asarray(optax.safe_increment(state.count))
         return out, _Matched(count, sample, inner)
 
     return optax.GradientTransformation(init, update)
+
+
+def _seen(leaf: Any, layer_axis: int | None) -> Lifted:
+    """Returns a leaf as matrices, of its last two axes that stack no layers."""
+    axes = list(range(leaf.ndim))
+    if layer_axis is not None and leaf.ndim > 2:
+        axes.insert(0, axes.pop(layer_axis))
+    *batch, row, column = axes
+    # No basis stands behind it: side and rank say nothing.
+    matrix = Matrix("", leaf.shape, tuple(batch), (row,), (column,), "left", 1)
+    return Lifted(matrix, in_turn=False)
 
 
 def _divided(gradient: Any, axis: int) -> Array:

@@ -92,6 +92,15 @@ class Projector(Part):
         """Returns the largest r that the matrix can have."""
         return min(matrix.m, matrix.n)
 
+    def at_rank(self, matrix: Matrix, rank: int) -> "tuple[str, Projector] | None":
+        """Returns how one asks for a rank, such as "rank=8", and the projector of it.
+
+        None if no option gives the matrix this rank.
+        """
+        if not 1 <= rank <= self.largest_rank(matrix):
+            return None
+        return f"rank={rank}", dataclasses.replace(self, rank=rank)
+
     def block_of(self, matrix: Matrix) -> int:
         """Returns b if row k of ``R`` is made of rows k b to (k + 1) b - 1, else 0."""
         del matrix

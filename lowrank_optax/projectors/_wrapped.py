@@ -53,6 +53,13 @@ class Wrapped(Projector):
         """As inside."""
         return self.projector.largest_rank(matrix)
 
+    def at_rank(self, matrix: Matrix, rank: int) -> tuple[str, Projector] | None:
+        """Returns the same around the projector of that rank."""
+        found = self.projector.at_rank(matrix, rank)
+        if found is None:
+            return None
+        return found[0], dataclasses.replace(self, projector=found[1])
+
     def block_of(self, matrix: Matrix) -> int:
         """As inside."""
         return self.projector.block_of(matrix)

@@ -104,6 +104,14 @@ class wavelet(Projector):
         """Returns the same: a band fits any matrix."""
         return self.rank_of(matrix)
 
+    def at_rank(self, matrix: Matrix, rank: int) -> tuple[str, Projector] | None:
+        """Returns the level whose band is so long, and the projector on it."""
+        # Its own one first: the bands of several levels may be of one length.
+        for level in (self.level, *range(matrix.m.bit_length() + 1)):
+            if band_sizes(matrix.m, level, self.wavelet)[-1] == rank:
+                return f"level={level}", dataclasses.replace(self, level=level)
+        return None
+
     def block_of(self, matrix: Matrix) -> int:
         """Returns ``2^level`` where whole blocks cover the axis."""
         block = 2**self.level
