@@ -87,6 +87,10 @@ from lowrank_optax.transforms import (
 )
 from lowrank_optax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from lowrank_optax.transforms import scale_by_raw_adam as scale_by_raw_adam
+from lowrank_optax.transforms import SplitWeightsState as SplitWeightsState
+from lowrank_optax.transforms import full_weights as full_weights
+from lowrank_optax.transforms import set_full_weights as set_full_weights
+from lowrank_optax.transforms import split_weights as split_weights
 
 # Weights in few bits.
 from lowrank_optax.weights import WeightStorage as WeightStorage

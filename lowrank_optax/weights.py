@@ -214,12 +214,14 @@ def weight_storage(
     * "plain": as they are, ``w + u`` by ``optax.apply_updates``;
     * "stochastic-bf16": two bytes a weight, each sum rounded at random to bfloat16;
     * "int8": the matrices by ``quantize_weights``, about one byte a weight, each sum
-      rounded at random; the rest as it is.
+      rounded at random; the rest as it is;
+    * "split": in bfloat16, for an optimizer with ``split_weights`` around it, whose
+      state holds what they lack to float32, in one byte more.
 
     Args:
       kind: one of these.
       dtype: of the parameters that ``load`` returns, and so of gradients and moments.
-        "plain" leaves it as it is.
+        "plain" leaves it as it is, and of "split" it is bfloat16.
       layer_axis: of "int8": the axis of leaves with three axes that counts layers.
 
     Returns:
@@ -260,6 +262,11 @@ def weight_storage(
             store=functools.partial(quantize_weights, layer_axis=layer_axis),
             load=functools.partial(dequantize_weights, dtype=dtype),
             apply=stochastic_round_apply_updates,
+        ),
+        "split": WeightStorage(
+            store=lambda params: _floats(params, jnp.bfloat16),
+            load=lambda stored: stored,
+            apply=lambda stored, updates, key: optax.apply_updates(stored, updates),
         ),
     }
     return kinds[_checks.choice("kind", kind, kinds)]

@@ -103,8 +103,9 @@ class TrainConfig:
     """type of activations and matrix products: float32 or bfloat16"""
     weights: str = "plain"
     """how parameters are stored between steps: plain (in --param-dtype),
-    stochastic-bf16 (bfloat16, rounded at random) or int8 (the layers' matrices as
-    8-bit codes, rounded at random)"""
+    stochastic-bf16 (bfloat16, rounded at random), int8 (the layers' matrices as
+    8-bit codes, rounded at random) or split (bfloat16, and what it lacks to float32 in
+    a byte of the optimizer's state)"""
     activation_policy: str = "none"
     """what a layer keeps for its backward pass: none (no policy: all that the gradient
     uses), full (its input; the rest is recomputed), names (what matrix products made)
@@ -194,7 +195,8 @@ class Resolved(TrainConfig):
 
 
 SIDES = ("short", "long", "left", "right", "auto")
-WEIGHTS = ("plain", "stochastic-bf16", "int8")  # kinds of `lro.weight_storage`
+WEIGHTS = ("plain", "stochastic-bf16", "int8", "split")  # of `lro.weight_storage`
+AS_STORED = ("plain", "split")  # a step reads them as they are
 
 # Methods that read no whole gradient between refreshes; dct_adamw has one at every
 # step unless told otherwise.
@@ -261,6 +263,11 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
     # The later wins: the preset, the method's own defaults, the flags.
     values = defaults | given
     values.setdefault("warmup", values["steps"] // 10)
+    if values.get("weights") == "split":
+        _check_split(config)
+        # The model reads bfloat16, the optimizer sees float32.
+        values["param_dtype"] = "bfloat16"
+        values.setdefault("state_dtype", "float32")
     values.setdefault("state_dtype", values["param_dtype"])
     resolved = Resolved(**values)
     _check(resolved, preset.model)
@@ -319,15 +326,29 @@ def _check(config: Resolved, model: ModelConfig) -> None:
         raise UsageError(f"preset {config.preset} has no room for the 256 bytes")
 
 
+def _check_split(config: TrainConfig) -> None:
+    """Raises where parameters and corrections cannot have what is asked."""
+    if config.param_dtype not in (None, "bfloat16"):
+        raise UsageError(
+            "--weights split keeps parameters in bfloat16, with what they lack to "
+            f"float32 beside them; leave --param-dtype {config.param_dtype} out"
+        )
+    if config.compressed:
+        raise UsageError(
+            "--compressed sends projections of gradients past what --weights split "
+            "puts around the optimizer; give one of the two"
+        )
+
+
 def _check_layerwise(config: Resolved) -> None:
     """Raises where the step of one layer after another cannot have what is asked."""
     if not config.layerwise:
         return
-    if config.weights != "plain":
+    if config.weights not in AS_STORED:
         raise UsageError(
             f"--layerwise updates parameters as they are stored, and --weights "
             f"{config.weights} turns all of them into others around the step; take "
-            "--weights plain, with --param-dtype bfloat16 for smaller ones"
+            "--weights split, or plain with --param-dtype bfloat16 for smaller ones"
         )
     if config.activation_budget:
         raise UsageError(

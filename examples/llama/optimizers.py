@@ -101,9 +101,17 @@ def build_optimizer(
         )
     rate = learning_rate(config)
     side = {"side": config.side} if config.side else {}
-    return OPTIMIZERS[config.optimizer](
+    optimizer = OPTIMIZERS[config.optimizer](
         config, rate, param_shardings=param_shardings, **side
     )
+    if config.weights == "split":
+        return lro.split_weights(optimizer, correction_of)
+    return optimizer
+
+
+def correction_of(path: str, leaf: Any) -> str:
+    """16 bits for the gains of norms, stacked ones too: they are few, and near 1."""
+    return "int16" if "norm" in path else "int8"
 
 
 def check_projects(
@@ -136,7 +144,24 @@ def guarded(
     The guard itself never gives in: the trainer stops after too many in a row.
     """
     parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    return optax.apply_if_finite(optax.chain(*parts, optimizer), _NEVER)
+    guard = optax.apply_if_finite(optax.chain(*parts, optimizer), _NEVER)
+    return _in_float32(guard) if config.weights == "split" else guard
+
+
+def _in_float32(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The same for gradients of any float type.
+
+    The guard has one type for the updates of a good step, which are float32 where
+    weights are split, and for the zeros of a bad one, which have the gradient's.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return tx.update(grads, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -10,7 +10,7 @@ import optax
 
 import lowrank_optax as lro
 from examples.llama.budget import find_layers, of_one_device, plan_from_shapes
-from examples.llama.config import Resolved
+from examples.llama.config import AS_STORED, Resolved
 from examples.llama.model import PRODUCTS, ModelConfig, abstract_model, count_params
 from examples.llama.placement import param_shardings
 from lowrank_optax import activations
@@ -93,7 +93,7 @@ def estimate(
         gradients = own * (layers + max(sizes_of)) // whole_bytes
     return Parts(
         parameters=own * stored // whole_bytes,
-        loaded=own if config.weights != "plain" else 0,
+        loaded=own if config.weights not in AS_STORED else 0,
         state=state_bytes(tx, params, shardings),
         # Numbers on one device, of four bytes each.
         sums=4 * own * count // whole_bytes if config.micro_batches > 1 else 0,

@@ -136,7 +136,8 @@ def trials(tx: Any, tree: Any, whole: Stacks) -> Iterator[Trial]:
 
     They have two layers, and axes no longer than needed for the optimizer to keep the
     same state of them, array by array: a rank may ask for more than the shortest ones,
-    and a rule that leaves small matrices alone. The last one has the tree's own shapes.
+    and a rule that leaves small matrices alone. 16-bit leaves are float32, unless their
+    dtype decides what is kept of them. The last tree has the own shapes and dtypes.
 
     Args:
       tx: the optimizer.
@@ -147,9 +148,9 @@ def trials(tx: Any, tree: Any, whole: Stacks) -> Iterator[Trial]:
     longest = max((max(x.shape, default=1) for x in jax.tree.leaves(tree)), default=1)
     caps = itertools.takewhile(lambda n: n < longest, (_SHORT << k for k in range(40)))
     sizes = [*((2, cap) for cap in caps), (2, longest), (layers, longest)]
-    for count, cap in sizes:
+    for (count, cap), wide in itertools.product(sizes, (True, False)):
         small = jax.tree_util.tree_map_with_path(
-            lambda path, x, cap=cap: _capped(path, x, cap), tree
+            lambda path, x, cap=cap, wide=wide: _capped(path, x, cap, wide), tree
         )
         try:
             stacks = Stacks(quiet_init(tx), small, count)
@@ -186,13 +187,13 @@ def _kinds(stacks: Stacks) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _capped(path: Any, x: Any, cap: int) -> Any:
+def _capped(path: Any, x: Any, cap: int, wide: bool) -> Any:
     shape = tuple(min(size, cap) for size in x.shape)
     if part_of(path) == "layers":
         shape = (x.shape[0], *shape[1:])
     # Products of 16-bit numbers are slow on a host.
     half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-    return jax.ShapeDtypeStruct(shape, jnp.float32 if half else x.dtype)
+    return jax.ShapeDtypeStruct(shape, jnp.float32 if half and wide else x.dtype)
 
 
 def _draw(rng: Any, x: Any) -> Any:

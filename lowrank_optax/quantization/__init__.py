@@ -14,4 +14,6 @@ from lowrank_optax.quantization.rounding import stochastic_round as stochastic_r
 from lowrank_optax.quantization.rounding import (
     stochastic_round_to_bfloat16 as stochastic_round_to_bfloat16,
 )
+from lowrank_optax.quantization.split import join as join
+from lowrank_optax.quantization.split import split as split
 from lowrank_optax.quantization.symmetric import symmetric as symmetric

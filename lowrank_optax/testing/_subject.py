@@ -50,6 +50,7 @@ class Subject:
       make: builds the transformation. With an argument ``learning_rate`` that has
         a default, ``optax.inject_hyperparams`` is tried on it too.
       params: the parameters, a dictionary; None is two small matrices and a vector.
+      gradient_dtype: of all gradients; None is that of their parameters.
 
     Examples:
       >>> import functools
@@ -61,6 +62,7 @@ class Subject:
 
     make: Callable[..., optax.GradientTransformation]
     params: Any = None
+    gradient_dtype: Any = None
 
     def __post_init__(self):
         """Fills in the parameters."""
@@ -76,7 +78,8 @@ class Subject:
     @functools.cached_property
     def gradients(self) -> list[Any]:
         """One gradient per step."""
-        return [gradients_like(self.params, seed) for seed in range(STEPS)]
+        like = optax.tree.cast(self.params, self.gradient_dtype)
+        return [gradients_like(like, seed) for seed in range(STEPS)]
 
     @functools.cached_property
     def step(self) -> Callable:

@@ -23,3 +23,7 @@ from lowrank_optax.transforms.natural import (
 )
 from lowrank_optax.transforms.orthogonalize import orthogonalize as orthogonalize
 from lowrank_optax.transforms.quantized import quantize_state as quantize_state
+from lowrank_optax.transforms.split import SplitWeightsState as SplitWeightsState
+from lowrank_optax.transforms.split import full_weights as full_weights
+from lowrank_optax.transforms.split import set_full_weights as set_full_weights
+from lowrank_optax.transforms.split import split_weights as split_weights

@@ -1,6 +1,7 @@
 """`--weights`: what is stored between steps, and how a step changes it."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -15,18 +16,21 @@ from examples.llama import train
 from examples.llama.batches import as_batch
 from examples.llama.config import WEIGHTS, TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model
+from examples.llama.optimizers import build_optimizer, guarded
 from examples.llama.report import readable_bytes
 from examples.llama.step import make_steps, split_rows
 from examples.llama.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("programs")
-ROUNDED = [kind for kind in WEIGHTS if kind != "plain"]  # test_train.py trains that
+TRAINED = [kind for kind in WEIGHTS if kind != "plain"]  # test_train.py trains that
+ROUNDED = ("stochastic-bf16", "int8")  # at random
 MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 48)
 ROWS = 2 * (4 * 32 + 2 * 32 + 48)  # one group of codes each
 OTHERS = 2 * 264 * 32 + 5 * 32
 BYTES = {
     "stochastic-bf16": 2 * (MATRICES + OTHERS),
     "int8": MATRICES + 5 * ROWS + 4 * OTHERS,
+    "split": 2 * (MATRICES + OTHERS),
 }
 
 
@@ -67,7 +71,7 @@ def run(config: TrainConfig, **changes):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("kind", ROUNDED)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_training_and_going_on(kind, config, tmp_path, capsys):
     whole, result, keys = run(config, weights=kind)
     losses = [line["loss"] for line in whole.metrics.lines if "loss" in line]
@@ -102,6 +106,10 @@ def test_training_and_going_on(kind, config, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_model_and_the_optimizer_see_the_parameters_type(kind, dtype, config):
     flags = {"weights": kind, "param_dtype": dtype}
+    if (kind, dtype) == ("split", "float32"):
+        with pytest.raises(UsageError, match="leave --param-dtype float32 out"):
+            resolve(dataclasses.replace(config, **flags))
+        return
     resolved, model = resolve(dataclasses.replace(config, **flags))
     weights = lro.weight_storage(resolved.weights, resolved.param_dtype, layer_axis=0)
     params = abstract_model(model)[1]
@@ -127,7 +135,10 @@ class Bigram(nnx.Module):
 def start(kind: str, tx: Any, dtype: str = "float32", kernel: Any = 1.0):
     """The step, the stored parameters and the state of a bigram model."""
     weights = lro.weight_storage(kind, dtype, layer_axis=0)
-    tx = optax.apply_if_finite(tx, 100)
+    if kind == "split":
+        tx, dtype = lro.split_weights(tx), "bfloat16"
+    flags: Any = types.SimpleNamespace(clip=0, weights=kind)
+    tx = guarded(flags, tx)
     params = {"kernel": jnp.broadcast_to(jnp.asarray(kernel, dtype), (264, 264))}
     train = make_steps(nnx.graphdef(Bigram()), tx, weights).train
     state: Any = tx.init(params)
@@ -164,6 +175,12 @@ def test_steps_below_half_the_distance_to_the_next_number(batch):
     exact = stepped("plain", "float32")
     assert set(np.unique(exact)) == {1 - size, 1, 1 + size}
     rounded = stepped("stochastic-bf16", "float32")
+    train, stored, state = start("split", tx)
+    stored, state, _ = train(stored, state, batch, None)
+    full = lro.full_weights(stored, state)["kernel"]
+    assert stored["kernel"].dtype == jnp.bfloat16 and np.all(stored["kernel"] == 1)
+    # Half a code, above 1 and below it.
+    assert np.max(np.abs(full - exact)) <= 2.0**-8 / 254
     assert np.all(rounded[exact == 1] == 1)
     up, down = rounded[exact > 1], rounded[exact < 1]
     assert set(up) == {1, 1 + 2.0**-7} and set(down) == {1, 1 - 2.0**-8}
@@ -202,3 +219,19 @@ def test_unknown_kinds_are_refused(config):
         UsageError, match=r"--weights must be one of plain, stoch.*int8"
     ):
         resolve(dataclasses.replace(config, weights="int4"))
+
+
+def test_three_bytes_for_weights_and_corrections(config):
+    """What a checkpoint of a split run holds of its weights, bit by bit."""
+    resolved, model = resolve(dataclasses.replace(config, weights="split"))
+    assert (resolved.param_dtype, resolved.state_dtype) == ("bfloat16", "float32")
+    params = abstract_model(model)[1]
+    tx = guarded(resolved, build_optimizer(resolved))
+    state = jax.eval_shape(tx.init, params)
+    codes = optax.tree_utils.tree_get(state, "correction")
+    norms = 5 * 32
+    kept = lro.bytes_per_device((params, codes))
+    assert kept == 3 * (MATRICES + OTHERS) + norms
+    with pytest.raises(UsageError, match=r"--compressed .* --weights split"):
+        resolve(dataclasses.replace(config, weights="split", compressed=True))
+    resolve(dataclasses.replace(config, weights="split", layerwise=True))

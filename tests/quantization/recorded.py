@@ -23,3 +23,5 @@ def arrays(name):
 
 MAPS = arrays("quant8_blockwise.npz")
 GROUPS = arrays("q_galore_parts.npz")
+WEIGHTS = arrays("flash_weight_split.npz")
+MOMENTS = arrays("flash_companding.npz")

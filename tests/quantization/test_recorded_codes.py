@@ -3,12 +3,13 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lowrank_optax import quantization
 from lowrank_optax.quantization import dynamic_map
-from tests.quantization.recorded import GROUPS, MAPS
+from tests.quantization.recorded import GROUPS, MAPS, WEIGHTS
 
 CODES = sorted(key for key in MAPS if key.startswith("codes_exact_"))
 AFFINE = sorted(key for key in GROUPS if re.fullmatch(r"q_\w+_n\d_g\d+", key))
@@ -106,3 +107,44 @@ def test_groups_on_one_side_of_zero_survive(case, bits):
     if case == "allpos" and bits == 4:
         released = GROUPS["dq_allpos_n4_g256"]
         assert np.abs(released - w).max() > 0.4  # of entries in [0.5, 1]
+
+
+@pytest.mark.parametrize(("width", "dtype"), [("24", jnp.int8), ("32", jnp.int16)])
+def test_split_weights(width, dtype):
+    """Every code; put together, the released arithmetic rounds once more than ours."""
+    x, codes = WEIGHTS["x_bf16"], WEIGHTS[f"ecc{width}_bf16"]
+    low, code = jax.jit(quantization.split, static_argnums=1)(x, dtype)
+    bits = jax.lax.bitcast_convert_type(low, jnp.uint16)
+    np.testing.assert_array_equal(bits, WEIGHTS["narrow_bits_bf16"])
+    np.testing.assert_array_equal(code, codes)
+    assert np.any((np.abs(x) < 2.0**-126) & (x != 0))  # subnormal ones are among them
+    found = np.asarray(jax.jit(quantization.join)(low, codes))
+    released = WEIGHTS[f"reconstructed{width}_bf16"]
+    if width == "24":
+        np.testing.assert_array_equal(found, released)
+    apart = found.view(np.int32).astype(np.int64) - released.view(np.int32)
+    assert np.all((np.abs(apart) <= 1) | (found == released))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
+def test_split_weights_do_not_drift(dtype):
+    """Taken apart again, a number that was put together is what it was."""
+    every = jnp.arange(1 << 16).astype(jnp.uint16)
+    low = jax.lax.bitcast_convert_type(every, jnp.bfloat16)
+    most = jnp.iinfo(dtype).max
+    codes = np.random.default_rng(0).integers(-most, most + 1, (4, 1 << 16))
+    codes[3] = np.sign(codes[3]) * most
+
+    @jax.jit
+    def again(low, codes):
+        full = quantization.join(low, codes)
+        return full, quantization.join(*quantization.split(full, dtype))
+
+    first = again(low, codes.astype(dtype))[0]
+    low, codes = quantization.split(first, dtype)  # as a step leaves them
+    full, later = again(low, codes)
+    sure = np.isfinite(full)
+    np.testing.assert_array_equal(full[sure], later[sure])
+    # A NaN is one, and so is an infinity, whatever stands beside it.
+    np.testing.assert_array_equal(np.isnan(full), np.isnan(low.astype(jnp.float32)))
+    np.testing.assert_array_equal(np.isinf(full), np.isinf(low.astype(jnp.float32)))
