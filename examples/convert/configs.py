@@ -181,9 +181,7 @@ DECODERS = {
     "llama": Decoder("Llama"),
     "mistral": Decoder("Mistral", kv_heads=8, qkv_bias=False, window="always"),
     "qwen2": Decoder("Qwen2", kv_heads=32, qkv_bias=True, window="flag"),
-    "qwen3": Decoder(
-        "Qwen3", kv_heads=32, head_width=128, qk_norm=True, window="flag"
-    ),
+    "qwen3": Decoder("Qwen3", kv_heads=32, head_width=128, qk_norm=True, window="flag"),
     "gemma": Decoder(
         "Gemma", kv_heads=16, head_width=256, tied=True, act="gelu_tanh", gemma=True
     ),
@@ -228,7 +226,10 @@ def _window(fields: Fields, family: Decoder, layers: int) -> int | None:
 
 def _read_decoder(raw: dict[str, Any], family: Decoder) -> ModelConfig:
     fields = Fields(raw)
-    width, layers = fields.size("hidden_size"), fields.size("num_hidden_layers", None, 4096)
+    width, layers = (
+        fields.size("hidden_size"),
+        fields.size("num_hidden_layers", None, 4096),
+    )
     heads = fields.size("num_attention_heads", None, 2**16)
     # null is "as many as heads"; no such field is the family's default.
     kv = family.kv_heads if "num_key_value_heads" not in raw else None
@@ -242,7 +243,9 @@ def _read_decoder(raw: dict[str, Any], family: Decoder) -> ModelConfig:
             f"{', '.join(_ACTS)} are"
         )
     fields.take("hidden_act")
-    all_bias = fields.flag("attention_bias", False) if family.qkv_bias is None else False
+    all_bias = (
+        fields.flag("attention_bias", False) if family.qkv_bias is None else False
+    )
     base, scaling = _rope(fields)
     config = ModelConfig(
         vocab_size=fields.size("vocab_size", None, 2**24),
@@ -283,7 +286,9 @@ ENCODERS = {"bert": Kind("Bert"), "roberta": Kind("Roberta", padding=1)}
 def _read_encoder(raw: dict[str, Any], kind: Kind) -> EncoderConfig:
     fields = Fields(raw)
     if (act := fields.take("hidden_act", "gelu")) != "gelu":
-        raise UsageError(f"config.json: hidden_act = {short(act)} is not supported; gelu is")
+        raise UsageError(
+            f"config.json: hidden_act = {short(act)} is not supported; gelu is"
+        )
     padding = None
     if kind.padding is not None:
         padding = fields.take("pad_token_id", kind.padding)

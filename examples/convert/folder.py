@@ -181,7 +181,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, TensorFile]:
     for name, file in where.items():
         # A name in the same folder and nothing else, whatever the system's separators.
         plain = isinstance(file, str) and file.endswith(".safetensors")
-        if not plain or {*'/\\:\0'} & {*file} or file.startswith("."):
+        if not plain or {*"/\\:\0"} & {*file} or file.startswith("."):
             raise UsageError(
                 f"{folder / INDEX}: {name[:80]!r} lies in {short(file)}, which is no "
                 "safetensors file beside it"
@@ -204,7 +204,9 @@ def open_folder(folder: pathlib.Path) -> dict[str, TensorFile]:
 
 def _complaints(kinds: dict[str, list[str]]) -> str:
     return "; ".join(
-        f"{what} ({len(names)}): {listed(names)}" for what, names in kinds.items() if names
+        f"{what} ({len(names)}): {listed(names)}"
+        for what, names in kinds.items()
+        if names
     )
 
 
@@ -331,7 +333,11 @@ def write_model(
     _check_leaves(config, leaves)
     kind = np.dtype(jnp.dtype(dtype or leaves["embed/embedding"].dtype))
     raw = _new_config(config, like) | {"torch_dtype": kind.name}
-    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not replace
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise UsageError(f"{folder} is there and not empty: give another folder")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     with usable(str(folder)):
@@ -374,9 +380,7 @@ def _check_leaves(config: Config, leaves: dict[str, Any]) -> None:
         )
 
 
-def _new_config(
-    config: Config, like: str | os.PathLike[str] | None
-) -> dict[str, Any]:
+def _new_config(config: Config, like: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The `config.json`: that of `like`, if it is of the same model."""
     own = write_config(config)
     if like is None or not (pathlib.Path(like) / "config.json").exists():
@@ -426,7 +430,9 @@ def _write_leaves(
         part = slot.place(held[slot.leaf])
         with np.errstate(over="ignore"):
             cast = part.astype(tensors[name].dtype)
-        if dtype == "float16" and not np.array_equal(np.isfinite(cast), np.isfinite(part)):
+        if dtype == "float16" and not np.array_equal(
+            np.isfinite(cast), np.isfinite(part)
+        ):
             raise UsageError(f"{slot.leaf} has numbers beyond float16; take bfloat16")
         return cast
 

@@ -174,8 +174,10 @@ def _check_tensor(name: str, entry: Any, room: int) -> Tensor:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{what} has the unknown dtype {str(dtype)[:80]!r}")
     # Bounded one by one: a product of endless numbers takes endless time.
-    if not _whole_numbers(shape) or len(shape) > _MOST_AXES or max(shape, default=0) > (
-        2**48
+    if (
+        not _whole_numbers(shape)
+        or len(shape) > _MOST_AXES
+        or max(shape, default=0) > (2**48)
     ):
         raise ValueError(f"{what} has no shape: {str(shape)[:80]}")
     if not _whole_numbers(offsets) or len(offsets) != 2:
