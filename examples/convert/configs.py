@@ -8,7 +8,6 @@ is silently wrong.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from examples.encoder.model import EncoderConfig
@@ -141,8 +140,8 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     scaling = RopeScaling(*found)
     if scaling.low >= scaling.high:
         raise UsageError(
-            f"config.json: low_freq_factor {scaling.low} must be below high_freq_factor "
-            f"{scaling.high}"
+            f"config.json: low_freq_factor {scaling.low} must be below "
+            f"high_freq_factor {scaling.high}"
         )
     return base, scaling
 
@@ -209,8 +208,8 @@ def _window(fields: Fields, family: Decoder, layers: int) -> int | None:
     if kinds is None:
         if window is not None and (type(first) is not int or 0 < first < layers):
             raise UsageError(
-                f"config.json: max_window_layers = {short(first)} of {layers} layers is "
-                "not supported: the window is that of all layers or of none"
+                f"config.json: max_window_layers = {short(first)} of {layers} layers "
+                "is not supported: the window is that of all layers or of none"
             )
         return window if window is not None and first <= 0 else None
     expected = ["full_attention" if window is None else "sliding_attention"] * layers
@@ -362,25 +361,18 @@ def write_config(config: Config) -> dict[str, Any]:
     Raises:
         UsageError: none has.
     """
-    families: dict[str, Callable[[], dict[str, Any]]]
     if isinstance(config, ModelConfig):
-        families = {
-            name: lambda name=name: _write_decoder(config, name) for name in DECODERS
-        }
+        found = [_write_decoder(config, name) for name in DECODERS]
     else:
-        families = {
-            name: lambda name=name: _write_encoder(config, name) for name in ENCODERS
-        }
-    for name, write in families.items():
-        raw = write()
+        found = [_write_encoder(config, name) for name in ENCODERS]
+    for raw in found:
         try:
             if same_model(read_config(raw), config):
                 return raw
         except UsageError:  # the family has no such field
             continue
-    raise UsageError(
-        f"no architecture of {', '.join(families)} has such a model: {config}"
-    )
+    names = ", ".join(raw["model_type"] for raw in found)
+    raise UsageError(f"no architecture of {names} has such a model: {config}")
 
 
 def same_model(a: Config, b: Config) -> bool:

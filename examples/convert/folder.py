@@ -17,7 +17,6 @@ import numpy as np
 
 from examples.convert.configs import (
     Config,
-    normal,
     read_config,
     same_model,
     short,

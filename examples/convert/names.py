@@ -1,7 +1,7 @@
 """`Slot` says where a tensor of a file belongs in the parameters, and the other way.
 
-Files hold a matrix `[out, in]` for every layer; parameters hold kernels `[in, out]`, and
-those of all layers as one array `[L, in, out]`.
+Files hold a matrix `[out, in]` for every layer; parameters hold kernels `[in, out]`,
+and those of all layers as one array `[L, in, out]`.
 """
 
 import functools

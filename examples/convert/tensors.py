@@ -1,4 +1,4 @@
-"""`TensorFile` is a safetensors file: its header, checked in full, and one tensor at a time.
+"""`TensorFile` is a safetensors file: a header, checked in full, and its tensors.
 
 The format is eight bytes with the length of a header, the header in JSON, and the
 tensors' bytes without a gap. A file is somebody else's: all that its header says is
@@ -231,4 +231,4 @@ def write_tensors(
                     f"{array.dtype} {array.shape}"
                 )
             # As bytes: NumPy has no buffers of bfloat16.
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)

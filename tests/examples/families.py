@@ -19,8 +19,8 @@ _SHARED = dict(
     max_position_embeddings=64,
     pad_token_id=1,
 )
-# Pairs of a head of 8 turn once in 6, 63, 628 and 6283 positions: two of them are slowed
-# down, one is not, one is between.
+# Pairs of a head of 8 turn once in 6, 63, 628 and 6283 positions: two of them are
+# slowed down, one is not, one is between.
 _LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10_000.0,
