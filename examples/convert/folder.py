@@ -52,7 +52,7 @@ from examples.llama.run_folder import brief, read_text, usable
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-_LARGEST_JSON = 2**22  # bytes
+_LARGEST_JSON = 2**20  # bytes
 # What belongs to a model beside its weights, and is copied as it is.
 COMPANIONS = (
     "tokenizer.json",
