@@ -105,14 +105,14 @@ class Layers:
 
         def loss(y: jax.Array) -> jax.Array:
             y = run(y, slice(at + 1, None))
-            logits = model.lm_head(model.norm(y)).astype(jnp.float32)
+            logits = model.logits(model.norm(y))
             picked = jnp.take_along_axis(logits, micro["targets"][..., None], -1)[
                 ..., 0
             ]
             losses = (jax.nn.logsumexp(logits, -1) - picked) * micro["mask"]
             return jnp.sum(losses) / jnp.maximum(jnp.sum(micro["mask"]), 1)
 
-        x = model.embed(micro["tokens"]).astype(self.model.compute_dtype)
+        x = model.enter(micro["tokens"])
         x = run(x, slice(0, at))
         own = jax.tree.map(lambda leaf: leaf[at], params["layers"])
         return (own, x), jax.grad(loss)(self.block(own, x))

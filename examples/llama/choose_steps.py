@@ -118,6 +118,11 @@ def make_layerwise_steps(
     of `optimizers.guarded` around it, so a plain run's checkpoint goes on; only that
     state counts skipped steps.
     """
+    if config.tied:
+        raise UsageError(
+            "--layerwise: this model's head is its embedding, whose gradient comes "
+            "from both ends of the backward pass; leave --layerwise out"
+        )
     definition, abstract = abstract_model(config)
     layer = nnx.split(nnx.merge(definition, abstract).layers)[0]
     wrap = composed(layout.wrap if layout else None, wrap_layer)
@@ -128,8 +133,7 @@ def make_layerwise_steps(
         return nnx.merge(definition, {**abstract, **params})
 
     def embed(own: Any, batch: Any) -> jax.Array:
-        x = part(use({"embed": own})).embed(batch["tokens"])
-        return x.astype(config.compute_dtype)
+        return part(use({"embed": own})).enter(batch["tokens"])
 
     def block(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
         return nnx.merge(layer, own)(x), None
@@ -138,7 +142,7 @@ def make_layerwise_steps(
 
     def head(own: Any, x: jax.Array, batch: Any) -> jax.Array:
         model = part(own)
-        logits = model.lm_head(model.norm(x)).astype(jnp.float32)
+        logits = model.logits(model.norm(x))
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, batch["targets"]
         )

@@ -1,16 +1,21 @@
-"""`LLaMA` in Flax NNX: RMSNorm, RoPE, SwiGLU, an untied head, no biases.
+"""`LLaMA` in Flax NNX: RMSNorm, RoPE, a gated feed-forward layer; and its family.
+
+A `ModelConfig` says in what Llama, TinyLlama, SmolLM2, Mistral, Qwen 2, 2.5 and 3 and
+the first Gemma differ; its defaults are the Llama of the papers on optimizers.
 
 The parameters of all layers are stacked on a leading axis and the forward pass scans
 over it, so compile time does not grow with depth. Letters in names: B rows, S
-positions, D model width, F feed-forward width, N heads, H head width, V vocabulary.
+positions, D model width, F feed-forward width, N heads, K heads of keys and values,
+H head width, V vocabulary.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -20,9 +25,56 @@ Params = dict[str, Any]
 Wrap = Callable[[Callable], Callable]
 
 
+_FAMILY = (
+    "kv_heads", "head_width", "tied", "qkv_bias", "out_bias", "qk_norm",
+    "rope_scaling", "window", "activation", "norm_offset", "embedding_scale",
+)  # fmt: skip
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3's slower rotations, for texts longer than `original_length`.
+
+    A pair that turns fewer than `low` times within that length turns `factor` times
+    slower, one that turns more than `high` times as before, and between them the change
+    is linear in the number of turns.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_length: int
+
+
+class Segments(NamedTuple):
+    """What a row's documents mean to a layer: each is a text of its own."""
+
+    positions: jax.Array  # [B, S], from 0 in every document
+    mask: jax.Array  # [B, 1, S, S], whether two positions are of one document
+
+
+ACTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nnx.silu,
+    "gelu_tanh": lambda x: nnx.gelu(x, approximate=True),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model; the presets are in `presets.py`."""
+    """Shape of a model; the presets are in `presets.py`.
+
+    Attributes:
+      kv_heads: heads of keys and values, a divisor of `heads`; None: as many.
+      head_width: numbers in a head; None: `width / heads`.
+      tied: the head is the embedding; there is no `lm_head`.
+      qkv_bias: queries, keys and values have a bias.
+      out_bias: what leaves the attention has one.
+      qk_norm: queries and keys are normalized before they are turned, head by head.
+      rope_scaling: how the rotations of Llama 3.1 and later are slowed down.
+      window: positions that a position sees, itself and those before; None: all.
+      activation: of the feed-forward layer's gate, a name in `ACTS`.
+      norm_offset: is added to the gains of norms, whose leaves are then near 0.
+      embedding_scale: multiplies what is looked up, not the tied head.
+    """
 
     vocab_size: int
     width: int
@@ -35,65 +87,203 @@ class ModelConfig:
     init_std: float = 0.02
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
+    kv_heads: int | None = None
+    head_width: int | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads if self.head_width is None else self.head_width
+
+    def __post_init__(self) -> None:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(
+                f"{self.heads} heads do not divide the width {self.width}; give a "
+                "head_width"
+            )
+        if self.heads % self.key_heads:
+            raise ValueError(
+                f"{self.key_heads} heads of keys and values do not divide "
+                f"{self.heads} heads"
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"rotations need heads of even width; got {self.head_size}"
+            )
+        if self.activation not in ACTS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTS)}; got {self.activation!r}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """For a record of a run. The family's fields are there if they say something:
+        a record of the plain LLaMA is what it was before there was a family."""
+        values = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            if field.name in _FAMILY and values[field.name] == field.default:
+                del values[field.name]
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = [*self.rope_scaling]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The opposite; TypeError or ValueError if it is no such record."""
+        scaling = values.get("rope_scaling")
+        scaling = None if scaling is None else RopeScaling(*scaling)
+        return cls(**(values | {"rope_scaling": scaling}))
+
+
+class Drawn(Protocol):
+    """What a configuration says about how parameters are drawn."""
+
+    @property
+    def init_std(self) -> float: ...
+
+    @property
+    def param_dtype(self) -> str: ...
 
 
 class Linear(nnx.Module):
-    """A kernel `[in, out]`, or `[L, in, out]` for a stack of layers."""
+    """A kernel `[in, out]`, or `[L, in, out]` for a stack of layers; maybe a bias."""
 
-    def __init__(self, shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        config: Drawn,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+    ):
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * config.init_std
         self.kernel = nnx.Param(kernel.astype(config.param_dtype))
+        if bias:
+            zeros = jnp.zeros((*shape[:-2], shape[-1]), config.param_dtype)
+            self.bias = nnx.Param(zeros)
+        self.has_bias = bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...].astype(x.dtype)
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
 class RMSNorm(nnx.Module):
     """Root mean square normalization with a gain, computed in float32."""
 
     def __init__(self, shape: tuple[int, ...], config: ModelConfig):
-        self.scale = nnx.Param(jnp.ones(shape, config.param_dtype))
-        self.eps = config.norm_eps
+        gain = jnp.full(shape, 1 - config.norm_offset, config.param_dtype)
+        self.scale = nnx.Param(gain)
+        self.eps, self.offset = config.norm_eps, config.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        gain = self.scale[...].astype(jnp.float32)
+        if self.offset:
+            gain = gain + self.offset
+        return (y * gain).astype(x.dtype)
 
 
-def rotate(x_BxSxNxH: jax.Array, base: float) -> jax.Array:
+def rope_frequencies(
+    half: int, base: float, scaling: RopeScaling | None = None
+) -> np.ndarray:
+    """Radians per position of a head's pairs, `[half]` in float32."""
+    # In float64 first: an error of one part in ten million is 0.01 at position 100,000.
+    frequency = base ** (-np.arange(half) / half)
+    if scaling is not None:
+        turns = scaling.original_length * frequency / (2 * np.pi)
+        share = (turns - scaling.low) / (scaling.high - scaling.low)
+        share = np.clip(share, 0, 1)
+        frequency = frequency * (share + (1 - share) / scaling.factor)
+    return frequency.astype(np.float32)
+
+
+def rotate(
+    x_BxSxNxH: jax.Array,
+    base: float,
+    scaling: RopeScaling | None = None,
+    positions_BxS: jax.Array | None = None,
+) -> jax.Array:
     """Rotary position embedding; the two halves of a head are the pairs."""
-    half = x_BxSxNxH.shape[-1] // 2
+    frequency = rope_frequencies(x_BxSxNxH.shape[-1] // 2, base, scaling)
+    if positions_BxS is None:
+        positions_BxS = jnp.arange(x_BxSxNxH.shape[1])
     # In float32: in bfloat16 late positions would share their angles.
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x_BxSxNxH.shape[1], dtype=jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    angle = positions_BxS.astype(jnp.float32)[..., None] * frequency
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     a, b = jnp.split(x_BxSxNxH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.astype(x_BxSxNxH.dtype)
 
 
+def find_segments(segments_BxS: jax.Array) -> Segments:
+    """Positions and mask of packed rows; a document is a run of equal numbers.
+
+    Padding, a run of zeros, is a document like another: what it sees reaches nobody.
+    """
+    index = jnp.arange(segments_BxS.shape[1])
+    first = index == 0
+    starts = first | (segments_BxS != jnp.roll(segments_BxS, 1, axis=1))
+    run = jnp.cumsum(starts, axis=1)
+    begin = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return Segments(index - begin, (run[:, :, None] == run[:, None, :])[:, None])
+
+
 class Attention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Causal self-attention; groups of heads may share keys and values."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        shape = (config.layers, config.width, config.width)
-        self.q, self.k, self.v, self.o = (Linear(shape, config, rngs) for _ in range(4))
-        self.heads, self.rope_base = config.heads, config.rope_base
+        layers, width, size = config.layers, config.width, config.head_size
+        wide, narrow = config.heads * size, config.key_heads * size
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+        def linear(into: int, out: int, bias: bool) -> Linear:
+            return Linear((layers, into, out), config, rngs, bias)
+
+        self.q = linear(width, wide, config.qkv_bias)
+        self.k = linear(width, narrow, config.qkv_bias)
+        self.v = linear(width, narrow, config.qkv_bias)
+        self.o = linear(wide, width, config.out_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm((layers, size), config)
+            self.k_norm = RMSNorm((layers, size), config)
+        self.config = config
+
+    def __call__(self, x: jax.Array, segments: Segments | None = None) -> jax.Array:
+        config = self.config
+        positions, mask = (None, None) if segments is None else segments
+
         def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], self.heads, -1)
+            return y.reshape(*y.shape[:-1], -1, config.head_size)
 
-        q = checkpoint_name(rotate(heads(self.q(x)), self.rope_base), "q")
-        k = checkpoint_name(rotate(heads(self.k(x)), self.rope_base), "k")
+        def turn(y: jax.Array) -> jax.Array:
+            return rotate(y, config.rope_base, config.rope_scaling, positions)
+
+        q, k = heads(self.q(x)), heads(self.k(x))
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = checkpoint_name(turn(q), "q"), checkpoint_name(turn(k), "k")
         v = checkpoint_name(heads(self.v(x)), "v")
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return self.o(checkpoint_name(y.reshape(x.shape), "attn"))
+        # A window of w is the position itself and w - 1 before it.
+        window = None if config.window is None else (config.window - 1, 0)
+        y = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=True, local_window_size=window
+        )
+        return self.o(checkpoint_name(y.reshape(*x.shape[:-1], -1), "attn"))
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward layer."""
+    """Gated feed-forward layer: SwiGLU, or Gemma's with GELU."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         inward = (config.layers, config.width, config.ff_width)
@@ -101,11 +291,12 @@ class MLP(nnx.Module):
         self.gate = Linear(inward, config, rngs)
         self.up = Linear(inward, config, rngs)
         self.down = Linear(outward, config, rngs)
+        self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = checkpoint_name(self.gate(x), "gate")
         up = checkpoint_name(self.up(x), "up")
-        return self.down(checkpoint_name(nnx.silu(gate) * up, "act"))
+        return self.down(checkpoint_name(ACTS[self.activation](gate) * up, "act"))
 
 
 class Block(nnx.Module):
@@ -117,17 +308,16 @@ class Block(nnx.Module):
         self.norm2 = RMSNorm((config.layers, config.width), config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = x + self.attn(checkpoint_name(self.norm1(x), "norm1"))
+    def __call__(self, x: jax.Array, segments: Segments | None = None) -> jax.Array:
+        h = x + self.attn(checkpoint_name(self.norm1(x), "norm1"), segments)
         h = checkpoint_name(h, "h")
         return h + self.mlp(checkpoint_name(self.norm2(h), "norm2"))
 
 
 class Embed(nnx.Module):
-    """Token embedding `[V, D]`."""
+    """A table `[V, D]`, of tokens or of what else has a number."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.width)
+    def __init__(self, shape: tuple[int, int], config: Drawn, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), shape, jnp.float32) * config.init_std
         self.embedding = nnx.Param(table.astype(config.param_dtype))
 
@@ -140,34 +330,73 @@ class LLaMA(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed = Embed(config, rngs)
+        self.embed = Embed((config.vocab_size, config.width), config, rngs)
         self.layers = Block(config, rngs)
         self.norm = RMSNorm((config.width,), config)
-        self.lm_head = Linear((config.width, config.vocab_size), config, rngs)
+        if not config.tied:
+            self.lm_head = Linear((config.width, config.vocab_size), config, rngs)
 
     def __call__(
         self,
         tokens_BxS: jax.Array,
         *,
+        segments: jax.Array | None = None,
         scan: bool = True,
         wrap_layer: Callable[[Callable], Callable] = lambda layer: layer,
     ) -> jax.Array:
-        """`wrap_layer` wraps the scanned layer, for example in `jax.checkpoint`."""
+        """Logits of every position.
+
+        Args:
+          tokens_BxS: numbers of tokens.
+          segments: `[B, S]`, a number for the document of every position, 0 for
+            padding. A position sees its document only, and counts from its start.
+          scan: a loop over the layers; otherwise each has its own part of the program.
+          wrap_layer: wraps the scanned layer, for example in `jax.checkpoint`.
+        """
+        hidden = self.hidden(
+            tokens_BxS, segments=segments, scan=scan, wrap_layer=wrap_layer
+        )
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens_BxS: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        scan: bool = True,
+        wrap_layer: Callable[[Callable], Callable] = lambda layer: layer,
+    ) -> jax.Array:
+        """What the head reads, `[B, S, D]`: the last layer's result, normalized."""
         # The definition is static; the arrays are a tree that a scan can slice.
         definition, stack = nnx.split(self.layers)
+        documents = None if segments is None else find_segments(segments)
 
         def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(definition, params)(x), None
+            return nnx.merge(definition, params)(x, documents), None
 
         layer = wrap_layer(layer)
-        x_BxSxD = self.embed(tokens_BxS).astype(self.config.compute_dtype)
+        x_BxSxD = self.enter(tokens_BxS)
         if scan:
             x_BxSxD, _ = jax.lax.scan(layer, x_BxSxD, stack)
         else:
             for index in range(self.config.layers):
                 one = jax.tree.map(lambda leaf, at=index: leaf[at], stack)
                 x_BxSxD, _ = layer(x_BxSxD, one)
-        return self.lm_head(self.norm(x_BxSxD)).astype(jnp.float32)
+        return self.norm(x_BxSxD)
+
+    def enter(self, tokens_BxS: jax.Array) -> jax.Array:
+        """What the first layer reads, `[B, S, D]`."""
+        x_BxSxD = self.embed(tokens_BxS).astype(self.config.compute_dtype)
+        if self.config.embedding_scale == 1:
+            return x_BxSxD
+        return x_BxSxD * jnp.asarray(self.config.embedding_scale, x_BxSxD.dtype)
+
+    def logits(self, hidden_BxSxD: jax.Array) -> jax.Array:
+        """The head alone."""
+        if self.config.tied:
+            table_VxD = self.embed.embedding[...].astype(hidden_BxSxD.dtype)
+            return (hidden_BxSxD @ table_VxD.T).astype(jnp.float32)
+        return self.lm_head(hidden_BxSxD).astype(jnp.float32)
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, Params]:

@@ -60,8 +60,14 @@ def of_library(name: str) -> Factory:
         options = low_rank(config) | side
         options |= {"update_proj_gap": config.update_proj_gap, "level": config.level}
         if "heads" in takes:  # kernels cut into heads have one basis for all of them
-            heads = PRESETS[config.preset].model.heads
-            options["heads"] = lambda at: heads if re.search(r"/[qkv]/", at) else 1
+            model = PRESETS[config.preset].model
+            heads = {"q": model.heads, "k": model.key_heads, "v": model.key_heads}
+
+            def heads_of(path: str) -> int:
+                found = re.search(r"/([qkv])/", path)
+                return heads[found[1]] if found else 1
+
+            options["heads"] = heads_of
         given = {key: value for key, value in options.items() if key in takes}
         return METHODS[name](lr, **given)
 

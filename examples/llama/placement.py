@@ -42,18 +42,30 @@ RULES: dict[str, str | None] = {
     "ff_width": "tensor",
     "vocabulary": "tensor",
     "gain": None,
+    "rows": None,
 }
 
 # Pattern of a parameter's path -> logical names of its axes.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     r"embed/embedding": ("vocabulary", "width"),
     r"layers/attn/[qkv]/kernel": ("layers", "width", "heads"),
+    r"layers/attn/[qkv]/bias": ("layers", "heads"),
     r"layers/attn/o/kernel": ("layers", "heads", "width"),
+    r"layers/attn/o/bias": ("layers", "gain"),
+    r"layers/attn/[qk]_norm/scale": ("layers", "gain"),
     r"layers/mlp/(gate|up)/kernel": ("layers", "width", "ff_width"),
+    r"layers/mlp/up/bias": ("layers", "ff_width"),
     r"layers/mlp/down/kernel": ("layers", "ff_width", "width"),
-    r"layers/norm[12]/scale": ("layers", "gain"),
-    r"norm/scale": ("gain",),
+    r"layers/mlp/down/bias": ("layers", "gain"),
+    r"layers/norm[12]/(scale|bias)": ("layers", "gain"),
+    r"norm/(scale|bias)": ("gain",),
     r"lm_head/kernel": ("width", "vocabulary"),
+    # Of the encoder: its other tables, and what reads its result.
+    r"(positions|types)/embedding": ("rows", "width"),
+    r"(pooler|mlm/dense)/kernel": ("width", "gain"),
+    r"(pooler|mlm/dense)/bias": ("gain",),
+    r"mlm/norm/(scale|bias)": ("gain",),
+    r"mlm/bias": ("vocabulary",),
 }
 
 
@@ -323,7 +335,7 @@ def choose_placement(
         return one_device
     mesh = make_mesh(sizes, devices)
     check_rows(mesh, rows)
-    for line in cut_heads(mesh, PRESETS[config.preset].model.heads):
+    for line in cut_heads(mesh, PRESETS[config.preset].model.key_heads):
         print(line, flush=True)
     return Placement(mesh, devices[0])
 

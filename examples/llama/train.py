@@ -263,7 +263,7 @@ class Trainer:
             **({"side": side} if side else {}),
             "corpus_hash": self.corpus_hash,
             "tokenizer_hash": self.tokenizer.fingerprint,
-            "model": dataclasses.asdict(self.model),
+            "model": self.model.to_json(),
         }
 
     def run(self, should_stop: Callable[[], bool]) -> Evaluation | None:
