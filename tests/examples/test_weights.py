@@ -19,7 +19,6 @@ from examples.llama.report import readable_bytes
 from examples.llama.step import make_steps, split_rows
 from examples.llama.train import Trainer
 
-pytestmark = pytest.mark.usefixtures("programs")
 ROUNDED = [kind for kind in WEIGHTS if kind != "plain"]  # test_train.py trains that
 MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 48)
 ROWS = 2 * (4 * 32 + 2 * 32 + 48)  # one group of codes each
