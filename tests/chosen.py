@@ -62,7 +62,7 @@ def laws(row):
 
 
 def case(row, *values):
-    """A row as a case of a test; `make test` leaves variants to `make test-variants`."""
+    """A row as a case of a test; `make test` leaves variants out."""
     marks = () if row in usual() else pytest.mark.variant
     return pytest.param(row, *values, marks=marks)
 

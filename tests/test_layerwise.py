@@ -89,8 +89,9 @@ OPTIMIZERS = {
     "complement": lambda: lro.chain(
         # By name: with all of it complemented nothing is saved.
         lro.project(lro.svd(2), layer_axis=0, select="layers"),
-        optax.scale_by_adam(eps=1e-4),
-        lro.complement(optax.scale_by_adam(eps=1e-4)),
+        # What is left of a gradient has small entries: a larger eps for rounding.
+        optax.scale_by_adam(eps=1e-3),
+        lro.complement(optax.scale_by_adam(eps=1e-3)),
         lro.backproject(learning_rate=1e-2),
     ),
     # Its own moments hold the sum, one gradient of all layers; correct all the same.

@@ -5,9 +5,7 @@ import gzip
 import json
 import random
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from examples.llama import config
 from examples.llama.model import ModelConfig
@@ -61,22 +59,3 @@ def shards(tmp_path) -> str:
     folder = tmp_path / "text"
     folder.mkdir()
     return write_shards(folder)
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """A program is compiled once and read from a cache afterwards, which saves half
-    of these tests' time."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it looks at its settings only once
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

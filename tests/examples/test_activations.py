@@ -15,7 +15,6 @@ from examples.llama.model import ACTIVATIONS, abstract_model, init_params
 from examples.llama.step import make_steps, split_rows
 from lowrank_optax import activations
 
-pytestmark = pytest.mark.usefixtures("programs")
 # Little effort in the compiler of machine code: the program before that is the same.
 QUICK = {"xla_backend_optimization_level": 0}
 ROWS, LENGTH = 8, 64  # enough that activations outweigh 264 logits per token

@@ -24,8 +24,6 @@ from lowrank_optax.activations import ActivationPlan
 # Little effort in the compiler of machine code: the program before that is the same.
 QUICK = {"xla_backend_optimization_level": 0}
 
-pytestmark = pytest.mark.usefixtures("programs")
-
 
 def distance(got, exact):
     """The relative L2 distance of two trees."""

@@ -17,7 +17,7 @@ from examples.llama.placement import choose_placement, fresh_state
 from examples.llama.step import PLAIN
 from examples.llama.train import Trainer
 
-pytestmark = pytest.mark.usefixtures("micro_preset", "programs")
+pytestmark = pytest.mark.usefixtures("micro_preset")
 # Adam divides by roots of 1e-12 or less without it, and makes much of rounding.
 COMMON = {"preset": "micro", "eps": 1e-4, "warmup": 1}
 

@@ -21,7 +21,6 @@ from examples.llama.report import readable_bytes
 from examples.llama.step import make_steps, split_rows
 from examples.llama.train import Trainer
 
-pytestmark = pytest.mark.usefixtures("programs")
 TRAINED = [kind for kind in WEIGHTS if kind != "plain"]  # test_train.py trains that
 ROUNDED = ("stochastic-bf16", "int8")  # at random
 MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 48)

@@ -18,7 +18,14 @@ from tests.golden.replay import complaints, run
 from tests.golden.tracking import subtrackpp
 
 
-@pytest.mark.parametrize("path", cases.files(), ids=lambda path: path.stem)
+def trajectories():
+    """Every file of a case; those that do not travel with the repository as variants."""
+    for path in cases.files():
+        marks = () if path.parent == cases.DATA else pytest.mark.variant
+        yield pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", trajectories())
 def test_trajectory(path):
     config = cases.read_config(path)
     if config is None:
