@@ -11,7 +11,6 @@ import optax
 
 import lowrank_optax as lro
 from lowrank_optax.testing import Subject
-from lowrank_optax.testing._subject import small_params
 
 GAP = 3  # a refresh at steps 0 and 3 of the five that every law runs
 
@@ -22,15 +21,13 @@ class Row:
 
     `inner` is what stands in the bracket: for accumulation inside it, which
     `galore_adafactor`, with an inner of its own, does not offer. `orthonormal`: whether
-    what the state has under "basis" is orthonormal at all times. `gradient_dtype`: of
-    the gradients, None for that of the parameters.
+    what the state has under "basis" is orthonormal at all times.
     """
 
     make: Callable[..., Any]
     params: Any = None
     inner: Any = None
     orthonormal: bool = True
-    gradient_dtype: Any = None
 
 
 def galore(inner=None, params=None, **options):
@@ -63,21 +60,6 @@ def q_galore(params=None, **options):
     options = {"learning_rate": 1e-2, "projector": lro.svd(2, GAP), **options}
     make = functools.partial(lro.q_galore, **options)
     return Row(make, params, optax.scale_by_adam(), orthonormal=False)
-
-
-def split(method, params=None, **options):
-    """A method that moves bfloat16 parameters with their corrections.
-
-    Gradients are float32, as updates are: Optax' guard wants one type for both. Steps
-    are below what a bfloat16 at 1 shows: else the last bit of another program's sum may
-    lead to its neighbour.
-    """
-
-    def make(learning_rate=1e-4, **other):
-        return lro.split_weights(method(learning_rate, **{**options, **other}))
-
-    params = optax.tree.cast(params or small_params(), jnp.bfloat16)
-    return Row(functools.partial(make), params, gradient_dtype=jnp.float32)
 
 
 # No accumulation inside: an inner of their own, or a step of the complement.
@@ -230,15 +212,6 @@ ROWS = {
         conventions="authors",
     ),
     "sumo": row(lro.sumo, params=stacked_params(), layer_axis=0),
-    "split": split(lro.galore, projector=lro.svd(2, GAP), weight_decay=0.1),
-    "split_stacked": split(
-        lro.galore_8bit,
-        stacked_params(),
-        projector=lro.svd(2, GAP),
-        block=4,
-        min_size=0,
-        layer_axis=0,
-    ),
 }
 # A method without a row above has its plainest one.
 _TRIED = {row.make.func for row in ROWS.values()}
@@ -253,4 +226,4 @@ ROWS |= PLAIN
 @functools.cache
 def subject(name):
     """The row's subject, with its plain run shared by all tests of a process."""
-    return Subject(ROWS[name].make, ROWS[name].params, ROWS[name].gradient_dtype)
+    return Subject(ROWS[name].make, ROWS[name].params)

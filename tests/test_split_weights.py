@@ -1,5 +1,7 @@
 """`split_weights`: bfloat16 and an integer are together a float32."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from lowrank_optax.testing import LAWS, Subject
+from tests.rows import stacked_params
 from tests.test_layerwise import batches, block, embed, head, make_params, plain_step
 
 # Of the power of two not above the bfloat16 next to a number: half a code, and with
@@ -138,6 +142,26 @@ def test_two_hundred_steps_stay_beside_float32():
         assert np.any(full != weights[kind])
         low = full.astype(jnp.bfloat16)
         np.testing.assert_array_equal(bits(params[kind]), bits(low))
+
+
+@functools.cache
+def subject():
+    """A low-rank method around stacked layers; gradients are float32, as updates are.
+
+    Steps are below what a bfloat16 at 1 shows, else the last bit of another program's
+    sum might lead to its neighbour: the corrections hold them.
+    """
+
+    def make():
+        inner = lro.galore(1e-4, projector=lro.svd(2, 3), layer_axis=0)
+        return lro.split_weights(inner)
+
+    return Subject(make, bfloat16(stacked_params()), jnp.float32)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_law(law):
+    LAWS[law](subject())
 
 
 def test_bytes_and_what_is_split():

@@ -7,6 +7,7 @@ from lowrank_optax.quantization.array import QuantizedArray as QuantizedArray
 from lowrank_optax.quantization.array import dequantize as dequantize
 from lowrank_optax.quantization.array import is_quantized as is_quantized
 from lowrank_optax.quantization.array import quantize as quantize
+from lowrank_optax.quantization.companded import companded as companded
 from lowrank_optax.quantization.float8 import float8 as float8
 from lowrank_optax.quantization.int4 import linear_int4 as linear_int4
 from lowrank_optax.quantization.int8 import blockwise_int8 as blockwise_int8

@@ -193,6 +193,7 @@ class Codec:
             packed = [pack(p, self.empty_code) for p in self._pieces(codes)]
             codes = self.cut.join(packed)
         codes = codes.reshape(self.code_shape(x.shape))
+        scales = scales.astype(self.scale_dtype)
         return (codes, scales, zeros) if self.has_zeros else (codes, scales)
 
     def decode(self, encoded: Encoded, shape: Sequence[int]) -> Array:

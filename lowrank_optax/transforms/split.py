@@ -68,6 +68,8 @@ def split_weights(
     It belongs outside of whatever scales, clips or guards an update:
     ``split_weights(optax.apply_if_finite(tx, 5))``. Updates of split leaves are float32
     whatever the gradient is, since in bfloat16 they would not lead where they should.
+    ``optax.inject_hyperparams`` goes inside, too: of bfloat16 parameters it would round
+    the learning rate to their type.
     Nothing but ``optax.apply_updates`` may change parameters without
     ``lro.set_full_weights``.
 

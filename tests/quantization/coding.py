@@ -9,6 +9,7 @@ from lowrank_optax import quantization
 
 int8, float8 = quantization.blockwise_int8, quantization.float8
 int4, affine = quantization.linear_int4, quantization.affine
+companded = quantization.companded
 
 BLOCK, SHAPE = 64, (4, 150)  # rows of two full blocks and a short one
 
@@ -16,6 +17,7 @@ SIGNED = {
     "int8": int8(BLOCK),
     "int8 signed scale": int8(BLOCK, signed_scale=True),
     "int8 computed": int8(BLOCK, signed_scale=True, exact=False),
+    "companded": companded(BLOCK),
     "e4m3": float8("e4m3", BLOCK),
     "e5m2": float8("e5m2", BLOCK),
     "int4": int4(BLOCK),
@@ -25,6 +27,7 @@ SIGNED = {
 UNSIGNED = {
     "int8 unsigned": int8(BLOCK, signed=False),
     "int8 unsigned computed": int8(BLOCK, signed=False, exact=False),
+    "companded unsigned": companded(BLOCK, signed=False),
     "int4 unsigned": int4(BLOCK, signed=False),
 }
 CODECS = SIGNED | UNSIGNED

@@ -27,6 +27,7 @@ from tests.quantization.coding import (
     SIGNED,
     UNSIGNED,
     affine,
+    companded,
     data,
     decode,
     encode,
@@ -65,6 +66,17 @@ def allowed(codec, x, scales):
         e4m3 = "e4m3" in codec.dtype
         relative, least = (2**-4, 2.2e-6) if e4m3 else (2**-3, 1.4e-10)
         bound = np.maximum(relative * size, least * a)
+    elif isinstance(codec, companded):
+        q = size / np.where(a == 0, 1, a)
+        # Half of a step of the curve to either side, and back.
+        curve, back = (
+            (lambda n: 2 * n / (1 + n), lambda y: y / (2 - y))
+            if codec.signed
+            else (np.sqrt, np.square)
+        )
+        y, half = curve(q), 0.5 / (127 if codec.signed else 255)
+        above, below = back(np.minimum(y + half, 1)), back(np.maximum(y - half, 0))
+        bound = np.maximum(above - q, q - below) * a
     elif isinstance(codec, int4):
         bound = a / (14 if codec.signed else 30)
     else:

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_optax import quantization
 from lowrank_optax.quantization import dynamic_map
-from tests.quantization.recorded import GROUPS, MAPS, WEIGHTS
+from tests.quantization.recorded import GROUPS, MAPS, MOMENTS, WEIGHTS
 
 CODES = sorted(key for key in MAPS if key.startswith("codes_exact_"))
 AFFINE = sorted(key for key in GROUPS if re.fullmatch(r"q_\w+_n\d_g\d+", key))
@@ -148,3 +148,20 @@ def test_split_weights_do_not_drift(dtype):
     # A NaN is one, and so is an infinity, whatever stands beside it.
     np.testing.assert_array_equal(np.isnan(full), np.isnan(low.astype(jnp.float32)))
     np.testing.assert_array_equal(np.isinf(full), np.isinf(low.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize(
+    "name", [key.removeprefix("codes_") for key in MOMENTS if key.startswith("codes_")]
+)
+def test_companded_moments(name):
+    """Rows that groups cross, a short group, ties, zeros and entries below 1e-12."""
+    x, signed = MOMENTS[name], "variance" not in name
+    codec = quantization.companded(
+        32, signed, "flat", keep_nonzero=False, half_scale=True
+    )
+    encoded = jax.jit(codec.encode)(x)
+    np.testing.assert_array_equal(encoded.codes, MOMENTS[f"codes_{name}"])
+    scales = np.asarray(encoded.scales).reshape(-1)
+    np.testing.assert_array_equal(scales, MOMENTS[f"scales_{name}"])
+    back = jax.jit(lambda e: codec.decode(e, x.shape))(encoded)
+    np.testing.assert_allclose(back, MOMENTS[f"dequant_{name}"], rtol=3e-7, atol=0)
