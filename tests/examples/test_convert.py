@@ -6,6 +6,7 @@ import pathlib
 import struct
 import time
 import tracemalloc
+import zipfile
 
 import jax
 import ml_dtypes
@@ -18,6 +19,7 @@ from examples.convert import __main__ as command
 from examples.convert import read_model, write_model
 from examples.convert.configs import read_config, same_model
 from examples.convert.folder import INDEX, SINGLE, load_model
+from examples.convert.gguf_file import read_gguf
 from examples.convert.names import flat, nested, shapes, slots
 from examples.convert.stacked import read_stacked
 from examples.convert.tensors import (
@@ -26,8 +28,10 @@ from examples.convert.tensors import (
     open_tensors,
     write_tensors,
 )
+from examples.encoder.model import EncoderConfig
 from examples.llama.config import UsageError
 from examples.llama.model import ModelConfig, RopeScaling
+from examples.llama.placement import logical_axes
 from tests.examples.families import FAMILIES
 from tests.examples.test_families import MODELS, write_family
 
@@ -216,7 +220,7 @@ def test_what_old_files_hold(tmp_path):
     assert same(loaded.params, params) and loaded.used == 42
     assert loaded.buffers == ["bert.embeddings.position_ids"]
     assert loaded.copies == ["cls.predictions.decoder.weight"]
-    assert loaded.heads == ["cls.seq_relationship.weight"]
+    assert loaded.head.keys() == {"cls.seq_relationship.weight"}
 
     def body(x):
         for name in [*x]:
@@ -723,3 +727,112 @@ def test_files_are_those_of_the_package(tmp_path):
     package.save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
     opened = open_tensors(tmp_path / "x.safetensors")
     assert all(opened.read(k).tobytes() == x.tobytes() for k, x in arrays.items())
+
+
+HEADS = {
+    "qwen2": {"score.weight": (3, 32)},
+    "bert": {"classifier.weight": (3, 32), "classifier.bias": (3,)},
+    "roberta": {
+        "classifier.dense.weight": (32, 32),
+        "classifier.dense.bias": (32,),
+        "classifier.out_proj.weight": (3, 32),
+        "classifier.out_proj.bias": (3,),
+    },
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_classifiers(name, tmp_path):
+    config, params = read_model(write_family(tmp_path / "in", name))
+    rng = np.random.default_rng(0)
+    head = {k: rng.normal(size=s).astype("f4") for k, s in HEADS[name].items()}
+    labels = ("bad", "so so", "good")
+    out = tmp_path / "out"
+    like = tmp_path / "in"
+    write_model(out, config, params, like=like, head=head, labels=labels)
+    raw = json.loads((out / "config.json").read_text())
+    family = FAMILIES[name][0]
+    assert raw["architectures"] == [f"{family}ForSequenceClassification"]
+    assert raw["id2label"] == {"0": "bad", "1": "so so", "2": "good"}
+    loaded = load_model(out)
+    assert same(loaded.params, params) and same(loaded.head, head)
+    with pytest.raises(UsageError, match=r"no head of transformers has the tensors he"):
+        write_model(tmp_path / "no", config, params, head={"head": head.popitem()[1]})
+
+
+def test_memory_is_the_model_and_a_tensor(tmp_path):
+    """NumPy tells tracemalloc of its arrays."""
+    config = ModelConfig(4096, 256, 1024, 4, 4, tied=True)
+    params = blank(config)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    largest = params["embed"]["embedding"].nbytes
+    tracemalloc.start()
+    write_model(tmp_path / "out", config, params, shard_bytes=size // 4)
+    written = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    read_model(tmp_path / "out", "bfloat16")
+    read = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    # Tracing the model's shapes takes a few megabytes.
+    assert written < 2.2 * largest + 4e6
+    assert read < size / 2 + 1.2 * largest + 4e6
+    assert size > 4 * largest
+
+
+def test_rows_of_a_gguf_file(tmp_path):
+    """A Llama as llama.cpp's converter leaves it: pairs of a rotation side by side."""
+    gguf = pytest.importorskip("gguf")
+    source = write_family(tmp_path / "in", "smollm2")
+    config, params = read_model(source)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(40)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(100_000.0)
+    writer.add_rope_dimension_count(12)
+    writer.add_token_list([str(number) for number in range(60)])
+    ends = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
+            "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up",
+            "down_proj": "ffn_down", "input_layernorm": "attn_norm",
+            "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    opened = open_tensors(source / SINGLE)
+    for name in opened.tensors:
+        array, part = opened.read(name), name.split(".")
+        if part[1] == "layers":
+            new = f"blk.{part[2]}.{ends[part[-2]]}.weight"
+        else:
+            new = {"embed_tokens": "token_embd", "norm": "output_norm"}[part[1]]
+            new += ".weight"
+        if part[-2] in ("q_proj", "k_proj"):
+            heads = 4 if part[-2] == "q_proj" else 2
+            array = array.reshape(heads, 2, 6, 32).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(new, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found, read = read_gguf(tmp_path / "x.gguf")
+    assert same_model(found, config) and same(read, params)
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        wheel.write(tmp_path / "x.gguf", "package/x.gguf")
+    assert same(read_gguf(tmp_path / "x.whl")[1], params)
+    (tmp_path / "y.gguf").write_bytes((tmp_path / "x.gguf").read_bytes()[:300])
+    with pytest.raises(UsageError, match=r"y\.gguf cannot be read"):
+        read_gguf(tmp_path / "y.gguf")
+
+
+def test_every_parameter_has_a_place():
+    """On a mesh, and under the rules of the trainer."""
+    everything = ModelConfig(
+        60, 32, 40, 2, 4, kv_heads=2, qkv_bias=True, out_bias=True, qk_norm=True
+    )
+    whole = EncoderConfig(60, 32, 40, 2, 4, pooler=True, mlm=True)
+    for config in (everything, whole):
+        for path, leaf in shapes(config).items():
+            assert len(logical_axes(path)) == leaf.ndim, path
+    assert logical_axes("layers/attn/k/bias") == ("layers", "heads")
