@@ -23,3 +23,9 @@ from lowrank_optax.transforms.natural import (
 )
 from lowrank_optax.transforms.orthogonalize import orthogonalize as orthogonalize
 from lowrank_optax.transforms.quantized import quantize_state as quantize_state
+from lowrank_optax.transforms.rank_one import (
+    scale_by_rank_one_rms as scale_by_rank_one_rms,
+)
+from lowrank_optax.transforms.sinkhorn import (
+    normalize_rows_and_columns as normalize_rows_and_columns,
+)

@@ -8,6 +8,7 @@ from tests.golden.fira import fira_adamw
 from tests.golden.galore import galore_adafactor, galore_adamw
 from tests.golden.gwt import gwt
 from tests.golden.osd import online_subspace_descent
+from tests.golden.stateless import racs, sinkgd
 from tests.golden.tracking import ldadam, subtrackpp
 
 # `method` in a case's config -> function (case) -> Replay.
@@ -24,4 +25,6 @@ METHODS = {
     "dct_adamw": dct_adamw,
     "gwt": gwt,
     "online_subspace_descent": online_subspace_descent,
+    "sinkgd": sinkgd,
+    "racs": racs,
 }
