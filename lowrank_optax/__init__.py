@@ -71,6 +71,7 @@ from lowrank_optax.transforms import cast_moments as cast_moments
 from lowrank_optax.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from lowrank_optax.transforms import decay_after as decay_after
 from lowrank_optax.transforms import decay_before as decay_before
+from lowrank_optax.transforms import momentum as momentum
 from lowrank_optax.transforms import (
     normalize_rows_and_columns as normalize_rows_and_columns,
 )

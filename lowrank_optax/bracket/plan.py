@@ -68,7 +68,6 @@ class LeafPlan:
       reason: why it is projected or full.
       full_bytes: state bytes of the inner optimizer at full size.
       low_bytes: state bytes of the bracket for this leaf (None if never considered).
-      in_turn: whether its layers are worked on one after another.
       parts: into how many parts its rows and columns are sharded, None if not known.
       kind: what it is by structure: "vector", "matrix", "table" (an embedding or an
         output head), "long" (one by its length alone) or "unknown"; "" if its entries
@@ -82,7 +81,6 @@ class LeafPlan:
     reason: str
     full_bytes: int
     low_bytes: int | None = None
-    in_turn: bool = False
     parts: Parts | None = None
     kind: str = ""
 
@@ -90,6 +88,11 @@ class LeafPlan:
     def empty(self) -> bool:
         """Whether the leaf has no elements (such leaves are hidden from the inner)."""
         return 0 in self.shape
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether its layers are worked on one after another."""
+        return self.matrix is not None and self.matrix.in_turn
 
 
 def _is_nothing(tree: Any) -> bool:
@@ -190,9 +193,7 @@ class Plan:
         """Returns what opens and closes every leaf."""
         full = FullLeaf(bracket.dtype)
         return [
-            low_leaf(
-                bracket, leaf.matrix, leaf.dtype, gradient.dtype, leaf.in_turn, shift
-            )
+            low_leaf(bracket, leaf.matrix, leaf.dtype, gradient.dtype, shift)
             if leaf.matrix
             else full
             for leaf, gradient, shift in zip(
@@ -206,12 +207,11 @@ def low_leaf(
     matrix: Matrix,
     dtype: Any,
     update_dtype: Any = None,
-    in_turn: bool = False,
     shift: tuple[int, ...] = (),
 ) -> LowLeaf:
     """Returns a projected leaf, its parameter in ``dtype``.
 
-    Without the last three, for shapes alone.
+    Without the last two, for shapes alone.
     """
     projector = bracket.projector
     if matrix.side == "both":
@@ -220,7 +220,6 @@ def low_leaf(
     kept, recovery = bracket.storage.of(dtype), bracket.recovery
     return LowLeaf(
         matrix=matrix,
-        in_turn=in_turn,
         projector=projector.for_leaf(matrix.path).stored_as(kept),
         transport=bracket.transport,
         # Both as arrays: a static number would give every leaf a trace of its own.
@@ -337,7 +336,8 @@ class Planner:
             and parts not in (None, (1, 1))
             and axis_parts(sharding, info, (0,), ()) == (1, 1)
         )
-        return plan(matrix, reason, full_bytes, low_bytes, in_turn, parts)
+        matrix = dataclasses.replace(matrix, in_turn=in_turn)
+        return plan(matrix, reason, full_bytes, low_bytes, parts)
 
     def _matrix(
         self, path: str, info: LeafInfo, numbers: Any, seen: Seen, sharding: Any
@@ -441,8 +441,8 @@ def _of_one_layer(leaf: LeafPlan) -> LeafPlan:
     if not leaf.shape:
         return leaf
     shape, matrix = (1, *leaf.shape[1:]), leaf.matrix
-    matrix = matrix and dataclasses.replace(matrix, shape=shape)
-    return dataclasses.replace(leaf, shape=shape, matrix=matrix, in_turn=False)
+    matrix = matrix and dataclasses.replace(matrix, shape=shape, in_turn=False)
+    return dataclasses.replace(leaf, shape=shape, matrix=matrix)
 
 
 def shifts(

@@ -246,10 +246,10 @@ class Recipe(types.SimpleNamespace):
         leaves = {name: getattr(self, name) for name in names}
         return project(projector, transport=given, **leaves)
 
-    def matrices(self) -> project:
+    def matrices(self, adam: Any = None) -> project:
         """Opens a bracket around whole matrices; vectors and tables get Adam."""
         if self.full is None:
-            self.full = self.adam()
+            self.full = self.adam() if adam is None else adam
         return self.open(whole())
 
     def bases(self, factory: Any, *args: Any, **kwargs: Any) -> Any:

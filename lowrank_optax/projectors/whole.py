@@ -41,6 +41,7 @@ class whole(Projector):
 
     stores_basis = False
     orthonormal = True
+    entrywise = True
 
     def __post_init__(self):
         """Has nothing to check: the base class would check the rank."""

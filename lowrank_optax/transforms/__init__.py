@@ -18,6 +18,7 @@ from lowrank_optax.transforms.lion import (
     scale_by_lion_interpolation as scale_by_lion_interpolation,
 )
 from lowrank_optax.transforms.mini import scale_by_adam_mini as scale_by_adam_mini
+from lowrank_optax.transforms.momentum import momentum as momentum
 from lowrank_optax.transforms.natural import (
     scale_by_natural_gradient as scale_by_natural_gradient,
 )

@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.leaves.boxes import is_box, refill, unbox
-from lowrank_optax.leaves.matrix import path_string
+from lowrank_optax.leaves.matrix import Matrix, path_string
 
 
 def map_matrices(
-    function: Callable[..., Any], updates: Any, *trees: Any, subspace: Any, axis: int
+    function: Callable[..., Any],
+    updates: Any,
+    *trees: Any,
+    subspace: Any,
+    axis: int,
+    in_turn: bool = False,
 ) -> tuple[Any, ...]:
     """Applies a function to every update and to what is kept of it.
 
@@ -24,14 +29,22 @@ def map_matrices(
       trees: what is kept, trees like it.
       subspace: the view of the bracket around, which knows the input axes, or None.
       axis: the input axis of what the view says nothing about.
+      in_turn: whether stacks of which every layer lies on several devices are worked on
+        layer by layer.
     """
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
     columns = [leaves, *map(treedef.flatten_up_to, trees)]
-    axes = _input_axes(updates, subspace, axis)
-    out = [
-        function(*map(unbox, kept), axis=axis)
-        for *kept, axis in zip(*columns, axes, strict=True)
-    ]
+
+    def one(matrix: Matrix | None, *kept: Any) -> Any:
+        arrays = tuple(map(unbox, kept))
+        if matrix is None:
+            return function(*arrays, axis=axis)
+        inward = -2 if matrix.reduction_is_rows != matrix.transposed else -1
+        if in_turn and matrix.in_turn:
+            return jax.lax.map(lambda a: function(*a, axis=inward), arrays)
+        return function(*arrays, axis=inward)
+
+    out = list(map(one, _matrices(updates, subspace), *columns))
     return tuple(
         treedef.unflatten(
             refill(box, result[i]) for box, result in zip(column, out, strict=True)
@@ -40,8 +53,8 @@ def map_matrices(
     )
 
 
-def _input_axes(updates: Any, subspace: Any, default: int) -> list[int]:
-    """Returns the input axis of every leaf that is not masked."""
+def _matrices(updates: Any, subspace: Any) -> list[Matrix | None]:
+    """Returns how the bracket sees every leaf that is not masked."""
 
     def is_leaf(node: Any) -> bool:
         return is_box(node) or isinstance(node, optax.MaskedNode)
@@ -51,14 +64,8 @@ def _input_axes(updates: Any, subspace: Any, default: int) -> list[int]:
     matrices = [None] * len(leaves)
     if subspace is not None:
         matrices = treedef.flatten_up_to(subspace.matrices)
-
-    def axis(matrix: Any) -> int:
-        if matrix is None:
-            return default
-        return -2 if matrix.reduction_is_rows != matrix.transposed else -1
-
     return [
-        axis(matrix)
+        matrix
         for leaf, matrix in zip(leaves, matrices, strict=True)
         if not isinstance(leaf, optax.MaskedNode)
     ]
