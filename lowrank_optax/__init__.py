@@ -44,6 +44,7 @@ from lowrank_optax.projectors import quantize_basis as quantize_basis
 from lowrank_optax.projectors import sampled_svd as sampled_svd
 from lowrank_optax.projectors import svd as svd
 from lowrank_optax.projectors import wavelet as wavelet
+from lowrank_optax.projectors import whole as whole
 
 # Transport of moments.
 from lowrank_optax.transport import Transport as Transport
@@ -70,6 +71,10 @@ from lowrank_optax.transforms import cast_moments as cast_moments
 from lowrank_optax.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from lowrank_optax.transforms import decay_after as decay_after
 from lowrank_optax.transforms import decay_before as decay_before
+from lowrank_optax.transforms import momentum as momentum
+from lowrank_optax.transforms import (
+    normalize_rows_and_columns as normalize_rows_and_columns,
+)
 from lowrank_optax.transforms import orthogonalize as orthogonalize
 from lowrank_optax.transforms import quantize_state as quantize_state
 from lowrank_optax.transforms import scale_by_adam_mini as scale_by_adam_mini
@@ -86,6 +91,7 @@ from lowrank_optax.transforms import (
     scale_by_natural_gradient as scale_by_natural_gradient,
 )
 from lowrank_optax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
+from lowrank_optax.transforms import scale_by_rank_one_rms as scale_by_rank_one_rms
 from lowrank_optax.transforms import scale_by_raw_adam as scale_by_raw_adam
 from lowrank_optax.transforms import SplitWeightsState as SplitWeightsState
 from lowrank_optax.transforms import full_weights as full_weights

@@ -212,6 +212,9 @@ ROWS = {
         conventions="authors",
     ),
     "sumo": row(lro.sumo, params=stacked_params(), layer_axis=0),
+    "muon_4bit": row(
+        lro.muon, params=stacked_params(), layer_axis=0, bits=4, block=4, min_size=0
+    ),
 }
 # A method without a row above has its plainest one.
 _TRIED = {row.make.func for row in ROWS.values()}

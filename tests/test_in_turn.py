@@ -28,6 +28,7 @@ METHODS = {
     "galore_8bit": lambda **o: lro.galore_8bit(
         1e-2, projector=lro.svd(R), min_size=0, **o
     ),
+    "muon": lambda **o: lro.muon(1e-2, bits=4, min_size=0, **o),
     "complement": lambda **o: lro.chain(  # with one counter for all layers of a leaf
         lro.project(lro.svd(R), select=".", **o),
         optax.scale_by_adam(),
@@ -99,6 +100,15 @@ def test_a_basis_is_whole_for_one_layer_at_a_time():
     assert gathers
     largest = 4 * N * R  # float32, the basis of one layer on its longer side
     assert max(item.bytes for item in gathers) <= largest
+
+
+def test_one_layer_at_a_time_is_whole_for_its_polar_factor():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in CUT.items()}
+    tx = lro.muon(1e-2, layer_axis=0, param_shardings=shardings)
+    sent = lro.collectives(compiled(tx, shardings).as_text() or "")
+    assert any(item.times == L for item in sent)
+    assert max(item.bytes for item in sent) <= 4 * M * N  # float32, of one layer
 
 
 def test_a_cut_axis_of_layers_is_not_looped_over():

@@ -55,13 +55,16 @@ def method_defaults(optimizer: str) -> dict[str, Any]:
 # 0.001 is too low for 300 (few_bits.json), and 60 steps of 8 rows end at 3.03 nats with
 # 0.003, 2.93 with 0.01, 2.95 with 0.03. LDAdam: there 2.59, 2.54 and 2.76; its paper
 # has 0.001. FRUGAL and SCALE step one to four times as far as AdamW (the table of step
-# sizes in docs/choosing.md), and were not searched; nor were those at 1.
+# sizes in docs/choosing.md), and were not searched; nor were those at 1, nor SinkGD and
+# RACS, which have their papers' 0.02.
 RATES = {
     "adamw": 0.3,
     "adamw_8bit": 0.3,
     "ldadam": 0.3,
     "frugal": 0.1,
     "column_sgd": 0.1,
+    "sinkgd": 2.0,
+    "racs": 2.0,
 }
 
 

@@ -92,6 +92,12 @@ class LowLeaf(Bases):
     dtype: Any
     update_dtype: Any
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether its layers are projected and lifted one after another."""
+        # Copied layer by layer, entries would only be written once more.
+        return self.matrix.in_turn and not self.projector.entrywise
+
     def start(self) -> Kept:
         """Returns what is kept of the basis before the first step."""
         batch = self.matrix.batch_shape

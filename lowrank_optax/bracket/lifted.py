@@ -19,12 +19,17 @@ class Lifted(Part):
 
     Attributes:
       matrix: how it is seen.
-      in_turn: whether the layers are projected and lifted one after another, so that a
-        basis that lies in parts on a mesh is whole for one layer at a time.
     """
 
     matrix: Matrix
-    in_turn: bool
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether the layers are projected and lifted one after another.
+
+        So a basis that lies in parts on a mesh is whole for one layer at a time.
+        """
+        return self.matrix.in_turn
 
     def lift(self, function: Callable, *trees: Any, in_turn: bool = False) -> Any:
         """Returns ``function`` of one matrix for all matrices of the leaf.

@@ -28,7 +28,6 @@ class LeafPlan:
       reason: why it is projected or full.
       full_bytes: state bytes of the inner optimizer at full size.
       low_bytes: state bytes of the bracket for this leaf (None if never considered).
-      in_turn: whether its layers are worked on one after another.
       parts: into how many parts its rows and columns are sharded, None if not known.
       kind: what it is by structure: "vector", "matrix", "table" (an embedding or an
         output head), "long" (one by its length alone) or "unknown"; "" if its entries
@@ -42,7 +41,6 @@ class LeafPlan:
     reason: str
     full_bytes: int
     low_bytes: int | None = None
-    in_turn: bool = False
     parts: Parts | None = None
     kind: str = ""
 
@@ -50,6 +48,11 @@ class LeafPlan:
     def empty(self) -> bool:
         """Whether the leaf has no elements (such leaves are hidden from the inner)."""
         return 0 in self.shape
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether its layers are worked on one after another."""
+        return self.matrix is not None and self.matrix.in_turn
 
 
 def _is_nothing(tree: Any) -> bool:
@@ -150,9 +153,7 @@ class Plan:
         """Returns what opens and closes every leaf."""
         full = FullLeaf(bracket.dtype)
         return [
-            low_leaf(
-                bracket, leaf.matrix, leaf.dtype, gradient.dtype, leaf.in_turn, shift
-            )
+            low_leaf(bracket, leaf.matrix, leaf.dtype, gradient.dtype, shift)
             if leaf.matrix
             else full
             for leaf, gradient, shift in zip(
@@ -166,12 +167,11 @@ def low_leaf(
     matrix: Matrix,
     dtype: Any,
     update_dtype: Any = None,
-    in_turn: bool = False,
     shift: tuple[int, ...] = (),
 ) -> LowLeaf:
     """Returns a projected leaf, its parameter in ``dtype``.
 
-    Without the last three, for shapes alone.
+    Without the last two, for shapes alone.
     """
     projector = bracket.projector
     if matrix.side == "both":
@@ -180,7 +180,6 @@ def low_leaf(
     kept, recovery = bracket.storage.of(dtype), bracket.recovery
     return LowLeaf(
         matrix=matrix,
-        in_turn=in_turn,
         projector=projector.for_leaf(matrix.path).stored_as(kept),
         transport=bracket.transport,
         # Both as arrays: a static number would give every leaf a trace of its own.

@@ -165,7 +165,8 @@ class Planner:
             and parts not in (None, (1, 1))
             and axis_parts(sharding, info, (0,), ()) == (1, 1)
         )
-        return plan(matrix, reason, full_bytes, low_bytes, in_turn, parts)
+        matrix = dataclasses.replace(matrix, in_turn=in_turn)
+        return plan(matrix, reason, full_bytes, low_bytes, parts)
 
     def _matrix(
         self, path: str, info: LeafInfo, numbers: Any, seen: Seen, sharding: Any
@@ -284,8 +285,8 @@ def _of_one_layer(leaf: LeafPlan) -> LeafPlan:
     if not leaf.shape:
         return leaf
     shape, matrix = (1, *leaf.shape[1:]), leaf.matrix
-    matrix = matrix and dataclasses.replace(matrix, shape=shape)
-    return dataclasses.replace(leaf, shape=shape, matrix=matrix, in_turn=False)
+    matrix = matrix and dataclasses.replace(matrix, shape=shape, in_turn=False)
+    return dataclasses.replace(leaf, shape=shape, matrix=matrix)
 
 
 def shifts(

@@ -72,6 +72,7 @@ class SubspaceView(NamedTuple):
       state_before: inner state before transport.
       state_transported: inner state after transport, before the update.
       matrices: the static ``Matrix`` of each projected leaf, None on full leaves.
+      clock: the bracket's time, and its key.
     """
 
     gradient: Any
@@ -82,6 +83,7 @@ class SubspaceView(NamedTuple):
     state_before: Any
     state_transported: Any
     matrices: Any
+    clock: "Clock"
 
 
 class Clock(NamedTuple):

@@ -207,7 +207,7 @@ def step(
         )
     ]
 
-    view = _view(plan, bracket, state, opened)
+    view = _view(plan, bracket, state, opened, clock)
     directions, inner_state, full_state = _inner(
         plan, bracket, state, view, opened, updates, extra_args
     )
@@ -327,7 +327,11 @@ def _moments(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Any]:
 
 
 def _view(
-    plan: Plan, bracket: Bracket, state: SubspaceState, opened: list[Opened]
+    plan: Plan,
+    bracket: Bracket,
+    state: SubspaceState,
+    opened: list[Opened],
+    clock: Clock,
 ) -> SubspaceView:
     """Gathers what inner transformations may read, the moments carried over."""
     carried = state.inner_state
@@ -345,6 +349,7 @@ def _view(
         state_before=state.inner_state,
         state_transported=carried,
         matrices=tree([leaf.matrix for leaf in plan.leaves]),
+        clock=clock,
     )
 
 

@@ -1,7 +1,7 @@
 """``Kernels``: which axes of a leaf form the matrix, judged by all leaves together."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowrank_optax.leaves.matrix import MatrixDimensionNumbers
@@ -21,7 +21,8 @@ class Kernels:
       tables: embeddings by name, without those of positions.
       widths: sizes of the model's width, as norms and tables show it.
       layout: how a matrix is stored where nothing else says it.
-      votes: for each array's key, how many more leaves are ``[out, in]``.
+      votes: each kind of evidence, the surer first, and for each array's key by how
+        many it makes more leaves ``[out, in]``.
     """
 
     def __init__(self, leaves: Sequence[Any], layout: str):
@@ -38,7 +39,8 @@ class Kernels:
         self.widths = {min(table.sizes) for table in self.tables} | {
             size for x in leaves if x.name.is_norm for size in x.sizes
         }
-        self.votes = self._votes()
+        kinds = self._by_bias, self._by_width
+        self.votes = [(evidence, self._votes(evidence)) for evidence in kinds]
 
     def numbers(self, leaf: Any) -> tuple[MatrixDimensionNumbers | None, str]:
         """Returns dimension numbers and how they are known, or why they are not."""
@@ -136,14 +138,19 @@ class Kernels:
         """Orders sizes by how much they look like the model's width."""
         return size in self.widths, self.support[size]
 
-    def _evidence(self, leaf: Any) -> int:
+    def _by_bias(self, leaf: Any) -> int:
         """Returns 1 if the leaf is ``[out, in]``, -1 if ``[in, out]``, 0 unknown."""
+        first, last = leaf.sizes
+        bias = self.bias(leaf)
+        if first == last or bias not in (first, last):
+            return 0
+        return 1 if bias == first else -1
+
+    def _by_width(self, leaf: Any) -> int:
+        """Returns the same as the model's width tells it, which may be mistaken."""
         first, last = leaf.sizes
         if first == last:
             return 0
-        bias = self.bias(leaf)
-        if bias in (first, last):
-            return 1 if bias == first else -1
         wide, narrow = self._weight(first), self._weight(last)
         if wide == narrow or leaf.name.goes_in == leaf.name.goes_out:
             return 0
@@ -158,12 +165,12 @@ class Kernels:
                     return other.sizes[0]
         return 0
 
-    def _votes(self) -> collections.Counter:
+    def _votes(self, evidence: Callable[[Any], int]) -> collections.Counter:
         """Returns for each array's key how many more leaves are ``[out, in]``."""
         votes: collections.Counter = collections.Counter()
         for leaf in self.leaves:
             if len(leaf.axes) == 2 and not leaf.name.is_embedding:
-                votes[leaf.name.array] += self._evidence(leaf)
+                votes[leaf.name.array] += evidence(leaf)
         return votes
 
     def _out_in(self, leaf: Any) -> bool:
@@ -172,6 +179,9 @@ class Kernels:
             return self.layout == "out_in"
         if leaf.name.is_embedding and leaf.name.module[-1:] != ("head",):
             return False
-        own = self._evidence(leaf)
-        vote = own or self.votes[leaf.name.array]
-        return vote > 0 if vote else leaf.name.array == "weight"
+        # A bias cannot be mistaken, so that another leaf's comes before a leaf's width.
+        for evidence, votes in self.votes:
+            vote = evidence(leaf) or votes[leaf.name.array]
+            if vote:
+                return vote > 0
+        return leaf.name.array == "weight"

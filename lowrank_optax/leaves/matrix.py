@@ -67,6 +67,8 @@ class Matrix:
       reduction_is_rows: whether the rows are what a layer sums over.
       block: how many rows of the view make up one row of the projection, in order; 0
         where every row has a part in it.
+      in_turn: whether the matrices of the stack, whose one batch axis is the first, are
+        worked on one after another, since each lies on several devices.
     """
 
     path: str = dataclasses.field(compare=False)
@@ -79,6 +81,7 @@ class Matrix:
     shared: tuple[int, ...] = ()
     reduction_is_rows: bool = True
     block: int = 0
+    in_turn: bool = False
 
     @functools.cached_property
     def transposed(self) -> bool:

@@ -57,3 +57,9 @@ from lowrank_optax.methods.q_galore import scale_by_q_galore as scale_by_q_galor
 from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
 from lowrank_optax.methods.column_sgd import column_sgd as column_sgd
 from lowrank_optax.methods.column_sgd import scale_by_column_sgd as scale_by_column_sgd
+from lowrank_optax.methods.muon import muon as muon
+from lowrank_optax.methods.muon import scale_by_muon as scale_by_muon
+from lowrank_optax.methods.sinkgd import sinkgd as sinkgd
+from lowrank_optax.methods.sinkgd import scale_by_sinkgd as scale_by_sinkgd
+from lowrank_optax.methods.racs import racs as racs
+from lowrank_optax.methods.racs import scale_by_racs as scale_by_racs

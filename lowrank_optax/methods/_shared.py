@@ -15,7 +15,7 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.bracket.chain import behind, project
 from lowrank_optax.leaves.part import made
-from lowrank_optax.projectors import Projector
+from lowrank_optax.projectors import Projector, whole
 from lowrank_optax.quantization import Codec, blockwise_int8
 from lowrank_optax.recovery import Recovery
 from lowrank_optax.transforms import (
@@ -37,20 +37,28 @@ class Arg:
     text: str
 
 
-class AnySize(TypedDict, total=False):
-    """The options of ``lro.project``, where their defaults and descriptions stand."""
+class Matrices(TypedDict, total=False):
+    """The options of ``lro.project``, where their defaults and descriptions stand.
 
-    side: str
+    Those that say something where matrices are whole, ``lro.whole()``.
+    """
+
     select: Any
     weight_dimension_numbers: Any
     layer_axis: int | None
-    clip_rank: bool
     param_shardings: Any
     full: Any
     full_scale: float | optax.Schedule | Array | None
     match: str | None
     dtype: Any
     state_dtype: Any
+
+
+class AnySize(Matrices, total=False):
+    """All of them, where matrices are projected."""
+
+    side: str
+    clip_rank: bool
     mu_dtype: Any
     nu_dtype: Any
     stagger: bool
@@ -237,6 +245,12 @@ class Recipe(types.SimpleNamespace):
         names = Leaves.__annotations__.keys() & vars(self).keys()
         leaves = {name: getattr(self, name) for name in names}
         return project(projector, transport=given, **leaves)
+
+    def matrices(self, adam: Any = None) -> project:
+        """Opens a bracket around whole matrices; vectors and tables get Adam."""
+        if self.full is None:
+            self.full = self.adam() if adam is None else adam
+        return self.open(whole())
 
     def bases(self, factory: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns the user's projector, or the method's own with the chosen dtype."""

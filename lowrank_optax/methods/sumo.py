@@ -14,7 +14,6 @@ from lowrank_optax.methods._shared import Recipe, Transformation
 from lowrank_optax.methods.galore import leading
 from lowrank_optax.recovery import complement
 from lowrank_optax.transforms import orthogonalize
-from lowrank_optax.transforms.orthogonalize import METHODS
 from lowrank_optax.transport import rotate_moments
 
 
@@ -78,7 +77,7 @@ def sumo(
       * Directions in which M is zero up to rounding get no step.
     """
     its = Recipe(**options)
-    _checks.choice("orthogonalization", orthogonalization, METHODS)
+    _checks.choice("orthogonalization", orthogonalization, ("svd", "newton_schulz"))
     # b1 is the momentum's; Adam on the leaves that stay full has its usual 0.9.
     if its.full is None:
         its.full = Recipe(**{**options, "b1": 0.9}).adam()

@@ -66,6 +66,7 @@ class Projector(Part):
     advances = False  # whether the basis moves after use
     selects = False  # whether rotations between its bases are 0-1 selections
     orthonormal = False  # up to float32's rounding, that is
+    entrywise = False  # whether an entry of R is one of G
 
     def __post_init__(self):
         """Checks the numbers that fix shapes."""

@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.linalg.limiter import limit_growth
 from lowrank_optax.linalg.products import has_square, kept_if, regram, wide
-from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 # The residual's norm is a difference, of which float32 leaves little below 1e-3.

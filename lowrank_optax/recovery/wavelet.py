@@ -9,9 +9,9 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.leaves.moments import weight_seen
+from lowrank_optax.linalg.limiter import limit_growth
 from lowrank_optax.linalg.products import Operand, unit_norm, wide
 from lowrank_optax.linalg.wavelet import Bands, WaveletBasis, dwt, idwt, repeat
-from lowrank_optax.recovery._limiter import limit_growth
 from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 
 _NORMALIZE = (True, False, "matrix")

@@ -154,7 +154,8 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _bytes(row: ReportRow) -> int:
-    return row.low_bytes if row.matrix and row.low_bytes else row.full_bytes
+    # Not `or`: a method without state has 0 bytes.
+    return row.full_bytes if row.low_bytes is None or not row.matrix else row.low_bytes
 
 
 def _cost_cells(row: ReportRow) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from lowrank_optax.transforms.lion import (
     scale_by_lion_interpolation as scale_by_lion_interpolation,
 )
 from lowrank_optax.transforms.mini import scale_by_adam_mini as scale_by_adam_mini
+from lowrank_optax.transforms.momentum import momentum as momentum
 from lowrank_optax.transforms.natural import (
     scale_by_natural_gradient as scale_by_natural_gradient,
 )
@@ -27,3 +28,9 @@ from lowrank_optax.transforms.split import SplitWeightsState as SplitWeightsStat
 from lowrank_optax.transforms.split import full_weights as full_weights
 from lowrank_optax.transforms.split import set_full_weights as set_full_weights
 from lowrank_optax.transforms.split import split_weights as split_weights
+from lowrank_optax.transforms.rank_one import (
+    scale_by_rank_one_rms as scale_by_rank_one_rms,
+)
+from lowrank_optax.transforms.sinkhorn import (
+    normalize_rows_and_columns as normalize_rows_and_columns,
+)

@@ -1,24 +1,35 @@
 """Polar factors in the place of matrices."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import path_string
-from lowrank_optax.linalg.polar import polar_newton_schulz, polar_svd
+from lowrank_optax.linalg.polar import polar_newton_schulz, polar_quintic, polar_svd
 from lowrank_optax.linalg.products import wide
+from lowrank_optax.transforms._matrices import map_matrices, require_matrices
 
-METHODS = ("svd", "newton_schulz")
-SHAPE_FACTORS = ("none", "sqrt_long")
+METHODS = ("svd", "newton_schulz", "quintic")
+SHAPE_FACTORS = ("none", "sqrt_long", "width")
+
+Triple = tuple[float, float, float]
+
+# Muon's (Jordan et al., 2024).
+QUINTIC: Triple = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(
-    method: str = "svd", steps: int = 30, shape_factor: str = "none"
-) -> optax.GradientTransformation:
+    method: str = "svd",
+    steps: int | None = None,
+    shape_factor: str = "none",
+    *,
+    coefficients: Triple | Sequence[Triple] = QUINTIC,
+    rms: float | Array = 0.2,
+    axis: int = -2,
+) -> optax.GradientTransformationExtraArgs:
     r"""Replaces every matrix ``X = U S V^T`` by its polar factor ``U V^T``.
 
     The last two axes of a leaf are a matrix, leading axes are batch. "svd" leaves
@@ -34,20 +45,34 @@ def orthogonalize(
     too, where "svd" drops it. Where both have arrived they agree up to about
     1e-6 times the condition number, what float32 knows of the singular vectors.
 
+    "quintic" is Muon's: a few steps ``Y <- a Y + b Y Y^T Y + c (Y Y^T)^2 Y`` whose
+    coefficients raise small singular values fast and do not converge, which Muon does
+    not need. With the default ones five steps bring values from 0.01 of the Frobenius
+    norm up to between 0.68 and 1.14.
+
+    In a bracket whose layers lie on several devices (``param_shardings`` and
+    ``layer_axis`` of ``lro.project``) a stack is worked on layer by layer, so that one
+    layer at a time is gathered.
+
     Args:
-      method: "svd" or "newton_schulz".
-      steps: steps of "newton_schulz".
-      shape_factor: "none", or "sqrt_long" for a factor of
-        ``0.2 sqrt(max(rows, columns))``, which gives a matrix of full rank elements
-        with a root mean square of 0.2 (the usual way to match Adam's steps).
+      method: "svd", "newton_schulz" or "quintic".
+      steps: of the other two, None for 30 of "newton_schulz", and of "quintic" 5, or
+        as many as there are coefficients.
+      shape_factor: "none"; "sqrt_long" for a factor of ``rms sqrt(max(rows,
+        columns))``, which gives a matrix of full rank elements with this root mean
+        square; "width" for ``sqrt(max(1, outputs / inputs))``.
+      coefficients: ``(a, b, c)`` of "quintic", or one such triple for every step.
+      rms: of "sqrt_long" (0.2 is the usual way to match Adam's steps). May be traced.
+      axis: the input axis outside a bracket, for "width": -2 for Flax kernels ``(in,
+        out)``, -1 for torch's weights. Inside one, dimension numbers say it.
 
     Returns:
       A transformation without state.
 
     Raises:
       TypeError: if ``steps`` is not a Python int.
-      ValueError: if a choice is unknown, or at init or update if a leaf has fewer than
-        two axes.
+      ValueError: if a choice is unknown, if ``steps`` and coefficients are not equally
+        many, or at init or update if a leaf has fewer than two axes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -63,36 +88,48 @@ def orthogonalize(
     """
     _checks.choice("method", method, METHODS)
     _checks.choice("shape_factor", shape_factor, SHAPE_FACTORS)
-    _checks.positive_int("steps", steps)
+    _checks.choice("axis", axis, (-2, -1))
+    if steps is not None:
+        _checks.positive_int("steps", steps)
+    polar = _polar(method, steps, coefficients)
+    require = functools.partial(require_matrices, "lro.orthogonalize")
 
-    def one(path: Any, x: Array) -> Array:
-        _require_matrix(path, x)
+    def one(x: Array, axis: int) -> tuple[Array]:
         if x.size == 0:
-            return x
-        polar = (
-            polar_svd(wide(x))
-            if method == "svd"
-            else polar_newton_schulz(wide(x), steps)
-        )
+            return (x,)
+        inputs, outputs = x.shape[axis], x.shape[-3 - axis]
+        factor: Any = 1.0
         if shape_factor == "sqrt_long":
-            polar = 0.2 * max(x.shape[-2:]) ** 0.5 * polar
-        return polar.astype(x.dtype)
+            factor = rms * max(inputs, outputs) ** 0.5
+        elif shape_factor == "width":
+            factor = max(1.0, outputs / inputs) ** 0.5
+        return ((factor * polar(wide(x))).astype(x.dtype),)
 
     def init(params: Any) -> optax.EmptyState:
-        jax.tree_util.tree_map_with_path(_require_matrix, params)
+        require(params)
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
-        del params
-        return jax.tree_util.tree_map_with_path(one, updates), state
+    def update(updates, state, params=None, *, subspace=None, **extra_args):
+        del params, extra_args
+        require(updates)
+        (out,) = map_matrices(one, updates, subspace=subspace, axis=axis, in_turn=True)
+        return out, state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _require_matrix(path: Any, x: Any) -> None:
-    if jnp.ndim(x) < 2:
+def _polar(method: str, steps: int | None, coefficients: Any) -> Any:
+    """Returns the function that makes polar factors."""
+    if method == "svd":
+        return polar_svd
+    if method == "newton_schulz":
+        return functools.partial(polar_newton_schulz, steps=steps or 30)
+    table = tuple(coefficients)
+    if not isinstance(table[0], Sequence):
+        table = (table,) * (steps or 5)
+    if any(len(row) != 3 for row in table) or len(table) != (steps or len(table)):
         raise ValueError(
-            f"lro.orthogonalize works on matrices; leaf {path_string(path)!r} has "
-            f"shape {jnp.shape(x)}. Give such leaves another transformation: full= in "
-            "lro.project, or optax.partition."
+            "`coefficients` must be three numbers, or as many triples as there are "
+            f"steps; got {len(table)} for {steps} steps: {coefficients}."
         )
+    return functools.partial(polar_quintic, coefficients=table)

@@ -1,6 +1,8 @@
 """Moments of any inner optimizer, stored in eight bits and fewer."""
 
+import functools
 import math
+import zlib
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import optax
 from lowrank_optax import _checks
 from lowrank_optax.leaves import moments as _moments
 from lowrank_optax.leaves.boxes import is_box, rebox, refill, restore, unbox, unbox_tree
+from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.quantization import (
     Codec,
@@ -18,6 +21,7 @@ from lowrank_optax.quantization import (
     is_quantized,
     quantize,
 )
+from lowrank_optax.quantization.rounding import dither
 from lowrank_optax.transforms.cast import keep_dtypes
 
 _SIGNED = blockwise_int8(signed=True, signed_scale=True, exact=False)
@@ -30,6 +34,7 @@ def quantize_state(
     nu: Any = _UNSIGNED,
     min_size: Any = 4096,
     leafwise: Any = False,
+    stochastic: Any = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the moments of ``inner`` encoded: 8-bit Adam, Lion, momentum, ...
 
@@ -62,6 +67,11 @@ def quantize_state(
         the global norm does not. True calls it leaf by leaf, each behind an
         optimization barrier, so that where the compiler keeps those (a TPU's does, the
         CPU's does not) only one leaf is decoded at a time.
+      stochastic: whether codecs that can round at random do so: then the mean of what
+        is stored is the moment, and changes of less than half a level add up. In four
+        bits, rounded to the nearest, a momentum does not decay: 5 % of 7 levels is
+        less than half of one. The numbers follow from the step and the leaf's path, in
+        a bracket also from its key.
 
     Returns:
       The transformation. Its updates have the gradients' dtypes. Leaves without
@@ -70,7 +80,9 @@ def quantize_state(
     Raises:
       TypeError: if ``inner`` is no transformation, a codec no codec, or ``min_size`` no
         int.
-      ValueError: if the codec of ``nu`` may store what is not zero as zero.
+      ValueError: if the codec of ``nu`` may store what is not zero as zero, or if
+        ``stochastic`` and no codec can; at update, if it is and neither a bracket nor a
+        ``count`` in the state of ``inner`` says which step it is.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -104,6 +116,12 @@ def quantize_state(
         codecs["nu"] = nu.for_second_moments()
     _checks.positive_int("min_size", min_size, least=0)
     _checks.choice("leafwise", leafwise, (False, True))
+    _checks.choice("stochastic", stochastic, (False, True))
+    if stochastic and not any(codec and codec.stochastic for codec in codecs.values()):
+        raise ValueError(
+            "`stochastic` needs a codec that can round at random, such as "
+            "quantization.symmetric(bits=4) or quantization.linear_int4()."
+        )
 
     def start(params: Any, state: Any) -> Any:
         moments = _moments.find(state)
@@ -119,14 +137,10 @@ def quantize_state(
         )
         return moments.rebuild(groups)
 
-    def store(state: Any, before: Any) -> Any:
+    def store(state: Any, before: Any, draws: Any) -> Any:
         # As it was, not by its size: a stack's layer is smaller than the stack.
         moments, old = _moments.find(state), _moments.find(before)
-        groups = tuple(
-            {name: _encoded_like(tree, last[name]) for name, tree in group.items()}
-            for group, last in zip(moments.groups, old.groups, strict=True)
-        )
-        return moments.rebuild(groups)
+        return moments.rebuild(_encoded_like(moments.groups, old.groups, draws))
 
     def init(params: Any) -> Any:
         # Else the compiler would encode the zeros itself, at its leisure.
@@ -138,10 +152,13 @@ def quantize_state(
         if _moments.are_altered(treedef, state):
             state = restore(state, lambda: init(updates))
 
-        def step(updates, state, params):
+        seeds = _seeds(state, extra_args) if stochastic else None
+
+        def step(updates, state, params, leaf=0):
             loaded = _decoded(state, updates)
             out, new = inner.update(updates, loaded, params, **extra_args)
-            return out, store(new, state)
+            draws = None if seeds is None else functools.partial(_draws, *seeds, leaf)
+            return out, store(new, state, draws)
 
         if leafwise and treedef.num_leaves > 1:
             return _one_by_one(step, treedef, updates, state, params)
@@ -173,7 +190,7 @@ def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) 
         weight = None if weights is None else [weights[i]]
         # `moments` is of the state before the step, so that counters advance once, not
         # once for every leaf.
-        (out,), state = step([update], moments.rebuild(groups), weight)
+        (out,), state = step([update], moments.rebuild(groups), weight, i)
         found = _moments.find(state)
         # This leaf is encoded again before the next one may be decoded.
         groups, turn = jax.lax.optimization_barrier((found.groups, turn))
@@ -202,19 +219,46 @@ def _encoded(tree: Any, codec: Codec, min_size: int) -> Any:
     return jax.tree.map(encode, tree, is_leaf=is_box)
 
 
-def _encoded_like(tree: Any, before: Any) -> Any:
+def _encoded_like(groups: Any, before: Any, draws: Any) -> Any:
     """Encodes what was encoded before."""
 
-    def encode(old: Any, leaf: Any) -> Any:
-        return _quantized(leaf, old.codec) if is_quantized(old) else leaf
+    def encode(path: Any, old: Any, leaf: Any) -> Any:
+        if not is_quantized(old):
+            return leaf
+        if draws is None or not old.codec.stochastic:
+            return _quantized(leaf, old.codec)
+        return _quantized(leaf, old.codec, draws(path, unbox(leaf).shape))
 
-    return jax.tree.map(
-        encode, before, tree, is_leaf=lambda x: is_quantized(x) or is_box(x)
+    return jax.tree_util.tree_map_with_path(
+        encode, before, groups, is_leaf=lambda x: is_quantized(x) or is_box(x)
     )
 
 
-def _quantized(leaf: Any, codec: Codec) -> Any:
-    found = quantize(unbox(leaf), codec)
+def _seeds(state: Any, extra_args: Any) -> tuple[Any, Any, Any]:
+    """Returns key and count of a step, and which layer the first of a stack is."""
+    subspace, layer = extra_args.get("subspace"), extra_args.get("layer")
+    if subspace is not None:
+        clock = subspace.clock
+        return clock.key_data, clock.count, clock.layer
+    counts = optax.tree_utils.tree_get_all_with_path(state, "count")
+    if not counts:
+        raise ValueError(
+            "lro.quantize_state(stochastic=True) needs to know which step it is. "
+            "Outside a bracket `inner` has to count its steps, in a field `count` of "
+            "its state, as optax.ema and lro.momentum do."
+        )
+    return (), counts[0][1], 0 if layer is None else layer.index
+
+
+def _draws(key: Any, count: Any, layer: Any, turn: int, path: Any, shape: Any) -> Any:
+    """Returns draws from [0, 1) for a moment, a layer's as it has them in its stack."""
+    name = zlib.crc32(path_string(path).encode())
+    noise = dither((*key, count, name, turn), shape, layer * math.prod(shape))
+    return noise.astype(jnp.float32) * 2.0**-16
+
+
+def _quantized(leaf: Any, codec: Codec, draws: Any = None) -> Any:
+    found = quantize(unbox(leaf), codec, draws)
     fields = {name: _boxed(leaf, getattr(found, name)) for name in found._fields}
     return found._replace(**fields)
 

@@ -9,6 +9,7 @@ from tests.golden.galore import galore_adafactor, galore_adamw
 from tests.golden.gwt import gwt
 from tests.golden.osd import online_subspace_descent
 from tests.golden.scale import scale
+from tests.golden.stateless import racs, sinkgd
 from tests.golden.tracking import ldadam, subtrackpp
 
 # `method` in a case's config -> function (case) -> Replay.
@@ -26,4 +27,6 @@ METHODS = {
     "gwt": gwt,
     "online_subspace_descent": online_subspace_descent,
     "scale": scale,
+    "sinkgd": sinkgd,
+    "racs": racs,
 }

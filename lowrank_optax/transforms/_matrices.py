@@ -1,0 +1,82 @@
+"""``map_matrices``: what is written for one leaf's matrices, done to a tree of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.leaves.boxes import is_box, refill, unbox
+from lowrank_optax.leaves.matrix import Matrix, path_string
+
+
+def map_matrices(
+    function: Callable[..., Any],
+    updates: Any,
+    *trees: Any,
+    subspace: Any,
+    axis: int,
+    in_turn: bool = False,
+) -> tuple[Any, ...]:
+    """Applies a function to every update and to what is kept of it.
+
+    Args:
+      function: ``(update, *kept, axis)`` of arrays out of their boxes, ``update`` being
+        ``[*batch, m, n]`` and ``axis`` its input axis, -2 or -1; returns a tuple of as
+        many arrays, which go back into the boxes.
+      updates: the tree of updates.
+      trees: what is kept, trees like it.
+      subspace: the view of the bracket around, which knows the input axes, or None.
+      axis: the input axis of what the view says nothing about.
+      in_turn: whether stacks of which every layer lies on several devices are worked on
+        layer by layer.
+    """
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+    columns = [leaves, *map(treedef.flatten_up_to, trees)]
+
+    def one(matrix: Matrix | None, *kept: Any) -> Any:
+        arrays = tuple(map(unbox, kept))
+        if matrix is None:
+            return function(*arrays, axis=axis)
+        inward = -2 if matrix.reduction_is_rows != matrix.transposed else -1
+        if in_turn and matrix.in_turn:
+            return jax.lax.map(lambda a: function(*a, axis=inward), arrays)
+        return function(*arrays, axis=inward)
+
+    out = list(map(one, _matrices(updates, subspace), *columns))
+    return tuple(
+        treedef.unflatten(
+            refill(box, result[i]) for box, result in zip(column, out, strict=True)
+        )
+        for i, column in enumerate(columns)
+    )
+
+
+def _matrices(updates: Any, subspace: Any) -> list[Matrix | None]:
+    """Returns how the bracket sees every leaf that is not masked."""
+
+    def is_leaf(node: Any) -> bool:
+        return is_box(node) or isinstance(node, optax.MaskedNode)
+
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_leaf)
+    # The view has an entry for every parameter, masked here or not.
+    matrices = [None] * len(leaves)
+    if subspace is not None:
+        matrices = treedef.flatten_up_to(subspace.matrices)
+    return [
+        matrix
+        for leaf, matrix in zip(leaves, matrices, strict=True)
+        if not isinstance(leaf, optax.MaskedNode)
+    ]
+
+
+def require_matrices(called: str, tree: Any) -> None:
+    """Raises ValueError if a leaf has fewer than two axes."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
+        if jnp.ndim(unbox(leaf)) < 2:
+            raise ValueError(
+                f"{called} works on matrices; leaf {path_string(path)!r} has "
+                f"shape {jnp.shape(unbox(leaf))}. Give such leaves another "
+                "transformation: full= in lro.project, or optax.partition."
+            )
