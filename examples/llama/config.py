@@ -4,7 +4,14 @@ import dataclasses
 from typing import Any
 
 from examples.llama.model import ACTIVATIONS, ModelConfig
-from examples.llama.presets import METHODS, NO_SIDE, PRESETS, RATES, method_defaults
+from examples.llama.presets import (
+    METHODS,
+    NO_SIDE,
+    PRESETS,
+    RATES,
+    Preset,
+    method_defaults,
+)
 
 
 class UsageError(Exception):
@@ -191,6 +198,9 @@ class Resolved(TrainConfig):
     eval_tokens: int = 0
     eval_batch_size: int = 0
     checkpoint_every: int = 0
+    # Of the model's attention: kernels of methods that know of heads, and meshes.
+    heads: int = 0
+    key_heads: int = 0
 
 
 SIDES = ("short", "long", "left", "right", "auto")
@@ -250,7 +260,11 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
         raise UsageError(
             f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}"
         )
-    preset = PRESETS[config.preset]
+    return complete(config, PRESETS[config.preset])
+
+
+def complete(config: TrainConfig, preset: Preset) -> tuple[Resolved, ModelConfig]:
+    """Fills what was left out from a preset that need not be in the table."""
     defaults: dict[str, Any] = dataclasses.asdict(preset.recipe)
     dtype = defaults.pop("dtype")
     defaults |= {"param_dtype": dtype, "compute_dtype": dtype}
@@ -262,7 +276,8 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
     values = defaults | given
     values.setdefault("warmup", values["steps"] // 10)
     values.setdefault("state_dtype", values["param_dtype"])
-    resolved = Resolved(**values)
+    heads = {"heads": preset.model.heads, "key_heads": preset.model.key_heads}
+    resolved = Resolved(**values, **heads)
     _check(resolved, preset.model)
     model = dataclasses.replace(
         preset.model,

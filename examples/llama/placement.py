@@ -25,8 +25,7 @@ from jax.sharding import (
 
 import lowrank_optax as lro
 from examples.llama.config import Resolved, UsageError
-from examples.llama.model import ModelConfig, Wrap, init_params
-from examples.llama.presets import PRESETS
+from examples.llama.model import ModelConfig, Params, Wrap, init_params
 from examples.llama.step import Layout
 
 # data: whole copies; fsdp: parameters and state cut, gathered for use; tensor: products
@@ -217,6 +216,8 @@ def gathered(mesh: Mesh) -> Callable[[Any], Any]:
     """
 
     def use(params: Any) -> Any:
+        if "embed" not in params:  # among those that are not trained, or none
+            return params
         table = params["embed"]["embedding"]
         (axis, *_) = param_shardings(mesh, params)["embed"]["embedding"].spec
         axes = (axis,) if axis else ()
@@ -335,7 +336,7 @@ def choose_placement(
         return one_device
     mesh = make_mesh(sizes, devices)
     check_rows(mesh, rows)
-    for line in cut_heads(mesh, PRESETS[config.preset].model.key_heads):
+    for line in cut_heads(mesh, config.key_heads):
         print(line, flush=True)
     return Placement(mesh, devices[0])
 
@@ -348,11 +349,21 @@ def fresh_state(
     weights: lro.WeightStorage,
 ) -> tuple[Any, Any]:
     """Stored parameters and optimizer state, each made where it lies."""
+    return started(layout, drawn(model, seed, layout.params), tx, weights)
 
-    def draw() -> Any:
-        return init_params(model, seed)
 
-    params = jax.jit(draw, out_shardings=layout.params)()
+def drawn(model: ModelConfig, seed: int, places: Any) -> Params:
+    """Random parameters, made where they lie."""
+    return jax.jit(lambda: init_params(model, seed), out_shardings=places)()
+
+
+def started(
+    layout: Layout,
+    params: Params,
+    tx: optax.GradientTransformation,
+    weights: lro.WeightStorage,
+) -> tuple[Any, Any]:
+    """The parameters as they are stored, and the optimizer's first state for them."""
     params = jax.jit(weights.store, out_shardings=layout.stored)(params)
 
     def init(stored: Any) -> Any:
