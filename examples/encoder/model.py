@@ -47,9 +47,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ValueError(
-                f"{self.heads} heads do not divide the width {self.width}"
-            )
+            raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
 
 
 class LayerNorm(nnx.Module):
