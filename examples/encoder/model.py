@@ -184,7 +184,8 @@ class Encoder(nnx.Module):
         """What the first layer reads, `[B, S, D]`."""
         config, length = self.config, tokens.shape[1]
         # Beyond the table, a look-up would silently give its last row.
-        room = config.max_length - (config.pad_position or -1) - 1
+        start = 0 if config.pad_position is None else config.pad_position + 1
+        room = config.max_length - start
         if length > room:
             raise ValueError(
                 f"the table of positions has room for {room} tokens; got {length}: "

@@ -1,0 +1,5 @@
+"""Weights of Hugging Face's transformers into the models of these examples, and back."""
+
+from examples.convert.folder import read_model, write_model
+
+__all__ = ["read_model", "write_model"]
