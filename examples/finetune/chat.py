@@ -1,4 +1,4 @@
-"""`Chat` makes text of a conversation by a chat template, and says where answers are."""
+"""`Chat` renders conversations by a chat template, and says where answers are."""
 
 import datetime
 import json
@@ -53,7 +53,7 @@ def _refuse(message: str) -> None:
 
 
 def _environment() -> jinja2.Environment:
-    """As `transformers` renders templates: sandboxed, with its filters and functions."""
+    """As transformers renders templates: sandboxed, with its functions."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

@@ -29,7 +29,7 @@ class Examples:
         if self.seed is not None:
             draw = np.random.default_rng((self.seed, cursor.epoch))
             order = draw.permutation(len(self.items))
-        return [self.items[i] for i in order], Cursor(cursor.epoch + 1)
+        return [self.items[int(i)] for i in order], Cursor(cursor.epoch + 1)
 
     def batch(self, rows: Sequence[Any], size: int) -> Batch:
         return self.as_batch(rows, size)

@@ -126,8 +126,8 @@ def read_labelled(
     tokenizer.no_padding()
     found = []
     for number, row in enumerate(rows, 1):
-        texts = [row.get(key) for key in columns.texts]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
+        texts = [str(row.get(key) or "") for key in columns.texts]
+        if not all(text.strip() for text in texts):
             counts["without a text"] += 1
             continue
         label = _label(
@@ -136,12 +136,13 @@ def read_labelled(
         if label is None:
             counts["without a label"] += 1
             continue
+        pair = texts[1] if len(texts) > 1 else None
         tokenizer.no_truncation()
-        whole = tokenizer.encode(*texts)
+        whole = tokenizer.encode(texts[0], pair)
         if len(whole.ids) > seq_len:
             counts["cut to --seq-len"] += 1
             tokenizer.enable_truncation(seq_len)
-            whole = tokenizer.encode(*texts)
+            whole = tokenizer.encode(texts[0], pair)
         counts["read"] += 1
         ids, types = (np.asarray(x, np.int32) for x in (whole.ids, whole.type_ids))
         found.append(Labelled(ids, types, label))
@@ -171,7 +172,7 @@ def _label(
 
 
 def as_batch(rows: Sequence[Labelled], size: int, seq_len: int) -> Batch:
-    """Tokens `[size, seq_len]`, which are real, and labels and their mask `[size, 1]`."""
+    """Tokens and which are real, `[size, seq_len]`; labels and mask `[size, 1]`."""
     batch: Batch = {
         "tokens": np.zeros((size, seq_len), np.int32),
         "real": np.zeros((size, seq_len), np.int32),

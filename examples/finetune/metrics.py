@@ -5,6 +5,8 @@ correlation for any number of classes, https://doi.org/10.1016/j.compbiolchem.20
 A ratio without a denominator is 0.
 """
 
+from typing import Any
+
 import numpy as np
 
 
@@ -38,5 +40,5 @@ def pearson(values: np.ndarray, predicted: np.ndarray) -> float:
     return _ratio(a @ b, np.sqrt((a @ a) * (b @ b)))
 
 
-def _ratio(above: float, below: float) -> float:
+def _ratio(above: Any, below: Any) -> float:
     return float(above / below) if below else 0.0

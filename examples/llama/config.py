@@ -1,7 +1,7 @@
 """`TrainConfig` holds the command line's flags; `resolve` fills and checks them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from examples.llama.model import ACTIVATIONS, ModelConfig
 from examples.llama.presets import (
@@ -9,7 +9,7 @@ from examples.llama.presets import (
     NO_SIDE,
     PRESETS,
     RATES,
-    Preset,
+    Recipe,
     method_defaults,
 )
 
@@ -203,6 +203,7 @@ class Resolved(TrainConfig):
     key_heads: int = 0
 
 
+Kind = TypeVar("Kind", bound=Resolved)
 SIDES = ("short", "long", "left", "right", "auto")
 WEIGHTS = ("plain", "stochastic-bf16", "int8")  # kinds of `lro.weight_storage`
 
@@ -260,12 +261,25 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
         raise UsageError(
             f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}"
         )
-    return complete(config, PRESETS[config.preset])
+    preset = PRESETS[config.preset]
+    resolved = complete(config, preset.recipe, preset.model)
+    model = dataclasses.replace(
+        preset.model,
+        param_dtype=resolved.param_dtype,
+        compute_dtype=resolved.compute_dtype,
+        max_length=max(preset.model.max_length, resolved.seq_len),
+    )
+    return resolved, model
 
 
-def complete(config: TrainConfig, preset: Preset) -> tuple[Resolved, ModelConfig]:
-    """Fills what was left out from a preset that need not be in the table."""
-    defaults: dict[str, Any] = dataclasses.asdict(preset.recipe)
+def complete(
+    config: TrainConfig, recipe: Recipe, model: Any, kind: type[Kind] = Resolved
+) -> Kind:
+    """Fills what was left out from the recipe for a model, and checks what was given.
+
+    `kind` has the fields of `config` and those of `Resolved`.
+    """
+    defaults: dict[str, Any] = dataclasses.asdict(recipe)
     dtype = defaults.pop("dtype")
     defaults |= {"param_dtype": dtype, "compute_dtype": dtype}
     known = config.optimizer in METHODS  # the optimizer itself is refused later
@@ -276,19 +290,13 @@ def complete(config: TrainConfig, preset: Preset) -> tuple[Resolved, ModelConfig
     values = defaults | given
     values.setdefault("warmup", values["steps"] // 10)
     values.setdefault("state_dtype", values["param_dtype"])
-    heads = {"heads": preset.model.heads, "key_heads": preset.model.key_heads}
-    resolved = Resolved(**values, **heads)
-    _check(resolved, preset.model)
-    model = dataclasses.replace(
-        preset.model,
-        param_dtype=resolved.param_dtype,
-        compute_dtype=resolved.compute_dtype,
-        max_length=max(preset.model.max_length, resolved.seq_len),
-    )
-    return resolved, model
+    heads = model.heads
+    resolved = kind(**values, heads=heads, key_heads=getattr(model, "key_heads", heads))
+    _check(resolved, model)
+    return resolved
 
 
-def _check(config: Resolved, model: ModelConfig) -> None:
+def _check(config: Resolved, model: Any) -> None:
     choices = {
         "corpus": ("stdlib",),
         "tokenizer": ("bytes", "bpe"),

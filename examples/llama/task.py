@@ -24,14 +24,38 @@ class Task(Protocol):
     shapes of what is trained, `frozen` of what the model has besides.
     """
 
-    config: Resolved
-    model: Any
-    definition: Any
-    params: Params
-    frozen: Params
-    losses: Losses
-    measure: Callable[..., Any] | None
-    select: Any
+    @property
+    def config(self) -> Resolved: ...
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def definition(self) -> Any: ...
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def frozen(self) -> Params: ...
+
+    @property
+    def losses(self) -> Losses: ...
+
+    @property
+    def measure(self) -> Callable[..., Any] | None:
+        """Of a definition, parameters and a batch, by rows; None: the losses' sums."""
+        ...
+
+    @property
+    def select(self) -> Any:
+        """What is projected, as the methods take it; None leaves it to them."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean of."""
+        ...
 
     def read(self, run_dir: pathlib.Path) -> None:
         """Reads what the run will be over."""
@@ -67,13 +91,15 @@ class Task(Protocol):
         """An `Evaluation` by a compiled `measure`; None when told to stop."""
         ...
 
-    def closing(self, result: Any) -> list[tuple[str, str]]:
-        """Rows of the closing table."""
+    def closing(self, result: Any, trainer: Any) -> list[tuple[str, str]]:
+        """Rows of the closing table, when the trainer is done."""
         ...
 
 
 class Pretraining:
     """The next token of a text, from random parameters."""
+
+    unit = "tokens"
 
     def __init__(self, config: TrainConfig):
         self.config, self.model = resolve(config)
@@ -146,7 +172,8 @@ class Pretraining:
         batches = eval_batches(self.validation, config.eval_batch_size, config.seq_len)
         return evaluate(lambda _, batch: run(batch), {}, batches, should_stop)
 
-    def closing(self, result: Evaluation) -> list[tuple[str, str]]:
+    def closing(self, result: Evaluation, trainer: Any) -> list[tuple[str, str]]:
+        del trainer
         kind = "byte" if self.config.tokenizer == "bytes" else "token"
         guess = unigram(self.rows(True), self.validation, self.model.vocab_size)
         rows = [

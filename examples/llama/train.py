@@ -92,7 +92,6 @@ class Trainer:
         print(" | ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
         self.placement = choose_placement(self.task.config, devices)
         self.config = dataclasses.replace(self.task.config, mesh=self.placement.name)
-        self.task.config = self.config
         # From shapes alone: an unknown optimizer is refused before any text is read.
         self._make_optimizer()
         # One process chooses: the others would find the folder taken by then.
@@ -317,19 +316,18 @@ class Trainer:
         return self.timed_tokens / max(self.timed_seconds, 1e-9)
 
     def evaluate(self, should_stop: Callable[[], bool]) -> Evaluation | None:
-        frozen = (self.frozen,) if self.frozen else ()
-
-        def run(batch: Batch) -> Any:
-            batch = self.placement.rows(batch)
-            return self.steps.evaluate(self.params, batch, *frozen)
-
-        result = self.task.evaluate(run, should_stop)
+        result = self.task.evaluate(self.measure, should_stop)
         if result is not None:
             line = {"step": self.step, **result.line()}
             if self.config.galore_compat:
                 line["val_perplexity_galore_compat"] = result.compat_perplexity
             self.metrics.add(line)
         return result
+
+    def measure(self, batch: Batch) -> Any:
+        """What the compiled evaluation says of the rows of a batch."""
+        frozen = (self.frozen,) if self.frozen else ()
+        return self.steps.evaluate(self.params, self.placement.rows(batch), *frozen)
 
     def save(self) -> None:
         """Saves the present step in the background, once."""
@@ -402,7 +400,7 @@ def summary(
     state = optimizers.state_bytes(trainer.optimizer, params)
     adamw = optimizers.state_bytes(optax.adamw(1e-3), params)
     weights = lro.bytes_per_device(trainer.params)
-    frozen = count_params(trainer.frozen)
+    frozen, unit = count_params(trainer.frozen), trainer.task.unit
     rows = [
         ("model", f"{config.preset}, {count_params(params) + frozen:,} parameters"),
         *([("trained", f"{count_params(params):,}")] if frozen else []),
@@ -413,10 +411,10 @@ def summary(
         ),
         ("optimizer state, adamw", readable_bytes(adamw)),
         ("a step, by the compiler", readable_bytes(trainer.peak_bytes)),
-        ("steps, tokens", f"{trainer.step:,}, {trainer.tokens:,}"),
-        ("speed", f"{trainer.tokens_per_second():,.0f} tokens/s"),
+        (f"steps, {unit}", f"{trainer.step:,}, {trainer.tokens:,}"),
+        ("speed", f"{trainer.tokens_per_second():,.0f} {unit}/s"),
         ("time", f"{seconds:.0f} s"),
-        *trainer.task.closing(result),
+        *trainer.task.closing(result, trainer),
     ]
     if not trainer.peak_bytes:  # planned again and again, or no step was made
         rows = [row for row in rows if row[0] != "a step, by the compiler"]
@@ -426,13 +424,13 @@ def summary(
     return closing_table(rows)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, make_task: Callable[[Any], Task] = Pretraining) -> None:
     started = time.perf_counter()
     # Before anything asks JAX for its devices.
     start_processes(config.distributed)
     with stop_on_signals() as asked, only_first_prints():
         should_stop = any_of(asked)
-        trainer = Trainer(config)
+        trainer = Trainer(config, make_task=make_task)
         files: list[pathlib.Path] = []
         try:
             result = trainer.run(should_stop)
@@ -452,12 +450,17 @@ def train(config: TrainConfig) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     config = tyro.cli(TrainConfig, prog="python -m examples.llama.train", args=args)
+    return run_command(config, Pretraining)
+
+
+def run_command(config: TrainConfig, make_task: Callable[[Any], Task]) -> int:
+    """Trains, or verifies; returns the exit code."""
     try:
         if config.verify:
             run_dir = choose_run_dir(dataclasses.replace(config, resume=True))
             with usable(f"--run-dir {run_dir}"):
                 return 0 if verify(Store(run_dir)) else 1
-        train(config)
+        train(config, make_task)
     except UsageError as error:
         say(f"error: {error}")
         return 2
