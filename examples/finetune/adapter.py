@@ -84,12 +84,13 @@ def linear_paths(params: Params, prefix: str = "") -> list[str]:
 def with_factors(params: Params, adapted: Params, seed: int) -> Params:
     """Parameters of a model without adapters, and fresh ones: `A` drawn, `B` zero.
 
-    `A` has the variance 1 / in of Kaiming's uniform numbers with a = sqrt(5) times 3,
-    as `nnx.LoRA` draws it.
+    `A` is drawn as `nnx.LoRA` does it: uniform, of variance 2 / in.
     """
     draw = nnx.initializers.he_uniform()
 
-    def walk(own: Params, shapes: Params, key: jax.Array) -> Params:
+    def walk(own: Any, shapes: Any, key: jax.Array) -> Any:
+        if not isinstance(shapes, dict):
+            return own
         if "lora_a" in shapes:
             a, b = shapes["lora_a"], shapes["lora_b"]
             return {
@@ -97,8 +98,6 @@ def with_factors(params: Params, adapted: Params, seed: int) -> Params:
                 "lora_a": _each_layer(draw, key, a),
                 "lora_b": jnp.zeros(b.shape, b.dtype),
             }
-        if not isinstance(own, dict):
-            return own
         names = sorted(own)
         keys = jax.random.split(key, len(names))
         return {
