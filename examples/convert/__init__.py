@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's transformers into the models of these examples, and back."""
+"""Weights of Hugging Face's transformers into these examples' models, and back."""
 
 from examples.convert.folder import read_model, write_model
 

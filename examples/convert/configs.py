@@ -8,7 +8,6 @@ is silently wrong.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from examples.encoder.model import EncoderConfig
@@ -141,8 +140,8 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     scaling = RopeScaling(*found)
     if scaling.low >= scaling.high:
         raise UsageError(
-            f"config.json: low_freq_factor {scaling.low} must be below high_freq_factor "
-            f"{scaling.high}"
+            f"config.json: low_freq_factor {scaling.low} must be below "
+            f"high_freq_factor {scaling.high}"
         )
     return base, scaling
 
@@ -181,9 +180,7 @@ DECODERS = {
     "llama": Decoder("Llama"),
     "mistral": Decoder("Mistral", kv_heads=8, qkv_bias=False, window="always"),
     "qwen2": Decoder("Qwen2", kv_heads=32, qkv_bias=True, window="flag"),
-    "qwen3": Decoder(
-        "Qwen3", kv_heads=32, head_width=128, qk_norm=True, window="flag"
-    ),
+    "qwen3": Decoder("Qwen3", kv_heads=32, head_width=128, qk_norm=True, window="flag"),
     "gemma": Decoder(
         "Gemma", kv_heads=16, head_width=256, tied=True, act="gelu_tanh", gemma=True
     ),
@@ -211,8 +208,8 @@ def _window(fields: Fields, family: Decoder, layers: int) -> int | None:
     if kinds is None:
         if window is not None and (type(first) is not int or 0 < first < layers):
             raise UsageError(
-                f"config.json: max_window_layers = {short(first)} of {layers} layers is "
-                "not supported: the window is that of all layers or of none"
+                f"config.json: max_window_layers = {short(first)} of {layers} layers "
+                "is not supported: the window is that of all layers or of none"
             )
         return window if window is not None and first <= 0 else None
     expected = ["full_attention" if window is None else "sliding_attention"] * layers
@@ -228,7 +225,10 @@ def _window(fields: Fields, family: Decoder, layers: int) -> int | None:
 
 def _read_decoder(raw: dict[str, Any], family: Decoder) -> ModelConfig:
     fields = Fields(raw)
-    width, layers = fields.size("hidden_size"), fields.size("num_hidden_layers", None, 4096)
+    width, layers = (
+        fields.size("hidden_size"),
+        fields.size("num_hidden_layers", None, 4096),
+    )
     heads = fields.size("num_attention_heads", None, 2**16)
     # null is "as many as heads"; no such field is the family's default.
     kv = family.kv_heads if "num_key_value_heads" not in raw else None
@@ -242,7 +242,9 @@ def _read_decoder(raw: dict[str, Any], family: Decoder) -> ModelConfig:
             f"{', '.join(_ACTS)} are"
         )
     fields.take("hidden_act")
-    all_bias = fields.flag("attention_bias", False) if family.qkv_bias is None else False
+    all_bias = (
+        fields.flag("attention_bias", False) if family.qkv_bias is None else False
+    )
     base, scaling = _rope(fields)
     config = ModelConfig(
         vocab_size=fields.size("vocab_size", None, 2**24),
@@ -283,7 +285,9 @@ ENCODERS = {"bert": Kind("Bert"), "roberta": Kind("Roberta", padding=1)}
 def _read_encoder(raw: dict[str, Any], kind: Kind) -> EncoderConfig:
     fields = Fields(raw)
     if (act := fields.take("hidden_act", "gelu")) != "gelu":
-        raise UsageError(f"config.json: hidden_act = {short(act)} is not supported; gelu is")
+        raise UsageError(
+            f"config.json: hidden_act = {short(act)} is not supported; gelu is"
+        )
     padding = None
     if kind.padding is not None:
         padding = fields.take("pad_token_id", kind.padding)
@@ -357,25 +361,18 @@ def write_config(config: Config) -> dict[str, Any]:
     Raises:
         UsageError: none has.
     """
-    families: dict[str, Callable[[], dict[str, Any]]]
     if isinstance(config, ModelConfig):
-        families = {
-            name: lambda name=name: _write_decoder(config, name) for name in DECODERS
-        }
+        found = [_write_decoder(config, name) for name in DECODERS]
     else:
-        families = {
-            name: lambda name=name: _write_encoder(config, name) for name in ENCODERS
-        }
-    for name, write in families.items():
-        raw = write()
+        found = [_write_encoder(config, name) for name in ENCODERS]
+    for raw in found:
         try:
             if same_model(read_config(raw), config):
                 return raw
         except UsageError:  # the family has no such field
             continue
-    raise UsageError(
-        f"no architecture of {', '.join(families)} has such a model: {config}"
-    )
+    names = ", ".join(raw["model_type"] for raw in found)
+    raise UsageError(f"no architecture of {names} has such a model: {config}")
 
 
 def same_model(a: Config, b: Config) -> bool:

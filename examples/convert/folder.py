@@ -5,11 +5,13 @@ index, and the tokenizer. Every tensor's name and shape is checked before the fi
 read. Tensors are read and written one by one: the model and one tensor are in memory.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +19,6 @@ import numpy as np
 
 from examples.convert.configs import (
     Config,
-    normal,
     read_config,
     same_model,
     short,
@@ -181,7 +182,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, TensorFile]:
     for name, file in where.items():
         # A name in the same folder and nothing else, whatever the system's separators.
         plain = isinstance(file, str) and file.endswith(".safetensors")
-        if not plain or {*'/\\:\0'} & {*file} or file.startswith("."):
+        if not plain or {*"/\\:\0"} & {*file} or file.startswith("."):
             raise UsageError(
                 f"{folder / INDEX}: {name[:80]!r} lies in {short(file)}, which is no "
                 "safetensors file beside it"
@@ -204,7 +205,9 @@ def open_folder(folder: pathlib.Path) -> dict[str, TensorFile]:
 
 def _complaints(kinds: dict[str, list[str]]) -> str:
     return "; ".join(
-        f"{what} ({len(names)}): {listed(names)}" for what, names in kinds.items() if names
+        f"{what} ({len(names)}): {listed(names)}"
+        for what, names in kinds.items()
+        if names
     )
 
 
@@ -328,31 +331,55 @@ def write_model(
     check_dtype(dtype)
     folder = pathlib.Path(folder)
     leaves = flat(params)
-    _check_leaves(config, leaves)
+    check_leaves(config, leaves)
     kind = np.dtype(jnp.dtype(dtype or leaves["embed/embedding"].dtype))
     raw = _new_config(config, like) | {"torch_dtype": kind.name}
-    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+    with new_folder(folder, replace) as partial:
+        copy_companions(like, partial)
+        (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        _write_leaves(partial, slots(config), leaves, dtype, shard_bytes)
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
+    """A folder to write into, which gets its name when it is complete.
+
+    Raises:
+        UsageError: there is something already, and it is not to be replaced.
+    """
+    held = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+    if held and not replace:
         raise UsageError(f"{folder} is there and not empty: give another folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    if held and not (folder.is_dir() and all(map(_is_ours, folder.iterdir()))):
+        raise UsageError(f"{folder} holds more than a model: give another folder")
+    partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
     with usable(str(folder)):
         partial.mkdir(parents=True)
         try:
-            for name in COMPANIONS if like is not None else ():
-                source = pathlib.Path(like or "") / name
-                if source.is_file():
-                    shutil.copyfile(source, partial / name)
-            (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-            _write_leaves(partial, slots(config), leaves, dtype, shard_bytes)
-            if folder.exists():
+            yield partial
+            if folder.is_dir():
                 shutil.rmtree(folder)
             partial.replace(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return sorted(path.name for path in folder.iterdir())
 
 
-def _check_leaves(config: Config, leaves: dict[str, Any]) -> None:
+def _is_ours(path: pathlib.Path) -> bool:
+    known = (*COMPANIONS, "config.json", "model.json", INDEX)
+    return path.is_file() and (path.name in known or path.suffix == ".safetensors")
+
+
+def copy_companions(like: str | os.PathLike[str] | None, folder: pathlib.Path) -> None:
+    """Tokenizer, chat template and settings of text generation."""
+    for name in COMPANIONS if like is not None else ():
+        source = pathlib.Path(like or "") / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+
+
+def check_leaves(config: Config, leaves: dict[str, Any]) -> None:
     expected = shapes(config)
     wrong = {
         "missing": [path for path in expected if path not in leaves],
@@ -374,12 +401,17 @@ def _check_leaves(config: Config, leaves: dict[str, Any]) -> None:
         )
 
 
-def _new_config(
-    config: Config, like: str | os.PathLike[str] | None
-) -> dict[str, Any]:
+def _new_config(config: Config, like: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The `config.json`: that of `like`, if it is of the same model."""
     own = write_config(config)
-    if like is None or not (pathlib.Path(like) / "config.json").exists():
+    if like is None:
+        return own
+    generation = pathlib.Path(like) / "generation_config.json"
+    if isinstance(config, ModelConfig) and generation.is_file():
+        # Without them transformers takes the numbers of its own class.
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        own |= {k: v for k, v in read_json(generation).items() if k in ids}
+    if not (pathlib.Path(like) / "config.json").exists():
         return own
     raw = read_json(pathlib.Path(like) / "config.json")
     try:
@@ -426,7 +458,9 @@ def _write_leaves(
         part = slot.place(held[slot.leaf])
         with np.errstate(over="ignore"):
             cast = part.astype(tensors[name].dtype)
-        if dtype == "float16" and not np.array_equal(np.isfinite(cast), np.isfinite(part)):
+        if dtype == "float16" and not np.array_equal(
+            np.isfinite(cast), np.isfinite(part)
+        ):
             raise UsageError(f"{slot.leaf} has numbers beyond float16; take bfloat16")
         return cast
 

@@ -1,9 +1,10 @@
 """`Slot` says where a tensor of a file belongs in the parameters, and the other way.
 
-Files hold a matrix `[out, in]` for every layer; parameters hold kernels `[in, out]`, and
-those of all layers as one array `[L, in, out]`.
+Files hold a matrix `[out, in]` for every layer; parameters hold kernels `[in, out]`,
+and those of all layers as one array `[L, in, out]`.
 """
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ def modules(config: Config) -> dict[str, str]:
     return _BERT if config.pad_position is None else _ROBERTA
 
 
+@functools.cache
 def shapes(config: Config) -> dict[str, Any]:
     """The parameters' shapes by path."""
     if isinstance(config, ModelConfig):
@@ -199,5 +201,3 @@ def listed(what: list[str], most: int = 12) -> str:
     """Names in one line."""
     rest = len(what) - most
     return ", ".join(what[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-

@@ -1,4 +1,4 @@
-"""`TensorFile` is a safetensors file: its header, checked in full, and one tensor at a time.
+"""`TensorFile` is a safetensors file: a header, checked in full, and its tensors.
 
 The format is eight bytes with the length of a header, the header in JSON, and the
 tensors' bytes without a gap. A file is somebody else's: all that its header says is
@@ -174,8 +174,10 @@ def _check_tensor(name: str, entry: Any, room: int) -> Tensor:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{what} has the unknown dtype {str(dtype)[:80]!r}")
     # Bounded one by one: a product of endless numbers takes endless time.
-    if not _whole_numbers(shape) or len(shape) > _MOST_AXES or max(shape, default=0) > (
-        2**48
+    if (
+        not _whole_numbers(shape)
+        or len(shape) > _MOST_AXES
+        or max(shape, default=0) > (2**48)
     ):
         raise ValueError(f"{what} has no shape: {str(shape)[:80]}")
     if not _whole_numbers(offsets) or len(offsets) != 2:
@@ -229,4 +231,4 @@ def write_tensors(
                     f"{array.dtype} {array.shape}"
                 )
             # As bytes: NumPy has no buffers of bfloat16.
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)

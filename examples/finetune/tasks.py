@@ -123,7 +123,11 @@ class _Task:
             "pooling": self.config.pooling,
             "data_hash": fingerprint([r for p in self.data_rows.values() for r in p]),
             "model_hash": self.pretrained.fingerprint(),
-            "model": dataclasses.asdict(self.model),
+            "model": (
+                dataclasses.asdict(self.model)
+                if self.pretrained.encoder
+                else self.model.to_json()
+            ),
         }
 
     def start(self, params: Any, frozen: Any) -> tuple[Params, Params]:

@@ -122,8 +122,8 @@ def make_layerwise_steps(
     """
     if config.tied:
         raise UsageError(
-            "--layerwise: this model's head is its embedding, whose gradient comes from "
-            "both ends of the backward pass; leave --layerwise out"
+            "--layerwise: this model's head is its embedding, whose gradient comes "
+            "from both ends of the backward pass; leave --layerwise out"
         )
     definition, abstract = abstract_model(config)
     layer = nnx.split(nnx.merge(definition, abstract).layers)[0]

@@ -25,6 +25,12 @@ Params = dict[str, Any]
 Wrap = Callable[[Callable], Callable]
 
 
+_FAMILY = (
+    "kv_heads", "head_width", "tied", "qkv_bias", "out_bias", "qk_norm",
+    "rope_scaling", "window", "activation", "norm_offset", "embedding_scale",
+)  # fmt: skip
+
+
 class RopeScaling(NamedTuple):
     """Llama 3's slower rotations, for texts longer than `original_length`.
 
@@ -120,6 +126,24 @@ class ModelConfig:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTS)}; got {self.activation!r}"
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """For a record of a run. The family's fields are there if they say something:
+        a record of the plain LLaMA is what it was before there was a family."""
+        values = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            if field.name in _FAMILY and values[field.name] == field.default:
+                del values[field.name]
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = [*self.rope_scaling]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The opposite; TypeError or ValueError if it is no such record."""
+        scaling = values.get("rope_scaling")
+        scaling = None if scaling is None else RopeScaling(*scaling)
+        return cls(**(values | {"rope_scaling": scaling}))
 
 
 class Drawn(Protocol):

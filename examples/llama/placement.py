@@ -42,6 +42,7 @@ RULES: dict[str, str | None] = {
     "vocabulary": "tensor",
     "gain": None,
     "rows": None,
+    "rank": None,
 }
 
 # Pattern of a parameter's path -> logical names of its axes.
@@ -65,6 +66,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     r"(pooler|mlm/dense)/bias": ("gain",),
     r"mlm/norm/(scale|bias)": ("gain",),
     r"mlm/bias": ("vocabulary",),
+    # Of a classifier.
+    r"classifier/kernel": ("width", "gain"),
+    r"classifier/bias": ("gain",),
 }
 
 
@@ -116,10 +120,20 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 
 def logical_axes(path: str) -> tuple[str, ...]:
     """The names of a parameter's axes; the path's keys are joined by "/"."""
+    # An adapter stands around a layer, and has two factors beside its kernel.
+    own = re.sub(r"/(base/)?(kernel|bias|lora_[ab])$", _own_name, path)
     for pattern, names in LOGICAL_AXES.items():
-        if re.fullmatch(pattern, path):
-            return names
+        if re.fullmatch(pattern, own):
+            factors = {
+                "lora_a": (*names[:-1], "rank"),
+                "lora_b": (*names[:-2], "rank", names[-1]),
+            }
+            return factors.get(path.rpartition("/")[2], names)
     raise ValueError(f"LOGICAL_AXES in {__name__} has no pattern for {path!r}.")
+
+
+def _own_name(found: re.Match[str]) -> str:
+    return "/kernel" if found[2].startswith("lora_") else f"/{found[2]}"
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:

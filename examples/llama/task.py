@@ -1,6 +1,5 @@
 """`Task` is what a `Trainer` trains and on what; `Pretraining` is a LLaMA on text."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -150,7 +149,7 @@ class Pretraining:
         return {
             "corpus_hash": self.train_text.fingerprint(),
             "tokenizer_hash": self.tokenizer.fingerprint,
-            "model": dataclasses.asdict(self.model),
+            "model": self.model.to_json(),
         }
 
     def start(self, params: Any, frozen: Any) -> tuple[Params, Params]:

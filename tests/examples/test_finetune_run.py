@@ -49,7 +49,9 @@ def labelled(folder: pathlib.Path) -> str:
     rows = [
         {"text": "ab"[label] * int(n), "label": ["no", "yes"][label], "split": split}
         for split, size in (("train", 48), ("dev", 16), ("test", 16))
-        for label, n in zip(draw.integers(0, 2, size), draw.integers(3, 9, size), strict=True)
+        for label, n in zip(
+            draw.integers(0, 2, size), draw.integers(3, 9, size), strict=True
+        )
     ]
     return write_lines(folder / "labels.jsonl", rows)
 
@@ -69,7 +71,9 @@ def test_instruction_tuning_goes_on_and_exports(tmp_path, capsys, monkeypatch):
     assert main([*flags, "--run-dir", "whole", "--export", "out"]) == 0
     table = capsys.readouterr().out
     assert "train: 30 documents; dev: 10 documents" in table
-    assert re.search(r"validation +loss \d\.\d{4} nats over 30 tokens of answers", table)
+    assert re.search(
+        r"validation +loss \d\.\d{4} nats over 30 tokens of answers", table
+    )
     assert "a step, by the compiler" in table and "asked: red 1" in table
     assert main([*flags, "--run-dir", "parts", "--stop-step", "5"]) == 0
     assert main([*flags, "--run-dir", "parts", "--resume"]) == 0
@@ -99,7 +103,7 @@ def test_classification_by_an_adapter_goes_on(tmp_path, capsys, monkeypatch):
     model = write_encoder(tmp_path / "model")
     flags = ["--task", "classify", "--model", model, "--data", labelled(tmp_path)]
     flags += "--optimizer adamw --adapter lora --lora-rank 2 --lr 0.02".split()
-    flags += "--seq-len 16 --batch-size 8 --epochs 4".split()
+    flags += "--seq-len 16 --batch-size 6 --epochs 4".split()
     assert main([*flags, "--run-dir", "whole", "--export", "out"]) == 0
     table = capsys.readouterr().out
     found = re.search(r"test +accuracy (\S+), f1 (\S+), matthews (\S+)", table)
@@ -127,7 +131,7 @@ def test_the_last_position_of_a_decoder(tmp_path, capsys, monkeypatch):
     model = write_decoder(tmp_path / "model")
     flags = ["--task", "classify", "--model", model, "--data", labelled(tmp_path)]
     flags += "--optimizer subtrack --rank 4 --lr 0.02 --epochs 4".split()
-    flags += "--seq-len 16 --batch-size 8 --run-dir run".split()
+    flags += "--seq-len 16 --batch-size 6 --run-dir run".split()
     assert main(flags) == 0
     found = re.search(r"test +accuracy (\S+),", capsys.readouterr().out)
     assert found is not None and float(found[1]) > 0.9
@@ -151,8 +155,13 @@ def folders(tmp_path_factory):
     chat = [{"prompt": "a", "response": ""}] * 30
     write_lines(folder / "silent.jsonl", chat)
     write_lines(folder / "unlabelled.jsonl", [{"text": str(n)} for n in range(30)])
-    write_lines(folder / "alike.jsonl", [{"text": str(n), "label": 1} for n in range(30)])
-    write_lines(folder / "long.jsonl", [{"prompt": f"{n}" * 90, "response": "b"} for n in range(30)])
+    write_lines(
+        folder / "alike.jsonl", [{"text": str(n), "label": 1} for n in range(30)]
+    )
+    write_lines(
+        folder / "long.jsonl",
+        [{"prompt": f"{n}" * 90, "response": "b"} for n in range(30)],
+    )
     return folder
 
 
@@ -187,7 +196,9 @@ CLASSIFY = "--task classify --model encoder --data labels.jsonl"
     ],
     ids=lambda value: str(value)[-30:],
 )
-def test_mistakes_are_one_line_and_exit_with_2(folders, capsys, monkeypatch, flags, message):
+def test_mistakes_are_one_line_and_exit_with_2(
+    folders, capsys, monkeypatch, flags, message
+):
     monkeypatch.chdir(folders)
     assert main([*flags.split(), "--run-dir", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -201,7 +212,14 @@ def test_help_has_the_flags_of_fine_tuning(capsys, monkeypatch):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--model", "--adapter", "--lora-rank", "--weights", "--resume", "--mesh"):
+    for flag in (
+        "--model",
+        "--adapter",
+        "--lora-rank",
+        "--weights",
+        "--resume",
+        "--mesh",
+    ):
         assert flag in text
     for flag in ("--preset", "--corpus", "--layerwise", "--activation-budget"):
         assert flag not in text

@@ -1,16 +1,23 @@
 """The LLaMA: sizes of the presets, causality, the scan over layers, the tags."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import lowrank_optax as lro
 from examples.llama.model import (
+    ACTIVATIONS,
     ModelConfig,
+    RopeScaling,
     abstract_model,
     count_params,
     init_params,
+    rope_frequencies,
     rotate,
 )
 from examples.llama.presets import PRESETS
@@ -99,6 +106,44 @@ def test_scan_equals_a_loop(micro_config, params, tokens):
     np.testing.assert_allclose(scanned, unrolled, rtol=1e-5, atol=1e-6)
 
 
+def test_packed_documents_do_not_see_each_other(micro_config, params):
+    """Two documents in one row are what each is alone; so with padding before them."""
+    texts = np.random.default_rng(1).integers(0, 264, (2, 5), np.int32)
+    row = np.concatenate([*texts, [0, 0]])[None].astype(np.int32)
+    packed = np.repeat([[1, 2, 0]], [5, 5, 2], axis=1)
+    rows = np.concatenate([row, np.roll(row, 2, axis=1)])
+    numbers = np.concatenate([packed, np.roll(packed, 2, axis=1)])
+    for config in (micro_config, dataclasses.replace(micro_config, window=3)):
+        found = np.asarray(logits(config, params, rows, segments=numbers))
+        assert np.all(np.isfinite(found))
+        alone = np.asarray(logits(config, params, texts))
+        for at, start in ((0, 0), (1, 2)):
+            parts = found[at, start : start + 10].reshape(2, 5, -1)
+            # The same sums with more zeros among them.
+            np.testing.assert_allclose(parts, alone, rtol=1e-5, atol=1e-6)
+    whole = np.asarray(logits(micro_config, params, rows))
+    # Without the numbers the second document sees the first.
+    assert np.abs(whole[0, 5:10] - alone[1]).max() > 1e-3
+
+
+def test_segments_reach_layers_that_are_computed_again(micro_config, params):
+    """The mask is no argument of a layer, and a wrapped one sees it all the same."""
+    definition, _ = abstract_model(micro_config)
+    row = np.arange(8, dtype=np.int32)[None]
+    numbers = np.array([[1, 1, 1, 2, 2, 2, 0, 0]])
+
+    def loss(params, wrap):
+        model = nnx.merge(definition, params)
+        return jnp.sum(model.hidden(row, segments=numbers, wrap_layer=wrap) ** 2)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain = gradient(params, lambda layer: layer)
+    wrapped = gradient(params, ACTIVATIONS["adacc"])
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(wrapped), strict=True):
+        # It keeps four bits of some values: the same direction, not the same numbers.
+        assert np.sum(a * b) > 0.98 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
 def test_layers_differ(params):
     kernel = params["layers"]["attn"]["q"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])
@@ -139,6 +184,84 @@ def test_wrapped_layers_give_the_same_gradient(micro_config, params, tokens):
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(saved), strict=True):
         # Recomputed activations are fused otherwise: float32 rounding.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
+
+
+FULL = ModelConfig(
+    vocab_size=264,
+    width=32,
+    ff_width=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=16,
+    tied=True,
+    qkv_bias=True,
+    out_bias=True,
+    qk_norm=True,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
+    window=5,
+)
+
+
+def test_leaf_paths_of_the_family():
+    _, params = abstract_model(FULL)
+    flat = jax.tree_util.tree_flatten_with_path(params["layers"]["attn"])[0]
+    shapes = {"/".join(str(k.key) for k in path): leaf.shape for path, leaf in flat}
+    assert shapes == {
+        "q/kernel": (2, 32, 64),
+        "q/bias": (2, 64),
+        "k/kernel": (2, 32, 32),
+        "k/bias": (2, 32),
+        "v/kernel": (2, 32, 32),
+        "v/bias": (2, 32),
+        "o/kernel": (2, 64, 32),
+        "o/bias": (2, 32),
+        "q_norm/scale": (2, 16),
+        "k_norm/scale": (2, 16),
+    }
+    assert params.keys() == {"embed", "layers", "norm"}
+
+
+def test_selection_takes_kernels_and_leaves_vectors():
+    _, params = abstract_model(FULL)
+    report = str(lro.selection_report(lro.galore(0.1, rank=4), params))
+    projected = [line.split()[0] for line in report.splitlines() if "left" in line]
+    kernels = [f"layers.attn.{n}.kernel" for n in "kqv"]
+    assert {p.replace("/", ".") for p in projected} >= {*kernels}
+    assert not any("bias" in p or "norm" in p or "embed" in p for p in projected)
+
+
+def test_a_record_of_a_plain_model_is_what_it_was(micro_config):
+    record = micro_config.to_json()
+    assert "kv_heads" not in record and record["rope_base"] == 10_000.0
+    for config in (micro_config, FULL):
+        read = json.loads(json.dumps(config.to_json()))
+        assert ModelConfig.from_json(read) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"kv_heads": 3}, "3 heads of keys and values do not divide 4 heads"),
+        ({"head_width": None, "width": 30}, "4 heads do not divide the width 30"),
+        ({"head_width": 7}, "rotations need heads of even width; got 7"),
+        ({"activation": "relu"}, "activation must be one of silu, gelu_tanh; got"),
+    ],
+)
+def test_sizes_that_do_not_fit(fields, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(FULL, **fields)
+
+
+def test_frequencies_of_llama_3():
+    """Values of transformers for Llama 3.1 8B and 3.2 1B."""
+    plain = rope_frequencies(64, 500_000.0)
+    slow = rope_frequencies(64, 500_000.0, RopeScaling(8.0, 1.0, 4.0, 8192))
+    np.testing.assert_array_equal(slow[:29], plain[:29])
+    np.testing.assert_allclose(slow[35:], plain[35:] / 8, rtol=1e-6)
+    np.testing.assert_allclose(slow[[32, 63]], [0.000524846, 3.06893e-07], rtol=1e-5)
+    slow = rope_frequencies(32, 500_000.0, RopeScaling(32.0, 1.0, 4.0, 8192))
+    np.testing.assert_allclose(slow[[16, 31]], [0.000429557, 9.41831e-08], rtol=1e-5)
 
 
 def test_bfloat16(tokens):
