@@ -8,6 +8,16 @@ import numpy as np
 
 from examples.convert import write_model
 from examples.finetune.adapter import merge
+from examples.llama.config import UsageError
+from examples.llama.run_folder import check_writable
+
+
+def check_free(folder: str) -> None:
+    """Raises if the model could not be written there at the end."""
+    path = pathlib.Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"--export {folder} is there and not empty: give another")
+    check_writable("--export", path)
 
 
 def export(task: Any, trainer: Any) -> str:

@@ -16,7 +16,7 @@ from examples.finetune import instructions, labelled, metrics
 from examples.finetune.chat import conversation, load_chat
 from examples.finetune.config import FinetuneConfig, Tuning, settled
 from examples.finetune.examples import Examples
-from examples.finetune.export import export
+from examples.finetune.export import check_free, export
 from examples.finetune.files import Row, fingerprint, read_rows, split
 from examples.finetune.generate import Answers
 from examples.finetune.models import Model, Pretrained, load_pretrained
@@ -42,7 +42,8 @@ class _Task:
     counts: dict[str, Counts]
 
     def __init__(self, config: FinetuneConfig):
-        # Flags and small files first: the weights may be many gigabytes.
+        if config.export:
+            check_free(config.export)
         self.pretrained = load_pretrained(config.model)
         self.chat = load_chat(self.pretrained.folder)
         name = f"{self.pretrained.folder.resolve().name}-{config.task}"

@@ -130,7 +130,7 @@ def test_the_last_position_of_a_decoder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = write_decoder(tmp_path / "model")
     flags = ["--task", "classify", "--model", model, "--data", labelled(tmp_path)]
-    flags += "--optimizer subtrack --rank 4 --lr 0.02 --epochs 4".split()
+    flags += "--optimizer galore --rank 4 --lr 0.05 --epochs 4".split()
     flags += "--seq-len 16 --batch-size 6 --run-dir run".split()
     assert main(flags) == 0
     found = re.search(r"test +accuracy (\S+),", capsys.readouterr().out)
@@ -152,7 +152,7 @@ def folders(tmp_path_factory):
     (folder / "empty").mkdir()
     conversations(folder)
     labelled(folder)
-    chat = [{"prompt": "a", "response": ""}] * 30
+    chat = [{"prompt": str(n), "response": ""} for n in range(30)]
     write_lines(folder / "silent.jsonl", chat)
     write_lines(folder / "unlabelled.jsonl", [{"text": str(n)} for n in range(30)])
     write_lines(
