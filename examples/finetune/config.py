@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from examples.finetune.adapter import TARGETS
+from examples.finetune.estimates import METHODS
 from examples.llama.config import Resolved, TrainConfig, UsageError, complete
 from examples.llama.presets import Recipe
 
@@ -20,8 +21,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "layers": ("projected", "frozen"),
     "adapter": ("", "lora"),
     "lora_targets": tuple(TARGETS),
+    "gradient": ("backward", *METHODS),
     "pooling": ("", "mean", "first", "last"),
 }
+
+_ESTIMATE = ("gradient_rank", "gradient_eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,14 @@ class FinetuneConfig(TrainConfig):
     """the product of the factors counts alpha / rank times"""
     lora_targets: str = "all-linear"
     """all-linear, attention, qv or mlp"""
+
+    gradient: str = "backward"
+    """backward: by a backward pass; mezo, subzero, tezo or lozo: estimated from two
+    losses, for any --optimizer (sgd in their papers)"""
+    gradient_rank: int = 8
+    """columns of the subspaces of subzero, tezo and lozo"""
+    gradient_eps: float = 1e-3
+    """how far the parameters are moved to either side for an estimate"""
 
     pooling: str = ""
     """classify: mean or first of an encoder's positions (first: through its pooler, if
@@ -121,7 +133,8 @@ def recipe(config: FinetuneConfig, model: Any, rows: int) -> Recipe:
         seq_len=min(128 if config.task == "classify" else 512, room),
         batch_size=batch,
         micro_batches=1,
-        clip=1.0,
+        # The norm of an estimate grows with the number of parameters.
+        clip=1.0 if config.gradient == "backward" else 0.0,
         packing="packed" if config.task == "sft" else "padded",
         dtype="bfloat16" if model.param_dtype == "bfloat16" else "float32",
         eval_every=epoch,
@@ -154,7 +167,7 @@ def check(config: FinetuneConfig) -> None:
                 f"--{name.replace('_', '-')} must be one of "
                 f"{', '.join(filter(None, allowed))}; got {value!r}"
             )
-    for name in ("epochs", "lora_rank", "lora_alpha", "answer_tokens"):
+    for name in ("epochs", "lora_rank", "lora_alpha", "answer_tokens", *_ESTIMATE):
         if not 0 < getattr(config, name) <= 2**20:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} must be above 0; got {getattr(config, name)}")

@@ -15,6 +15,7 @@ from flax import nnx
 from examples.finetune import instructions, labelled, metrics
 from examples.finetune.chat import conversation, load_chat
 from examples.finetune.config import FinetuneConfig, Tuning, settled
+from examples.finetune.estimates import estimate_gradient
 from examples.finetune.examples import Examples
 from examples.finetune.export import check_free, export
 from examples.finetune.files import Row, fingerprint, read_rows, split
@@ -109,6 +110,15 @@ class _Task:
     def select(self) -> Any:
         return self.prepared.parts.select()
 
+    @property
+    def estimate(self) -> optax.GradientTransformation | None:
+        config = self.config
+        if config.gradient == "backward":
+            return None
+        return estimate_gradient(
+            config.gradient, config.gradient_rank, config.gradient_eps, config.seed
+        )
+
     def read(self, run_dir: pathlib.Path) -> None:
         del run_dir  # all was read for the length of the schedule
 
@@ -117,11 +127,12 @@ class _Task:
         return f"{self.config.data} ({told})"
 
     def identity(self) -> dict[str, Any]:
-        names = "task embeddings head layers select adapter lora_rank lora_alpha"
+        names = (
+            "task embeddings head layers select adapter lora_rank lora_alpha "
+            "lora_targets gradient gradient_rank pooling"
+        )
         flags = {name: getattr(self.config, name) for name in names.split()}
         return flags | {
-            "lora_targets": self.config.lora_targets,
-            "pooling": self.config.pooling,
             "data_hash": fingerprint([r for p in self.data_rows.values() for r in p]),
             "model_hash": self.pretrained.fingerprint(),
             "model": (

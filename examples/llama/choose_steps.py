@@ -46,7 +46,7 @@ def choose_steps(
     """
     on_mesh = layout if layout.mesh else None
     config, params = task.config, task.params
-    tx = optimizers.guarded(config, optimizer)
+    tx = optimizers.guarded(config, optimizer, task.estimate)
     if config.layerwise:
         steps = make_layerwise_steps(
             task.model,
@@ -66,7 +66,14 @@ def choose_steps(
             task.definition, tx, layout.mesh, parts, weights, wrap_layer, on_mesh
         )
     return make_steps(
-        task.definition, tx, weights, wrap_layer, on_mesh, task.losses, task.measure
+        task.definition,
+        tx,
+        weights,
+        wrap_layer,
+        on_mesh,
+        task.losses,
+        task.measure,
+        estimated=task.estimate is not None,
     )
 
 

@@ -30,8 +30,8 @@ class TrainConfig:
     """model and recipe: tiny, 9m, 20m, 35m, 40m, 60m, 71m, 100m, 130m, 250m, 350m,
     1b, 3b, 7b or 13b"""
     optimizer: str = "galore"
-    """name in the registry of examples/llama/optimizers.py: adamw, adamw_8bit, galore,
-    galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam (without
+    """name in the registry of examples/llama/optimizers.py: adamw, sgd, adamw_8bit,
+    galore, galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam (without
     error feedback), apollo, online_subspace_descent, apollo_mini, coap, sara,
     dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt or
     sumo"""

@@ -50,6 +50,13 @@ def adamw(
     return optax.adamw(lr, config.b1, config.b2, config.eps, **decay)
 
 
+def sgd(config: Resolved, lr: optax.Schedule, **_: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, is_decayed),
+        optax.sgd(lr),
+    )
+
+
 def of_library(name: str) -> Factory:
     """The factory of a method, which is given the flags that its signature names."""
     takes = parameters(name)
@@ -75,8 +82,9 @@ def of_library(name: str) -> Factory:
 
 
 FULL = tuple(name for name in METHODS if "select" not in parameters(name))
+OPTAX = {"adamw": adamw, "sgd": sgd}
 OPTIMIZERS: dict[str, Factory] = {
-    name: adamw if name == "adamw" else of_library(name) for name in METHODS
+    name: OPTAX[name] if name in OPTAX else of_library(name) for name in METHODS
 }
 
 
@@ -139,13 +147,17 @@ def sides(optimizer: optax.GradientTransformation, params: Any) -> dict[str, str
 
 
 def guarded(
-    config: Resolved, optimizer: optax.GradientTransformation
+    config: Resolved,
+    optimizer: optax.GradientTransformation,
+    estimate: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """Clips, and leaves out the steps whose gradient is not finite.
 
-    The guard itself never gives in: the trainer stops after too many in a row.
+    The guard itself never gives in: the trainer stops after too many in a row. An
+    `estimate` takes the place of the gradient before all that.
     """
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    parts = [] if estimate is None else [estimate]
+    parts += [optax.clip_by_global_norm(config.clip)] if config.clip else []
     return optax.apply_if_finite(optax.chain(*parts, optimizer), _NEVER)
 
 

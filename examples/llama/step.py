@@ -110,6 +110,22 @@ def mean_gradient(
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
+def mean_loss(
+    definition: Any,
+    params: Params,
+    batch: Any,
+    wrap_layer: Wrap | None = None,
+    losses: Losses = token_losses,
+) -> jax.Array:
+    """The loss that `mean_gradient` differentiates, of all micro-batches."""
+
+    def add(total: jax.Array, micro: Any) -> tuple[jax.Array, None]:
+        return total + jnp.sum(losses(definition, params, micro, wrap_layer)), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(()), batch)
+    return total / jnp.maximum(jnp.sum(batch["mask"]), 1)
+
+
 def make_steps(
     definition: Any,
     tx: optax.GradientTransformation,
@@ -118,6 +134,7 @@ def make_steps(
     layout: Layout | None = None,
     losses: Losses = token_losses,
     measure: Callable[..., Any] | None = None,
+    estimated: bool = False,
 ) -> Steps:
     """Compiled steps of a model under an optimizer with the guard outermost.
 
@@ -125,7 +142,8 @@ def make_steps(
     layers keep for the backward pass; the evaluation has none. `layout` cuts all of it
     over a mesh; without one the compiler is left alone. An evaluation returns what
     `measure(definition, params, batch)` says of every row; left out: the sums of its
-    losses.
+    losses. With `estimated` there is no backward pass: `tx` begins, behind the guard,
+    with what makes a gradient of `loss_fn`, and leaves loss and norm in its state.
     """
     on_mesh = layout.wrap if layout else None
     use = layout.use if layout else lambda params: params
@@ -145,6 +163,8 @@ def make_steps(
         stored: Any, opt_state: Any, batch: Any, key: Any = None, frozen: Any = None
     ) -> tuple[Any, Any, Any]:
         params = weights.load(stored)
+        if estimated:
+            return estimate(stored, params, opt_state, batch, key, frozen)
         with jax.named_scope(MODEL):
             loss, grads = mean_gradient(
                 definition, use(params), batch, wrap_layer, whole(frozen)
@@ -159,6 +179,30 @@ def make_steps(
             # the second moments: they count as not finite, and as a skipped step.
             grads = jax.tree.map(lambda g: jnp.where(norm < jnp.inf, g, jnp.nan), grads)
             updates, opt_state = tx.update(grads, opt_state, params)
+        return applied(stored, updates, opt_state, batch, key, loss, norm)
+
+    def estimate(
+        stored: Any, params: Any, opt_state: Any, batch: Any, key: Any, frozen: Any
+    ) -> tuple[Any, Any, Any]:
+        def loss_fn(params: Params) -> jax.Array:
+            args = definition, use(params), batch, wrap_layer, whole(frozen)
+            return mean_loss(*args)
+
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        update: Any = optax.with_extra_args_support(tx).update
+        updates, opt_state = update(nothing, opt_state, params, loss_fn=loss_fn)
+        seen = opt_state.inner_state[0]
+        return applied(stored, updates, opt_state, batch, key, seen.loss, seen.norm)
+
+    def applied(
+        stored: Any,
+        updates: Any,
+        opt_state: Any,
+        batch: Any,
+        key: Any,
+        loss: Any,
+        norm: Any,
+    ) -> tuple[Any, Any, Any]:
         metrics = {
             "loss": loss,
             "grad_norm": norm,

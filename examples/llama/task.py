@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import optax
+
 from examples.llama.batches import Batch, Rows, Source, validation_rows
 from examples.llama.config import Resolved, TrainConfig, UsageError, resolve
 from examples.llama.corpus import load_corpora
@@ -49,6 +51,11 @@ class Task(Protocol):
     @property
     def select(self) -> Any:
         """What is projected, as the methods take it; None leaves it to them."""
+        ...
+
+    @property
+    def estimate(self) -> optax.GradientTransformation | None:
+        """What takes the gradient's place, from `loss_fn`; None: there is one."""
         ...
 
     @property
@@ -98,7 +105,7 @@ class Task(Protocol):
 class Pretraining:
     """The next token of a text, from random parameters."""
 
-    unit = "tokens"
+    unit, estimate = "tokens", None
 
     def __init__(self, config: TrainConfig):
         self.config, self.model = resolve(config)

@@ -120,7 +120,7 @@ class Trainer:
             self.config, on_mesh, self.task.select
         )
         optimizers.check_projects(self.config, self.optimizer, self.abstract_params)
-        self.tx = optimizers.guarded(self.config, self.optimizer)
+        self.tx = optimizers.guarded(self.config, self.optimizer, self.task.estimate)
         # For the metrics alone: the optimizer has the schedule inside.
         self.learning_rate = jax.jit(optimizers.learning_rate(self.config))
 
@@ -276,7 +276,8 @@ class Trainer:
         epoch = position.cursor.epoch + 1
         if epoch > self.position.cursor.epoch + 1:
             counts = Counts(dict(position.cursor.counts))
-            bar.write(f"step {self.step + 1}: epoch {epoch} of the corpus ({counts})")
+            read = f" of the corpus ({counts})" if counts else ""
+            bar.write(f"step {self.step + 1}: epoch {epoch}{read}")
         # Only now, with the step done: a save holds the position behind its last batch.
         self.step, self.position = self.step + 1, position
         self.tokens += int(values["tokens"])

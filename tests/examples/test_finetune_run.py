@@ -137,6 +137,28 @@ def test_the_last_position_of_a_decoder(tmp_path, capsys, monkeypatch):
     assert found is not None and float(found[1]) > 0.9
 
 
+@pytest.mark.whole
+def test_without_a_backward_pass(tmp_path, capsys, monkeypatch):
+    """The estimator's subspaces are in the checkpoint, and its noise goes on."""
+    monkeypatch.chdir(tmp_path)
+    model = write_decoder(tmp_path / "model")
+    flags = ["--task", "sft", "--model", model, "--data", conversations(tmp_path)]
+    flags += "--gradient subzero --gradient-rank 4 --optimizer sgd --lr 1e-3".split()
+    flags += "--warmup 0 --seq-len 32 --batch-size 6 --micro-batches 2".split()
+    flags += "--steps 6 --answers 0".split()
+    assert main([*flags, "--run-dir", "whole"]) == 0
+    assert main([*flags, "--run-dir", "parts", "--stop-step", "3"]) == 0
+    assert main([*flags, "--run-dir", "parts", "--resume"]) == 0
+    whole = metrics(tmp_path / "whole")
+    resumed = [x for x in metrics(tmp_path / "parts") if "loss" in x or x["step"] != 3]
+    assert resumed == whole
+    # Longer than the gradient by about the root of the number of parameters.
+    assert max(x["grad_norm"] for x in whole if "loss" in x) > 100
+    other = [*flags, "--run-dir", "parts", "--gradient", "mezo", "--resume"]
+    assert main(other) == 2
+    assert "gradient: checkpoint subzero, now mezo" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folders")
