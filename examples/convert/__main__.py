@@ -73,7 +73,7 @@ def convert(config: ConvertConfig) -> None:
         for what, names in {
             "equal to another and left out": loaded.copies,
             "computed here and left out": loaded.buffers,
-            "of heads that are not read": loaded.heads,
+            "of heads that are not read": [*loaded.head],
         }.items():
             if names:
                 print(f"{len(names)} {what}: {listed(names)}")

@@ -23,6 +23,7 @@ _NEUTRAL = re.compile(
     r"|transformers\.js_config|id2label|label2id|num_labels|problem_type|finetuning_task"
     r"|task_specific_params|name_or_path|return_dict|output_.*|gradient_checkpointing"
     r"|chunk_size_feed_forward|tokenizer_class|prefix|is_llama_config|use_bfloat16"
+    r"|pooler_.*|directionality|classifier_.*|.*_token|keys_to_ignore_at_inference"
     r"|use_return_dict|torchscript|attn_implementation|model_max_length"
     # Old files have the settings of text generation here.
     r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups"

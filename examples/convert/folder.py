@@ -10,8 +10,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ from examples.llama.run_folder import brief, read_text, usable
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-_LARGEST_JSON = 2**22  # bytes
+_LARGEST_JSON = 2**20  # bytes
 # What belongs to a model beside its weights, and is copied as it is.
 COMPANIONS = (
     "tokenizer.json",
@@ -79,7 +80,7 @@ class Loaded(NamedTuple):
       used: number of tensors that were read.
       buffers: tensors that the model computes instead.
       copies: tensors that are there a second time, found equal.
-      heads: tensors of heads that the model here has not.
+      head: of a classifier, by transformers' names; no part of the model here.
     """
 
     config: Config
@@ -87,7 +88,7 @@ class Loaded(NamedTuple):
     used: int
     buffers: list[str]
     copies: list[str]
-    heads: list[str]
+    head: dict[str, np.ndarray]
 
 
 def read_model(
@@ -135,13 +136,14 @@ def load_model(folder: str | os.PathLike[str], dtype: str | None = None) -> Load
     buffers = [name for name in rest if is_buffer(name)]
     heads = [name for name in rest if HEADS.fullmatch(name)]
     _check_tensors(folder, wanted, found, files, {*rest} - {*buffers} - {*heads})
+    head = {name: files[found[name]].read(found[name]) for name in heads}
     _check_copies(folder, twice, found, files)
     leaves = _read_leaves(wanted, found, files, dtype)
     kept = leaves["embed/embedding"].dtype.name
     # Sums in float16 overflow where those in bfloat16 do not.
     compute = "float32" if kept == "float16" else kept
     config = dataclasses.replace(config, param_dtype=kept, compute_dtype=compute)
-    return Loaded(config, nested(leaves), len(wanted), buffers, [*twice], heads)
+    return Loaded(config, nested(leaves), len(wanted), buffers, [*twice], head)
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -305,6 +307,8 @@ def write_model(
     params: Params,
     like: str | os.PathLike[str] | None = None,
     *,
+    head: Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (),
     dtype: str | None = None,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -317,6 +321,10 @@ def write_model(
       params: its parameters, of NumPy or JAX.
       like: a folder whose tokenizer, chat template and settings for generation are
         copied, and whose `config.json` is kept if it is of the same model.
+      head: a classifier's tensors by transformers' names, `[out, in]`: `score.weight`
+        on a decoder; `classifier.weight` and `.bias` on BERT's pooler;
+        `classifier.dense` and `classifier.out_proj` on a RoBERTa.
+      labels: the classifier's classes.
       dtype: of the tensors; None: each as the parameter.
       replace: whether a model that is in the folder may go.
       shard_bytes: the most that a file holds, if no tensor is larger.
@@ -334,10 +342,15 @@ def write_model(
     check_leaves(config, leaves)
     kind = np.dtype(jnp.dtype(dtype or leaves["embed/embedding"].dtype))
     raw = _new_config(config, like) | {"torch_dtype": kind.name}
+    heads = {name: np.asarray(tensor) for name, tensor in (head or {}).items()}
+    if heads:
+        raw |= _classifier(raw, heads, labels)
     with new_folder(folder, replace) as partial:
         copy_companions(like, partial)
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        _write_leaves(partial, slots(config), leaves, dtype, shard_bytes)
+        own = [Slot(name, x.shape, name, None, False) for name, x in heads.items()]
+        wanted = [*slots(config), *own]
+        _write_leaves(partial, wanted, {**leaves, **heads}, dtype, shard_bytes)
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -377,6 +390,26 @@ def copy_companions(like: str | os.PathLike[str] | None, folder: pathlib.Path) -
         source = pathlib.Path(like or "") / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
+
+
+def _classifier(
+    raw: dict[str, Any], heads: dict[str, np.ndarray], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The fields of a classifier.
+
+    Raises:
+        UsageError: its tensors have other names than those of transformers.
+    """
+    wrong = [name for name in heads if not HEADS.fullmatch(name)]
+    if wrong:
+        raise UsageError(f"no head of transformers has the tensors {listed(wrong)}")
+    family = re.sub("For.*|Model$", "", raw["architectures"][0])
+    names = dict(enumerate(labels))
+    return {
+        "architectures": [f"{family}ForSequenceClassification"],
+        "id2label": {str(number): name for number, name in names.items()},
+        "label2id": {name: number for number, name in names.items()},
+    }
 
 
 def check_leaves(config: Config, leaves: dict[str, Any]) -> None:

@@ -65,8 +65,6 @@ def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
 @contextlib.contextmanager
 def _unpacked(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """The GGUF file itself, which may lie in a wheel."""
-    if not path.is_file():
-        raise UsageError(f"--gguf: {path} is no file")
     if not zipfile.is_zipfile(path):
         yield path
         return
@@ -91,6 +89,8 @@ def read_gguf(
     Raises:
         UsageError: it is no Llama, or the package `gguf` is missing.
     """
+    if not path.is_file():
+        raise UsageError(f"--gguf: {path} is no file")
     if importlib.util.find_spec("gguf") is None:
         raise UsageError("--gguf needs the package gguf: pip install '.[finetune]'")
     import gguf

@@ -64,7 +64,7 @@ def test_every_family_is_recorded():
 def test_results_are_those_of_transformers(name, tmp_path):
     loaded = load_model(write_family(tmp_path, name))
     assert loaded.used == len(MODELS[name]["tensors"])
-    assert not loaded.heads and not loaded.copies and not loaded.buffers
+    assert not loaded.head and not loaded.copies and not loaded.buffers
     for key, found in results(name, loaded.config, loaded.params).items():
         expected = RECORDED[f"{name}/{key}"]
         # Sums in float32 in another order, of results up to 17.
