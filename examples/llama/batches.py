@@ -10,7 +10,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -73,6 +73,10 @@ class Rows:
     seed: int | None  # None: in the corpus's order
     block_rows: int = BLOCK_ROWS
 
+    @property
+    def name(self) -> str:
+        return f"corpus {self.corpus.name}"
+
     def block(self, start: Cursor) -> tuple[list[list[int]], Cursor]:
         """About `block_rows` rows, in order, and the cursor behind them.
 
@@ -125,6 +129,24 @@ class Rows:
             rows = [rows[i] for i in order]
         return rows, end
 
+    def batch(self, rows: Sequence[Sequence[int]], size: int) -> Batch:
+        return as_batch(rows, size, self.seq_len)
+
+
+class Source(Protocol):
+    """Rows of any kind, in blocks whose order a cursor decides."""
+
+    @property
+    def name(self) -> str: ...
+
+    def shuffled(self, cursor: Cursor) -> tuple[Sequence[Any], Cursor]:
+        """The block that begins at the cursor, and the cursor behind it."""
+        ...
+
+    def batch(self, rows: Sequence[Any], size: int) -> Batch:
+        """Rows as arrays; those that are missing are left out by the mask."""
+        ...
+
 
 def as_batch(rows: Sequence[Sequence[int]], size: int, seq_len: int) -> Batch:
     """Fills up short rows and missing ones with zeros that the mask leaves out."""
@@ -137,24 +159,24 @@ def as_batch(rows: Sequence[Sequence[int]], size: int, seq_len: int) -> Batch:
 
 
 def training_batches(
-    rows: Rows, size: int, position: Position
+    rows: Source, size: int, position: Position
 ) -> Iterator[tuple[Batch, Position]]:
     """Endless batches, each with the position behind it."""
     cursor, taken = position.cursor, position.rows
     block, end = rows.shuffled(cursor)
-    batch: list[list[int]] = []
+    batch: list[Any] = []
     fruitless = 0
     while True:
         wanted = block[taken : taken + size - len(batch)]
         batch += wanted
         taken += len(wanted)
         if len(batch) == size:
-            yield as_batch(batch, size, rows.seq_len), Position(cursor, taken)
+            yield rows.batch(batch, size), Position(cursor, taken)
             batch = []
             continue
         fruitless = 0 if block else fruitless + 1
         if fruitless > 1:  # an epoch that was read from its start gave no row
-            raise UsageError(f"corpus {rows.corpus.name} holds no text to train on")
+            raise UsageError(f"{rows.name} holds no text to train on")
         cursor, taken = end, 0
         block, end = rows.shuffled(cursor)
 

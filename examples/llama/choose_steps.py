@@ -26,14 +26,14 @@ from examples.llama.step import (
     make_steps,
     token_losses,
 )
+from examples.llama.task import Task
 from lowrank_optax import layerwise
 
 PADDING = {"tpu"}  # platforms whose arrays are padded to tiles
 
 
 def choose_steps(
-    config: Resolved,
-    model: ModelConfig,
+    task: Task,
     optimizer: optax.GradientTransformation,
     weights: lro.WeightStorage,
     layout: Layout,
@@ -45,11 +45,11 @@ def choose_steps(
         UsageError: the optimizer cannot be stepped so; nothing is computed yet.
     """
     on_mesh = layout if layout.mesh else None
-    definition, params = abstract_model(model)
-    tx = optimizers.guarded(config, optimizer)
+    config, params = task.config, task.params
+    tx = optimizers.guarded(config, optimizer, task.estimate)
     if config.layerwise:
         steps = make_layerwise_steps(
-            model,
+            task.model,
             optimizer,
             clip_norm=config.clip or None,
             skip_nonfinite=True,
@@ -63,9 +63,18 @@ def choose_steps(
         assert layout.mesh is not None  # choose_placement has seen to it
         parts = config.micro_batches
         return make_compressed_steps(
-            definition, tx, layout.mesh, parts, weights, wrap_layer, on_mesh
+            task.definition, tx, layout.mesh, parts, weights, wrap_layer, on_mesh
         )
-    return make_steps(definition, tx, weights, wrap_layer, on_mesh)
+    return make_steps(
+        task.definition,
+        tx,
+        weights,
+        wrap_layer,
+        on_mesh,
+        task.losses,
+        task.measure,
+        estimated=task.estimate is not None,
+    )
 
 
 def _trace(steps: Steps, config: Resolved, params: Any, state: Any) -> None:

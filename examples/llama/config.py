@@ -1,10 +1,17 @@
 """`TrainConfig` holds the command line's flags; `resolve` fills and checks them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from examples.llama.model import ACTIVATIONS, ModelConfig
-from examples.llama.presets import METHODS, NO_SIDE, PRESETS, RATES, method_defaults
+from examples.llama.presets import (
+    METHODS,
+    NO_SIDE,
+    PRESETS,
+    RATES,
+    Recipe,
+    method_defaults,
+)
 
 
 class UsageError(Exception):
@@ -23,8 +30,8 @@ class TrainConfig:
     """model and recipe: tiny, 9m, 20m, 35m, 40m, 60m, 71m, 100m, 130m, 250m, 350m,
     1b, 3b, 7b or 13b"""
     optimizer: str = "galore"
-    """name in the registry of examples/llama/optimizers.py: adamw, adamw_8bit, galore,
-    galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam (without
+    """name in the registry of examples/llama/optimizers.py: adamw, sgd, adamw_8bit,
+    galore, galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam (without
     error feedback), apollo, online_subspace_descent, apollo_mini, coap, sara,
     dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt or
     sumo"""
@@ -192,8 +199,12 @@ class Resolved(TrainConfig):
     eval_tokens: int = 0
     eval_batch_size: int = 0
     checkpoint_every: int = 0
+    # Of the model's attention: kernels of methods that know of heads, and meshes.
+    heads: int = 0
+    key_heads: int = 0
 
 
+Kind = TypeVar("Kind", bound=Resolved)
 SIDES = ("short", "long", "left", "right", "auto")
 WEIGHTS = ("plain", "stochastic-bf16", "int8", "split")  # of `lro.weight_storage`
 AS_STORED = ("plain", "split")  # a step reads them as they are
@@ -253,7 +264,24 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
             f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}"
         )
     preset = PRESETS[config.preset]
-    defaults: dict[str, Any] = dataclasses.asdict(preset.recipe)
+    resolved = complete(config, preset.recipe, preset.model)
+    model = dataclasses.replace(
+        preset.model,
+        param_dtype=resolved.param_dtype,
+        compute_dtype=resolved.compute_dtype,
+        max_length=max(preset.model.max_length, resolved.seq_len),
+    )
+    return resolved, model
+
+
+def complete(
+    config: TrainConfig, recipe: Recipe, model: Any, kind: type[Kind] = Resolved
+) -> Kind:
+    """Fills what was left out from the recipe for a model, and checks what was given.
+
+    `kind` has the fields of `config` and those of `Resolved`.
+    """
+    defaults: dict[str, Any] = dataclasses.asdict(recipe)
     dtype = defaults.pop("dtype")
     defaults |= {"param_dtype": dtype, "compute_dtype": dtype}
     known = config.optimizer in METHODS  # the optimizer itself is refused later
@@ -269,18 +297,13 @@ def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
         values["param_dtype"] = "bfloat16"
         values.setdefault("state_dtype", "float32")
     values.setdefault("state_dtype", values["param_dtype"])
-    resolved = Resolved(**values)
-    _check(resolved, preset.model)
-    model = dataclasses.replace(
-        preset.model,
-        param_dtype=resolved.param_dtype,
-        compute_dtype=resolved.compute_dtype,
-        max_length=max(preset.model.max_length, resolved.seq_len),
-    )
-    return resolved, model
+    heads = model.heads
+    resolved = kind(**values, heads=heads, key_heads=getattr(model, "key_heads", heads))
+    _check(resolved, model)
+    return resolved
 
 
-def _check(config: Resolved, model: ModelConfig) -> None:
+def _check(config: Resolved, model: Any) -> None:
     choices = {
         "corpus": ("stdlib",),
         "tokenizer": ("bytes", "bpe"),

@@ -10,19 +10,19 @@ import optax
 
 import lowrank_optax as lro
 from examples.llama.config import Resolved, UsageError
-from examples.llama.presets import METHODS, PRESETS, parameters
+from examples.llama.presets import METHODS, parameters
 
-# Takes the resolved flags, the learning rate, and what `--side` adds.
+# Takes the resolved flags, the learning rate, and what else was said of the selection.
 Factory = Callable[..., optax.GradientTransformation]
 _NEVER = int(jnp.iinfo(jnp.int32).max)
 
 
 def is_decayed(params: Any) -> Any:
-    """True on matrices, False on the gains of norms."""
+    """True on matrices, False on biases and the gains of norms."""
 
     def matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-        # The gains of a stack of layers have two axes, so the name decides as well.
-        return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path)
+        # The vectors of a stack of layers have two axes, so the name decides as well.
+        return leaf.ndim > 1 and not re.search("norm|bias", jax.tree_util.keystr(path))
 
     return jax.tree_util.tree_map_with_path(matrix, params)
 
@@ -50,18 +50,25 @@ def adamw(
     return optax.adamw(lr, config.b1, config.b2, config.eps, **decay)
 
 
+def sgd(config: Resolved, lr: optax.Schedule, **_: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, is_decayed),
+        optax.sgd(lr),
+    )
+
+
 def of_library(name: str) -> Factory:
     """The factory of a method, which is given the flags that its signature names."""
     takes = parameters(name)
 
     def make(
-        config: Resolved, lr: optax.Schedule, **side: Any
+        config: Resolved, lr: optax.Schedule, **more: Any
     ) -> optax.GradientTransformation:
-        options = low_rank(config) | side
+        options = low_rank(config) | more
         options |= {"update_proj_gap": config.update_proj_gap, "level": config.level}
         if "heads" in takes:  # kernels cut into heads have one basis for all of them
-            model = PRESETS[config.preset].model
-            heads = {"q": model.heads, "k": model.key_heads, "v": model.key_heads}
+            few = config.key_heads
+            heads = {"q": config.heads, "k": few, "v": few}
 
             def heads_of(path: str) -> int:
                 found = re.search(r"/([qkv])/", path)
@@ -75,8 +82,9 @@ def of_library(name: str) -> Factory:
 
 
 FULL = tuple(name for name in METHODS if "select" not in parameters(name))
+OPTAX = {"adamw": adamw, "sgd": sgd}
 OPTIMIZERS: dict[str, Factory] = {
-    name: adamw if name == "adamw" else of_library(name) for name in METHODS
+    name: OPTAX[name] if name in OPTAX else of_library(name) for name in METHODS
 }
 
 
@@ -94,9 +102,11 @@ def learning_rate(config: Resolved) -> optax.Schedule:
 
 
 def build_optimizer(
-    config: Resolved, param_shardings: Any = None
+    config: Resolved, param_shardings: Any = None, select: Any = None
 ) -> optax.GradientTransformation:
     """The named optimizer, without clipping and guard.
+
+    `select` says what is projected, as the methods take it; None leaves it to them.
 
     `--side auto` chooses by `param_shardings`; without them it is the short side. Under
     them the layers of a stack are projected one after another, as bases are in parts.
@@ -106,9 +116,11 @@ def build_optimizer(
             f"unknown optimizer {config.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
         )
     rate = learning_rate(config)
-    side = {"side": config.side} if config.side else {}
+    more: dict[str, Any] = {"side": config.side} if config.side else {}
+    if select is not None:  # a matrix that was asked for and is small keeps its columns
+        more |= {"select": select, "clip_rank": True}
     optimizer = OPTIMIZERS[config.optimizer](
-        config, rate, param_shardings=param_shardings, **side
+        config, rate, param_shardings=param_shardings, **more
     )
     if config.weights == "split":
         return lro.split_weights(optimizer, correction_of)
@@ -143,13 +155,17 @@ def sides(optimizer: optax.GradientTransformation, params: Any) -> dict[str, str
 
 
 def guarded(
-    config: Resolved, optimizer: optax.GradientTransformation
+    config: Resolved,
+    optimizer: optax.GradientTransformation,
+    estimate: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """Clips, and leaves out the steps whose gradient is not finite.
 
-    The guard itself never gives in: the trainer stops after too many in a row.
+    The guard itself never gives in: the trainer stops after too many in a row. An
+    `estimate` takes the place of the gradient before all that.
     """
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    parts = [] if estimate is None else [estimate]
+    parts += [optax.clip_by_global_norm(config.clip)] if config.clip else []
     guard = optax.apply_if_finite(optax.chain(*parts, optimizer), _NEVER)
     return _in_float32(guard) if config.weights == "split" else guard
 

@@ -25,8 +25,7 @@ from jax.sharding import (
 
 import lowrank_optax as lro
 from examples.llama.config import Resolved, UsageError
-from examples.llama.model import ModelConfig, Wrap, init_params
-from examples.llama.presets import PRESETS
+from examples.llama.model import ModelConfig, Params, Wrap, init_params
 from examples.llama.step import Layout
 
 # data: whole copies; fsdp: parameters and state cut, gathered for use; tensor: products
@@ -43,6 +42,7 @@ RULES: dict[str, str | None] = {
     "vocabulary": "tensor",
     "gain": None,
     "rows": None,
+    "rank": None,
 }
 
 # Pattern of a parameter's path -> logical names of its axes.
@@ -66,6 +66,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     r"(pooler|mlm/dense)/bias": ("gain",),
     r"mlm/norm/(scale|bias)": ("gain",),
     r"mlm/bias": ("vocabulary",),
+    # Of a classifier.
+    r"classifier/kernel": ("width", "gain"),
+    r"classifier/bias": ("gain",),
 }
 
 
@@ -117,10 +120,20 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 
 def logical_axes(path: str) -> tuple[str, ...]:
     """The names of a parameter's axes; the path's keys are joined by "/"."""
+    # An adapter stands around a layer, and has two factors beside its kernel.
+    own = re.sub(r"/(base/)?(kernel|bias|lora_[ab])$", _own_name, path)
     for pattern, names in LOGICAL_AXES.items():
-        if re.fullmatch(pattern, path):
-            return names
+        if re.fullmatch(pattern, own):
+            factors = {
+                "lora_a": (*names[:-1], "rank"),
+                "lora_b": (*names[:-2], "rank", names[-1]),
+            }
+            return factors.get(path.rpartition("/")[2], names)
     raise ValueError(f"LOGICAL_AXES in {__name__} has no pattern for {path!r}.")
+
+
+def _own_name(found: re.Match[str]) -> str:
+    return "/kernel" if found[2].startswith("lora_") else f"/{found[2]}"
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
@@ -217,6 +230,8 @@ def gathered(mesh: Mesh) -> Callable[[Any], Any]:
     """
 
     def use(params: Any) -> Any:
+        if "embed" not in params:  # among those that are not trained, or none
+            return params
         table = params["embed"]["embedding"]
         (axis, *_) = param_shardings(mesh, params)["embed"]["embedding"].spec
         axes = (axis,) if axis else ()
@@ -335,7 +350,7 @@ def choose_placement(
         return one_device
     mesh = make_mesh(sizes, devices)
     check_rows(mesh, rows)
-    for line in cut_heads(mesh, PRESETS[config.preset].model.key_heads):
+    for line in cut_heads(mesh, config.key_heads):
         print(line, flush=True)
     return Placement(mesh, devices[0])
 
@@ -348,11 +363,21 @@ def fresh_state(
     weights: lro.WeightStorage,
 ) -> tuple[Any, Any]:
     """Stored parameters and optimizer state, each made where it lies."""
+    return started(layout, drawn(model, seed, layout.params), tx, weights)
 
-    def draw() -> Any:
-        return init_params(model, seed)
 
-    params = jax.jit(draw, out_shardings=layout.params)()
+def drawn(model: ModelConfig, seed: int, places: Any) -> Params:
+    """Random parameters, made where they lie."""
+    return jax.jit(lambda: init_params(model, seed), out_shardings=places)()
+
+
+def started(
+    layout: Layout,
+    params: Params,
+    tx: optax.GradientTransformation,
+    weights: lro.WeightStorage,
+) -> tuple[Any, Any]:
+    """The parameters as they are stored, and the optimizer's first state for them."""
     params = jax.jit(weights.store, out_shardings=layout.stored)(params)
 
     def init(stored: Any) -> Any:

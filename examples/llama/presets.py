@@ -14,9 +14,10 @@ import optax
 import lowrank_optax as lro
 from examples.llama.model import ModelConfig
 
-# The library's methods, and Optax's AdamW to compare them with.
+# The library's methods, and Optax's to compare them with.
 METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.adamw,
+    "sgd": optax.sgd,
     **{name: method.factory for name, method in lro.METHODS.items()},
 }
 

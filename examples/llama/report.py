@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 import lowrank_optax as lro
 from examples.llama.batches import Batch, Cursor, Rows, as_batch
 from examples.llama.config import Resolved
-from examples.llama.corpus import Corpus
 from examples.llama.model import Params, count_params
 from examples.llama.placement import whole_axes
 from examples.llama.processes import is_first
@@ -65,15 +64,13 @@ def describe(
     run_dir: pathlib.Path,
     optimizer: optax.GradientTransformation,
     params: Any,
-    corpus: Corpus,
-    corpus_hash: str,
+    data: str,
     mesh: Mesh | None,
 ) -> None:
     """Says what is about to run, and leaves the particulars in its folder."""
     print(
         f"{config.preset} ({count_params(params):,} parameters) with "
-        f"{config.optimizer}; corpus {corpus.name}: {len(corpus.paths)} "
-        f"shards, hash {corpus_hash} of all bytes; writing to {run_dir}",
+        f"{config.optimizer}; {data}; writing to {run_dir}",
         flush=True,
     )
     if mesh is not None:
@@ -114,7 +111,7 @@ class Evaluation:
 
     loss: float
     tokens: int
-    compat_loss: float  # as GaLore's script reports it
+    compat_loss: float = math.nan  # as GaLore's script reports it
 
     @property
     def perplexity(self) -> float:
@@ -123,6 +120,19 @@ class Evaluation:
     @property
     def compat_perplexity(self) -> float:
         return perplexity(self.compat_loss)
+
+    @property
+    def brief(self) -> str:
+        """For the line of a validation between steps."""
+        return f"validation perplexity {self.perplexity:.3f}"
+
+    def line(self) -> dict[str, Any]:
+        """For the metrics."""
+        return {
+            "val_loss": self.loss,
+            "val_perplexity": self.perplexity,
+            "val_tokens": self.tokens,
+        }
 
 
 def perplexity(loss: float) -> float:

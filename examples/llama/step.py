@@ -14,16 +14,22 @@ import lowrank_optax as lro
 from examples.llama.config import Resolved
 from examples.llama.model import Params, Wrap
 
+# Of a definition, parameters, a batch and a wrap: `[B, ...]`, 0 where `mask` is.
+Losses = Callable[..., jax.Array]
+
 # Names in the compiled program, which say whose a collective is.
 MODEL, OPTIMIZER = "model", "optimizer"
 PLAIN = lro.weight_storage("plain")
 
 
 class Steps(NamedTuple):
-    """`train(stored, opt_state, batch, key)` and `evaluate(stored, batch)`."""
+    """`train(stored, state, batch, key, frozen)`, `evaluate(stored, batch, frozen)`.
 
-    train: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
-    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+    `frozen` are the model's other parameters, which stay; left out: there are none.
+    """
+
+    train: Any  # compiled functions
+    evaluate: Any
 
 
 class Layout(NamedTuple):
@@ -48,14 +54,36 @@ def token_losses(
     definition: Any, params: Params, batch: Any, wrap_layer: Wrap | None = None
 ) -> jax.Array:
     """Negative log likelihood of every target `[B, S]`, 0 where masked."""
-    options = {} if wrap_layer is None else {"wrap_layer": wrap_layer}
+    options: dict[str, Any] = {} if wrap_layer is None else {"wrap_layer": wrap_layer}
+    if "segments" in batch:  # documents that must not see each other
+        options["segments"] = batch["segments"]
     logits = nnx.merge(definition, params)(batch["tokens"], **options)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return losses * batch["mask"]
 
 
+def row_sums(losses: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Loss and number of targets of every row, for the host to add up in float64.
+
+    In whatever batches the rows came, their sums are the same.
+    """
+    return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
+
+
+def joined(trained: Params, frozen: Params) -> Params:
+    """One tree of two nested dicts that have no leaf in common."""
+    both = dict(trained)
+    for name, value in frozen.items():
+        both[name] = joined(both[name], value) if name in both else value
+    return both
+
+
 def mean_gradient(
-    definition: Any, params: Params, batch: Any, wrap_layer: Wrap | None = None
+    definition: Any,
+    params: Params,
+    batch: Any,
+    wrap_layer: Wrap | None = None,
+    losses: Losses = token_losses,
 ) -> tuple[Any, Params]:
     """Loss and gradient, the mean over all real tokens of all micro-batches.
 
@@ -65,8 +93,7 @@ def mean_gradient(
     tokens = jnp.maximum(jnp.sum(batch["mask"]), 1)
 
     def share(params: Params, micro: Any) -> jax.Array:
-        losses = token_losses(definition, params, micro, wrap_layer)
-        return jnp.sum(losses) / tokens
+        return jnp.sum(losses(definition, params, micro, wrap_layer)) / tokens
 
     value_and_grad = jax.value_and_grad(share)
     if batch["mask"].shape[0] == 1:
@@ -83,30 +110,65 @@ def mean_gradient(
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
+def mean_loss(
+    definition: Any,
+    params: Params,
+    batch: Any,
+    wrap_layer: Wrap | None = None,
+    losses: Losses = token_losses,
+) -> jax.Array:
+    """The loss that `mean_gradient` differentiates, of all micro-batches."""
+
+    def add(total: jax.Array, micro: Any) -> tuple[jax.Array, None]:
+        return total + jnp.sum(losses(definition, params, micro, wrap_layer)), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(()), batch)
+    return total / jnp.maximum(jnp.sum(batch["mask"]), 1)
+
+
 def make_steps(
     definition: Any,
     tx: optax.GradientTransformation,
     weights: lro.WeightStorage = PLAIN,
     wrap_layer: Wrap | None = None,
     layout: Layout | None = None,
+    losses: Losses = token_losses,
+    measure: Callable[..., Any] | None = None,
+    estimated: bool = False,
 ) -> Steps:
     """Compiled steps of a model under an optimizer with the guard outermost.
 
     Parameters that are stored as they are (`PLAIN`) need no key. `wrap_layer` says what
     layers keep for the backward pass; the evaluation has none. `layout` cuts all of it
-    over a mesh; without one the compiler is left alone.
+    over a mesh; without one the compiler is left alone. An evaluation returns what
+    `measure(definition, params, batch)` says of every row; left out: the sums of its
+    losses. With `estimated` there is no backward pass: `tx` begins, behind the guard,
+    with what makes a gradient of `loss_fn`, and leaves loss and norm in its state.
     """
     on_mesh = layout.wrap if layout else None
     use = layout.use if layout else lambda params: params
     out = (layout.stored, layout.state, layout.rest) if layout else None
     wrap_layer = composed(on_mesh, wrap_layer)
 
+    def whole(frozen: Params | None) -> Losses:
+        """The losses as a function of what is trained."""
+        if not frozen:
+            return losses
+        rest = use(frozen)
+        return lambda definition, params, *of: losses(
+            definition, joined(params, rest), *of
+        )
+
     def train(
-        stored: Any, opt_state: Any, batch: Any, key: Any = None
+        stored: Any, opt_state: Any, batch: Any, key: Any = None, frozen: Any = None
     ) -> tuple[Any, Any, Any]:
         params = weights.load(stored)
+        if estimated:
+            return estimate(stored, params, opt_state, batch, key, frozen)
         with jax.named_scope(MODEL):
-            loss, grads = mean_gradient(definition, use(params), batch, wrap_layer)
+            loss, grads = mean_gradient(
+                definition, use(params), batch, wrap_layer, whole(frozen)
+            )
             # Gradients lie where their parameters do; nothing else says so to the
             # compiler.
             if layout is not None:
@@ -117,6 +179,30 @@ def make_steps(
             # the second moments: they count as not finite, and as a skipped step.
             grads = jax.tree.map(lambda g: jnp.where(norm < jnp.inf, g, jnp.nan), grads)
             updates, opt_state = tx.update(grads, opt_state, params)
+        return applied(stored, updates, opt_state, batch, key, loss, norm)
+
+    def estimate(
+        stored: Any, params: Any, opt_state: Any, batch: Any, key: Any, frozen: Any
+    ) -> tuple[Any, Any, Any]:
+        def loss_fn(params: Params) -> jax.Array:
+            args = definition, use(params), batch, wrap_layer, whole(frozen)
+            return mean_loss(*args)
+
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        update: Any = optax.with_extra_args_support(tx).update
+        updates, opt_state = update(nothing, opt_state, params, loss_fn=loss_fn)
+        seen = opt_state.inner_state[0]
+        return applied(stored, updates, opt_state, batch, key, seen.loss, seen.norm)
+
+    def applied(
+        stored: Any,
+        updates: Any,
+        opt_state: Any,
+        batch: Any,
+        key: Any,
+        loss: Any,
+        norm: Any,
+    ) -> tuple[Any, Any, Any]:
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -128,11 +214,11 @@ def make_steps(
             stored = weights.apply(stored, updates, key)
         return stored, opt_state, metrics
 
-    def evaluate(stored: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        params = use(weights.load(stored))
-        losses = token_losses(definition, params, batch, on_mesh)
-        # By rows: the host adds them up in float64, in whatever batches they came.
-        return jnp.sum(losses, axis=1), jnp.sum(batch["mask"], axis=1)
+    def evaluate(stored: Any, batch: Any, frozen: Any = None) -> Any:
+        params = joined(use(weights.load(stored)), use(frozen or {}))
+        if measure is not None:
+            return measure(definition, params, batch)
+        return row_sums(losses(definition, params, batch, on_mesh), batch)
 
     return Steps(
         jax.jit(train, donate_argnums=(0, 1), out_shardings=out),

@@ -28,14 +28,7 @@ import tyro
 
 import lowrank_optax as lro
 from examples.llama import optimizers
-from examples.llama.batches import (
-    Batch,
-    Position,
-    Rows,
-    prefetched,
-    training_batches,
-    validation_rows,
-)
+from examples.llama.batches import Batch, Position, prefetched, training_batches
 from examples.llama.budget import planned_train, saved_plan, write_plan
 from examples.llama.checkpoint import (
     Checkpoints,
@@ -46,10 +39,10 @@ from examples.llama.checkpoint import (
     verify,
 )
 from examples.llama.choose_steps import choose_steps, laid_out, layers_outermost
-from examples.llama.config import IDENTITY, TrainConfig, UsageError, resolve
-from examples.llama.corpus import Counts, load_corpora
-from examples.llama.model import ACTIVATIONS, abstract_model, count_params
-from examples.llama.placement import choose_placement, fresh_state
+from examples.llama.config import IDENTITY, TrainConfig, UsageError
+from examples.llama.corpus import Counts
+from examples.llama.model import ACTIVATIONS, count_params
+from examples.llama.placement import choose_placement, started
 from examples.llama.processes import (
     any_of,
     found_by_first,
@@ -64,12 +57,9 @@ from examples.llama.report import (
     closing_table,
     describe,
     environment,
-    eval_batches,
-    evaluate,
     finite,
     readable_bytes,
     say_changes,
-    unigram,
 )
 from examples.llama.run_folder import (
     brief,
@@ -78,10 +68,9 @@ from examples.llama.run_folder import (
     only_writer,
     say,
     usable,
-    write_whole,
 )
 from examples.llama.step import split_rows
-from examples.llama.tokenizer import BPETokenizer, load_tokenizer
+from examples.llama.task import Pretraining, Task
 
 
 class TrainingStopped(Exception):
@@ -94,22 +83,28 @@ class Trainer:
     It is made in the order of the methods below: flags and devices, optimizer, text,
     steps, and a state that is fresh or restored. `run` is the loop over steps, with
     validation and checkpoints between them; `close` writes the reports and lets go of
-    the run's folder.
+    the run's folder. What is trained on what is the task's to say, which `make_task`
+    makes of the flags.
     """
 
-    def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None):
-        # The flags. All that can refuse them comes before text is read and tokenized.
-        config, self.model = resolve(config)
+    def __init__(
+        self,
+        config: TrainConfig,
+        devices: Sequence[Any] | None = None,
+        make_task: Callable[[Any], Task] = Pretraining,
+    ):
         use_compilation_cache(config.compilation_cache)
+        # The flags. All that can refuse them comes before text is read and tokenized.
+        self.task = make_task(config)
         print(" | ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
-        self.placement = choose_placement(config, devices)
-        self.config = config = dataclasses.replace(config, mesh=self.placement.name)
+        self.placement = choose_placement(self.task.config, devices)
+        self.config = dataclasses.replace(self.task.config, mesh=self.placement.name)
         # From shapes alone: an unknown optimizer is refused before any text is read.
         self._make_optimizer()
         # One process chooses: the others would find the folder taken by then.
         self.run_dir = pathlib.Path(found_by_first(lambda: str(self._folder())))
         with usable("the text"):
-            self._read_text()
+            self.task.read(self.run_dir)
         self._make_steps()
         # Held until `close`, or until the run is refused.
         with contextlib.ExitStack() as held, usable(f"run folder {self.run_dir}"):
@@ -124,49 +119,17 @@ class Trainer:
 
     def _make_optimizer(self) -> None:
         """The optimizer for the shapes of the model's parameters; nothing is made."""
-        _, self.abstract_params = abstract_model(self.model)
+        self.abstract_params = self.task.params
         places = self.placement.params(self.abstract_params)
         # On one device nothing is cut, and `--side auto` has nothing to choose by.
         on_mesh = places if self.placement.mesh else None
-        self.optimizer = optimizers.build_optimizer(self.config, on_mesh)
+        self.optimizer = optimizers.build_optimizer(
+            self.config, on_mesh, self.task.select
+        )
         optimizers.check_projects(self.config, self.optimizer, self.abstract_params)
-        self.tx = optimizers.guarded(self.config, self.optimizer)
+        self.tx = optimizers.guarded(self.config, self.optimizer, self.task.estimate)
         # For the metrics alone: the optimizer has the schedule inside.
         self.learning_rate = jax.jit(optimizers.learning_rate(self.config))
-
-    def _read_text(self) -> None:
-        """The corpora, their tokenizer and the rows to validate on."""
-        config = self.config
-        self.train_text, self.val_text = load_corpora(
-            config.data, config.val_data, config.text_key
-        )
-        # As it was at the start: a save says nothing of what was changed since.
-        self.corpus_hash = found_by_first(
-            lambda: self.train_text.fingerprint(config.cache_dir)
-        )
-        # A run that goes on keeps the tokenizer that it began with.
-        own = self.run_dir / "tokenizer.json" if config.resume else None
-        size = self.model.vocab_size
-        self.tokenizer = load_tokenizer(
-            config.tokenizer, size, self.train_text, config.cache_dir, own
-        )
-        # Read once: every validation is over the same rows.
-        self.validation = list(validation_rows(self.rows(False), config.eval_tokens))
-        if not self.validation:
-            raise UsageError(
-                f"corpus {self.val_text.name} holds no validation text: give more "
-                "files, or --val-data"
-            )
-
-    def rows(self, training: bool) -> Rows:
-        config = self.config
-        return Rows(
-            self.train_text if training else self.val_text,
-            self.tokenizer,
-            config.seq_len,
-            config.packing == "packed",
-            config.seed if training else None,
-        )
 
     def _make_steps(self) -> None:
         """Where parameters and state lie, and the compiled steps on them."""
@@ -179,10 +142,11 @@ class Trainer:
             self.layout = layers_outermost(self.layout, self.tx, self.weights, params)
         # Kept as a function, since every new plan of activations makes the step anew.
         self.make_steps = functools.partial(
-            choose_steps, config, self.model, self.optimizer, self.weights, self.layout
+            choose_steps, self.task, self.optimizer, self.weights, self.layout
         )
         self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
+        self.peak_bytes = 0
 
     def _start(self, held: contextlib.ExitStack) -> None:
         """A fresh state, or the newest good one of the run that goes on."""
@@ -196,12 +160,15 @@ class Trainer:
         self.checkpoints = Checkpoints(store, config.keep)
         self.step, self.position, self.tokens = start or 0, Position(), 0
         meta = None
+        frozen = self.placement.params(self.task.frozen)
         if start is None:
             # Committed to devices, as what is restored: both take the same program.
-            self.params, self.opt_state = fresh_state(
-                self.layout, self.model, config.seed, self.tx, self.weights
+            params, self.frozen = self.task.start(self.layout.params, frozen)
+            self.params, self.opt_state = started(
+                self.layout, params, self.tx, self.weights
             )
         else:
+            self.frozen = self.task.frozen_at(frozen)
             meta = self._restore(start)
             say_changes(meta["settings"], dataclasses.asdict(config))
         describe(
@@ -209,13 +176,10 @@ class Trainer:
             self.run_dir,
             self.optimizer,
             self.abstract_params,
-            self.train_text,
-            self.corpus_hash,
+            self.task.about(),
             self.placement.mesh,
         )
-        own = self.run_dir / "tokenizer.json"
-        if isinstance(self.tokenizer, BPETokenizer) and is_first() and not own.exists():
-            write_whole(own, self.tokenizer.serialized)
+        self.task.leave(self.run_dir)
         # Lines behind the start are dropped: their steps will be run again.
         self.metrics = Metrics(self.run_dir, self.step, is_first())
         self.planner = None
@@ -224,7 +188,7 @@ class Trainer:
         if config.activation_budget:
             self.planner = planned_train(
                 config,
-                self.model,
+                self.task.model,
                 lambda wrap_layer: self.make_steps(wrap_layer).train,
                 jax.jit(self.weights.load),
                 self._log_plan,
@@ -261,9 +225,7 @@ class Trainer:
             side = optimizers.sides(self.optimizer, self.abstract_params)
         return {name: getattr(self.config, name) for name in IDENTITY} | {
             **({"side": side} if side else {}),
-            "corpus_hash": self.corpus_hash,
-            "tokenizer_hash": self.tokenizer.fingerprint,
-            "model": self.model.to_json(),
+            **self.task.identity(),
         }
 
     def run(self, should_stop: Callable[[], bool]) -> Evaluation | None:
@@ -273,7 +235,7 @@ class Trainer:
         hidden = None if is_first() else True  # None: where nobody looks
         # A thread makes the next batches while the device computes.
         batches = prefetched(
-            training_batches(self.rows(True), config.batch_size, self.position)
+            training_batches(self.task.rows(True), config.batch_size, self.position)
         )
         bar = tqdm.tqdm(
             total=last, initial=self.step, unit="step", disable=hidden, smoothing=0.05
@@ -285,10 +247,7 @@ class Trainer:
                 self._step(next(batches), bar)
                 if due(self.step, config.eval_every) and self.step < last:
                     if result := self.evaluate(should_stop):
-                        bar.write(
-                            f"step {self.step}: validation perplexity "
-                            f"{result.perplexity:.3f}"
-                        )
+                        bar.write(f"step {self.step}: {result.brief}")
                 if due(self.step, config.checkpoint_every):
                     self.save()
         finally:
@@ -309,9 +268,14 @@ class Trainer:
         micro = self.placement.batch(split_rows(batch, self.config.micro_batches))
         # Of seed and step alone, so that a run that goes on rounds as it would have.
         key = lro.rounding_key(self.config.seed, self.step)
-        self.params, self.opt_state, metrics = self.steps.train(
-            self.params, self.opt_state, micro, key
-        )
+        args = (self.params, self.opt_state, micro, key)
+        if self.frozen:
+            args = (*args, self.frozen)
+        if not self.compiled and self.planner is None:
+            train = self.steps.train.lower(*args).compile()
+            self.steps = self.steps._replace(train=train)
+            self.peak_bytes = peak_bytes(train)
+        self.params, self.opt_state, metrics = self.steps.train(*args)
         # Waits for the device, so that the seconds are those of the step.
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - started
@@ -319,7 +283,8 @@ class Trainer:
         epoch = position.cursor.epoch + 1
         if epoch > self.position.cursor.epoch + 1:
             counts = Counts(dict(position.cursor.counts))
-            bar.write(f"step {self.step + 1}: epoch {epoch} of the corpus ({counts})")
+            read = f" of the corpus ({counts})" if counts else ""
+            bar.write(f"step {self.step + 1}: epoch {epoch}{read}")
         # Only now, with the step done: a save holds the position behind its last batch.
         self.step, self.position = self.step + 1, position
         self.tokens += int(values["tokens"])
@@ -359,21 +324,18 @@ class Trainer:
         return self.timed_tokens / max(self.timed_seconds, 1e-9)
 
     def evaluate(self, should_stop: Callable[[], bool]) -> Evaluation | None:
-        config = self.config
-        batches = eval_batches(self.validation, config.eval_batch_size, config.seq_len)
-        batches = map(self.placement.rows, batches)
-        result = evaluate(self.steps.evaluate, self.params, batches, should_stop)
+        result = self.task.evaluate(self.measure, should_stop)
         if result is not None:
-            line = {
-                "step": self.step,
-                "val_loss": result.loss,
-                "val_perplexity": result.perplexity,
-                "val_tokens": result.tokens,
-            }
-            if config.galore_compat:
+            line = {"step": self.step, **result.line()}
+            if self.config.galore_compat:
                 line["val_perplexity_galore_compat"] = result.compat_perplexity
             self.metrics.add(line)
         return result
+
+    def measure(self, batch: Batch) -> Any:
+        """What the compiled evaluation says of the rows of a batch."""
+        frozen = (self.frozen,) if self.frozen else ()
+        return self.steps.evaluate(self.params, self.placement.rows(batch), *frozen)
 
     def save(self) -> None:
         """Saves the present step in the background, once."""
@@ -426,6 +388,14 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
+def peak_bytes(program: Any) -> int:
+    """The most that a device holds at once, by the compiler's own count."""
+    sizes = program.memory_analysis()
+    # What is donated counts once: as an argument.
+    held = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    return held + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+
+
 def due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
@@ -438,34 +408,31 @@ def summary(
     state = optimizers.state_bytes(trainer.optimizer, params)
     adamw = optimizers.state_bytes(optax.adamw(1e-3), params)
     weights = lro.bytes_per_device(trainer.params)
-    kind = "byte" if config.tokenizer == "bytes" else "token"
-    guess = unigram(trainer.rows(True), trainer.validation, trainer.model.vocab_size)
+    frozen, unit = count_params(trainer.frozen), trainer.task.unit
     rows = [
-        ("model", f"{config.preset}, {count_params(params):,} parameters"),
+        ("model", f"{config.preset}, {count_params(params) + frozen:,} parameters"),
+        *([("trained", f"{count_params(params):,}")] if frozen else []),
         (f"weights, {config.weights}", readable_bytes(weights)),
         (
             f"optimizer state, {config.optimizer}",
             f"{readable_bytes(state)} ({state / adamw:.0%} of AdamW's)",
         ),
         ("optimizer state, adamw", readable_bytes(adamw)),
-        ("steps, tokens", f"{trainer.step:,}, {trainer.tokens:,}"),
-        ("speed", f"{trainer.tokens_per_second():,.0f} tokens/s"),
+        ("a step, by the compiler", readable_bytes(trainer.peak_bytes)),
+        (f"steps, {unit}", f"{trainer.step:,}, {trainer.tokens:,}"),
+        ("speed", f"{trainer.tokens_per_second():,.0f} {unit}/s"),
         ("time", f"{seconds:.0f} s"),
-        (
-            "validation perplexity",
-            f"{result.perplexity:.3f} over {result.tokens:,} tokens",
-        ),
-        (f"{kind}-unigram perplexity", f"{guess:.3f} on the same tokens"),
+        *trainer.task.closing(result, trainer),
     ]
-    if config.galore_compat:
-        rows.append(("as GaLore's script counts", f"{result.compat_perplexity:.3f}"))
+    if not trainer.peak_bytes:  # planned again and again, or no step was made
+        rows = [row for row in rows if row[0] != "a step, by the compiler"]
     saved = trainer.checkpoints.store.steps()
     names = [path.name for path in files] + (["checkpoints"] if saved else [])
     rows.append(("files", f"{trainer.run_dir}: {', '.join(names)}"))
     return closing_table(rows)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, make_task: Callable[[Any], Task] = Pretraining) -> None:
     started = time.perf_counter()
     # Before anything asks JAX for its devices.
     start_processes(config.distributed)
@@ -477,7 +444,7 @@ def train(config: TrainConfig) -> None:
 
     with stop_on_signals(unsaved) as asked, only_first_prints():
         should_stop = any_of(asked)
-        trainer = Trainer(config)
+        trainer = Trainer(config, make_task=make_task)
         files: list[pathlib.Path] = []
         try:
             result = trainer.run(should_stop)
@@ -497,12 +464,17 @@ def train(config: TrainConfig) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     config = tyro.cli(TrainConfig, prog="python -m examples.llama.train", args=args)
+    return run_command(config, Pretraining)
+
+
+def run_command(config: TrainConfig, make_task: Callable[[Any], Task]) -> int:
+    """Trains, or verifies; returns the exit code."""
     try:
         if config.verify:
             run_dir = choose_run_dir(dataclasses.replace(config, resume=True))
             with usable(f"--run-dir {run_dir}"):
                 return 0 if verify(Store(run_dir)) else 1
-        train(config)
+        train(config, make_task)
     except UsageError as error:
         say(f"error: {error}")
         return 2

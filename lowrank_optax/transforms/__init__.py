@@ -24,13 +24,13 @@ from lowrank_optax.transforms.natural import (
 )
 from lowrank_optax.transforms.orthogonalize import orthogonalize as orthogonalize
 from lowrank_optax.transforms.quantized import quantize_state as quantize_state
-from lowrank_optax.transforms.split import SplitWeightsState as SplitWeightsState
-from lowrank_optax.transforms.split import full_weights as full_weights
-from lowrank_optax.transforms.split import set_full_weights as set_full_weights
-from lowrank_optax.transforms.split import split_weights as split_weights
 from lowrank_optax.transforms.rank_one import (
     scale_by_rank_one_rms as scale_by_rank_one_rms,
 )
 from lowrank_optax.transforms.sinkhorn import (
     normalize_rows_and_columns as normalize_rows_and_columns,
 )
+from lowrank_optax.transforms.split import SplitWeightsState as SplitWeightsState
+from lowrank_optax.transforms.split import full_weights as full_weights
+from lowrank_optax.transforms.split import set_full_weights as set_full_weights
+from lowrank_optax.transforms.split import split_weights as split_weights

@@ -1,0 +1,19 @@
+"""The command `python -m examples.finetune`; exit codes are those of the trainer."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from examples.finetune.config import FinetuneConfig
+from examples.finetune.tasks import make_task
+from examples.llama.train import run_command
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    config = tyro.cli(FinetuneConfig, prog="python -m examples.finetune", args=args)
+    return run_command(config, make_task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
