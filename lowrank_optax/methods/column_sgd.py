@@ -170,7 +170,7 @@ def _seen(leaf: Any, layer_axis: int | None) -> Lifted:
     *batch, row, column = axes
     # No basis stands behind it: side and rank say nothing.
     matrix = Matrix("", leaf.shape, tuple(batch), (row,), (column,), "left", 1)
-    return Lifted(matrix, in_turn=False)
+    return Lifted(matrix)
 
 
 def _divided(gradient: Any, axis: int) -> Array:
