@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
@@ -127,6 +128,58 @@ def headline() -> dict[str, Any]:
     }
 
 
+def muon(rank: int) -> optax.GradientTransformation:
+    """Returns Optax's Muon on the layers' matrices; all else has its Adam."""
+
+    def numbers(params: Any) -> Any:
+        matrix = optax.contrib.MuonDimensionNumbers((1,), (2,))  # behind the layers
+        return jax.tree.map(lambda p: matrix if p.ndim == 3 else None, params)
+
+    del rank
+    return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers)
+
+
+# What the README compares: name, dtype of the parameters, and the optimizer at a rank.
+Counted = Callable[[int], optax.GradientTransformation]
+COMPARED: dict[str, tuple[Any, Counted]] = {
+    "`optax.adamw`, float32": (jnp.float32, lambda rank: optax.adamw(1e-3)),
+    "`optax.adamw`": (jnp.bfloat16, lambda rank: optax.adamw(1e-3)),
+    "`optax.contrib.muon`": (jnp.bfloat16, muon),
+    "`optax.adafactor`": (jnp.bfloat16, lambda rank: optax.adafactor(1e-3)),
+    "`lro.adamw_8bit`": (jnp.bfloat16, lambda rank: lro.adamw_8bit(1e-3)),
+    "`lro.galore`": (
+        jnp.bfloat16,
+        lambda rank: lro.galore(1e-3, rank=rank, layer_axis=0),
+    ),
+    "`lro.galore_8bit`": (
+        jnp.bfloat16,
+        lambda rank: lro.galore_8bit(1e-3, rank=rank, layer_axis=0),
+    ),
+    "`lro.gwt`, level 3": (jnp.bfloat16, lambda rank: lro.gwt(1e-3, 3, layer_axis=0)),
+    "`lro.apollo_mini`": (
+        jnp.bfloat16,
+        lambda rank: lro.apollo_mini(1e-3, layer_axis=0),
+    ),
+}
+
+
+def compared() -> str:
+    """Returns the README's table: GB of weights, gradients and state."""
+    rows = []
+    for name, (dtype, make) in COMPARED.items():
+        cells = [name]
+        for size in ("1b", "7b"):
+            params = jax.tree.map(
+                lambda p, dtype=dtype: jax.ShapeDtypeStruct(p.shape, dtype),
+                shapes(size),
+            )
+            weights = tree_bytes(params)
+            states = lro.state_bytes(make(RANKS[size]), params).total
+            cells += [f"{states / GB:.1f}", f"{(2 * weights + states) / GB:.1f}"]
+        rows.append(cells)
+    return table(rows, ["optimizer", "1B: state", "all", "7B: state", "all"])
+
+
 def table(rows: list[list[str]], head: list[str]) -> str:
     """Returns a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -188,6 +241,8 @@ def text(found: dict[str, Any]) -> str:
             totals,
             "LLaMA-7B, layer matrices, rank 1024, against AdamW in bfloat16:",
             saved,
+            "Weights, gradients and state in GB, as the README has it:",
+            compared(),
         ]
     )
 

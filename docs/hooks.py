@@ -1,6 +1,6 @@
 """What mkdocs calls while it builds the site: pages and navigation of the methods.
 
-Everything that lists methods is written here, from ``lro.METHODS``. The README's table
+Everything that lists methods is written here, from ``lro.METHODS``. The README's list
 is not built, so ``python docs/hooks.py`` writes it.
 """
 
@@ -53,7 +53,7 @@ def on_page_markdown(markdown, **kwargs):
 
 def filled(markdown):
     """The text of a page with its tables."""
-    markdown = markdown.replace("<!-- table of methods -->", table(cards=True))
+    markdown = markdown.replace("<!-- table of methods -->", table())
     return markdown.replace("<!-- functions of methods -->", functions())
 
 
@@ -68,11 +68,11 @@ def names(method):
     return [f.__name__ for f in (method.factory, method.direction) if f is not None]
 
 
-def table(cards=False):
-    """One row for every method; with links to their cards, as the site has them."""
+def table():
+    """One row for every method, with links to their cards."""
     lines = ["| method | paper | here |", "|---|---|---|"]
     for method in lro.METHODS.values():
-        title = f"[{method.title}]({method.name}.md)" if cards else method.title
+        title = f"[{method.title}]({method.name}.md)"
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
         here = ", ".join(f"`lro.{name}`" for name in names(method))
         lines.append(f"| {title} | {paper} | {here} |")
@@ -86,9 +86,22 @@ def functions():
     return "\n\n".join(f"::: {f.__module__}.{f.__name__}" for f in shown)
 
 
+def groups():
+    """The methods by kind, each with its paper: what the README lists."""
+    lines = []
+    for key, title in KINDS.items():
+        found = [method for method in lro.METHODS.values() if kind(method) == key]
+        links = (
+            f"[`{method.name}`](https://arxiv.org/abs/{method.paper})"
+            for method in found
+        )
+        lines.append(f"- {title}: {', '.join(links)}.")
+    return "\n".join(lines)
+
+
 def readme(text):
-    """The README with the table as it should be."""
-    block = f"{BEGIN}\n{table()}\n{END}"
+    """The README with its list as it should be."""
+    block = f"{BEGIN}\n{groups()}\n{END}"
     return re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
 
 

@@ -274,3 +274,7 @@ def test_the_recorded_memory_table_is_what_is_counted():
     assert recorded["layer_matrices_7b"] == state_memory.headline()
     page = (ROOT / "docs/memory.md").read_text()
     assert all(table in page for table in state_memory.tables(recorded))
+
+
+def test_the_readme_says_what_is_counted():
+    assert state_memory.compared() in (ROOT / "README.md").read_text()
