@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -52,7 +53,7 @@ def _at_once(*static: int) -> Callable[[Callable], Callable]:
         def run(*args: Any) -> Any:
             arrays = [x for i, x in enumerate(args) if i not in static]
             leaves = jax.tree.leaves(arrays)
-            traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+            traced = any(isinstance(x, Tracer) for x in leaves)
             return (method if traced else compiled)(*args)
 
         return run
