@@ -37,10 +37,10 @@ class Encoded(NamedTuple):
 
 
 def _at_once(*static: int) -> Callable[[Callable], Callable]:
-    """Outside of a trace, runs a method as one program in the place of forty.
+    """Outside of a trace, runs a method as one program in the place of dozens.
 
-    Each of them would be compiled, for every shape: an ``init`` of 8-bit moments that
-    is not under ``jit`` took seconds.
+    Each of them would be compiled for every shape, which makes an ``init`` of encoded
+    state that is not under ``jit`` a matter of seconds.
 
     Args:
       static: numbers of the arguments that are no arrays.
