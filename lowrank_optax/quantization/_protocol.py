@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -36,10 +37,10 @@ class Encoded(NamedTuple):
 
 
 def _at_once(*static: int) -> Callable[[Callable], Callable]:
-    """Outside of a trace, runs a method as one program in the place of forty.
+    """Outside of a trace, runs a method as one program in the place of dozens.
 
-    Each of them would be compiled, for every shape: an ``init`` of 8-bit moments that
-    is not under ``jit`` took seconds.
+    Each of them would be compiled for every shape, which makes an ``init`` of encoded
+    state that is not under ``jit`` a matter of seconds.
 
     Args:
       static: numbers of the arguments that are no arrays.
@@ -52,7 +53,7 @@ def _at_once(*static: int) -> Callable[[Callable], Callable]:
         def run(*args: Any) -> Any:
             arrays = [x for i, x in enumerate(args) if i not in static]
             leaves = jax.tree.leaves(arrays)
-            traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+            traced = any(isinstance(x, Tracer) for x in leaves)
             return (method if traced else compiled)(*args)
 
         return run

@@ -19,7 +19,7 @@ from tests.golden.tracking import subtrackpp
 
 
 def trajectories():
-    """Every file of a case; those that do not travel with the repository as variants."""
+    """Every case; those that do not travel with the repository are variants."""
     for path in cases.files():
         marks = () if path.parent == cases.DATA else pytest.mark.variant
         yield pytest.param(path, id=path.stem, marks=marks)
