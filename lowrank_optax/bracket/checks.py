@@ -10,7 +10,7 @@ from lowrank_optax.bracket.plan import Plan
 from lowrank_optax.bracket.planner import Planner
 from lowrank_optax.bracket.state import Bracket, SubspaceState
 from lowrank_optax.leaves.matrix import Matrix
-from lowrank_optax.leaves.moments import find
+from lowrank_optax.leaves.moments import FACTORS, find
 
 # The shapes of a matrix' basis, and those of its moments.
 _Sizes = tuple[list[tuple[int, ...]], list[tuple[int, ...]]]
@@ -119,7 +119,7 @@ def _expected(planner: Planner, matrix: Matrix, dtype: Any) -> _Sizes:
 
 def _moments(treedef: Any, inner_state: Any, leaf: int) -> list[Any]:
     """Returns the moments of one leaf, encoded as they are."""
-    groups = find(inner_state, factors=True).groups
+    groups = find(inner_state, FACTORS).groups
     trees = [tree for group in groups for tree in group.values()]
     return [treedef.flatten_up_to(tree)[leaf] for tree in trees]
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from lowrank_optax.leaves.boxes import is_box, refill, unbox
 from lowrank_optax.leaves.matrix import path_string
-from lowrank_optax.leaves.moments import find
+from lowrank_optax.leaves.moments import HISTORY, find
 from lowrank_optax.quantization import is_quantized
 from lowrank_optax.quantization.rounding import dither, round_to_bfloat16
 
@@ -29,7 +29,7 @@ class Storage:
 
     Attributes:
       state: dtype of all that follows.
-      mu: of first moments: ``mu``, ``trace`` and ``ema``.
+      mu: of first moments, ``mu``, ``trace`` and ``ema``, and of a ``history``.
       nu: of second moments.
     """
 
@@ -61,7 +61,9 @@ class Storage:
                 return leaf
             return refill(leaf, unbox(leaf).astype(dtype))
 
-        moments = find(state)
+        # Of a history one entry is written in a step, by whoever keeps it: it needs no
+        # more than a narrow beginning.
+        moments = find(state, HISTORY)
         groups = tuple(
             {
                 field: treedef.unflatten(

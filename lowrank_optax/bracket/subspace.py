@@ -33,7 +33,7 @@ from lowrank_optax.bracket.state import (
 )
 from lowrank_optax.bracket.storage import Storage, load, store
 from lowrank_optax.leaves.boxes import refill, restore, unbox
-from lowrank_optax.leaves.moments import by_leaf, finite_or, with_moments
+from lowrank_optax.leaves.moments import FACTORS, by_leaf, finite_or, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
 from lowrank_optax.recovery import Recovery
@@ -395,7 +395,7 @@ def _seen(
     if bracket.recovery is None:
         return [Moments()] * len(plan.leaves)
     states = inner_state, view.state_transported, view.state_before
-    found = by_leaf(plan.treedef, *states, factors=True)
+    found = by_leaf(plan.treedef, *states, also=FACTORS)
     return [Moments(*of_leaf) for of_leaf in found]
 
 

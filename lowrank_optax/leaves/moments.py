@@ -16,6 +16,10 @@ FIELDS = ("mu", "nu", "trace", "ema")
 # Second moments by row or column: they are read, but no transport moves them.
 FACTORS = ("row", "col")
 
+# Gradients, each written once: they are stored as moments are, but neither read nor
+# moved.
+HISTORY = ("history",)
+
 Group = dict[str, Any]
 Read = Callable[[Any], Group]
 Write = Callable[[Any, Group], Any]
@@ -69,22 +73,19 @@ def register_moments(state_type: Any, read: Read, write: Write) -> None:
     _REGISTERED[state_type] = read, write
 
 
-def _held(node: Any, factors: bool) -> tuple[str, ...]:
+def _held(node: Any, also: tuple[str, ...]) -> tuple[str, ...]:
     fields = getattr(node, "_fields", ())
-    held = tuple(field for field in FIELDS if field in fields)
-    if factors:
-        held += tuple(field for field in FACTORS if field in fields)
-    return held
+    return tuple(field for field in FIELDS + also if field in fields)
 
 
-def find(state: Any, factors: bool = False) -> Moments:
+def find(state: Any, also: tuple[str, ...] = ()) -> Moments:
     """Finds the moments of every NamedTuple and registered type inside ``state``.
 
-    ``factors``: also second moments by row and column, for reading.
+    ``also``: further fields, ``FACTORS`` or ``HISTORY``.
     """
 
     def holds(node: Any) -> bool:
-        return type(node) in _REGISTERED or bool(_held(node, factors))
+        return type(node) in _REGISTERED or bool(_held(node, also))
 
     nodes, treedef = jax.tree.flatten(state, is_leaf=holds)
     holders = [i for i, node in enumerate(nodes) if holds(node)]
@@ -95,13 +96,13 @@ def find(state: Any, factors: bool = False) -> Moments:
             renewed[i] = _write(nodes[i], group)
         return treedef.unflatten(renewed)
 
-    groups = tuple(_read(nodes[i], factors) for i in holders)
+    groups = tuple(_read(nodes[i], also) for i in holders)
     return Moments(groups, rebuild)
 
 
-def _read(node: Any, factors: bool) -> Group:
+def _read(node: Any, also: tuple[str, ...]) -> Group:
     if type(node) not in _REGISTERED:
-        return {field: getattr(node, field) for field in _held(node, factors)}
+        return {field: getattr(node, field) for field in _held(node, also)}
     group = dict(_REGISTERED[type(node)][0](node))
     if unknown := sorted(set(group) - set(FIELDS)):
         raise ValueError(
@@ -139,7 +140,9 @@ def weight_seen(decay: Any, steps: Array) -> Array:
     return -jnp.expm1(steps * rate)
 
 
-def by_leaf(treedef: Any, *states: Any, factors: bool = False) -> list[tuple[Any, ...]]:
+def by_leaf(
+    treedef: Any, *states: Any, also: tuple[str, ...] = ()
+) -> list[tuple[Any, ...]]:
     """Returns for every leaf its moments in each of the states, decoded.
 
     The moments of one leaf in one state are a tuple with a dict of arrays per group.
@@ -151,7 +154,7 @@ def by_leaf(treedef: Any, *states: Any, factors: bool = False) -> list[tuple[Any
 
     def of(state: Any) -> list[tuple[Group, ...]]:
         leaves: list[tuple[Group, ...]] = [()] * treedef.num_leaves
-        for group in find(state, factors).groups:
+        for group in find(state, also).groups:
             fields = {name: treedef.flatten_up_to(tree) for name, tree in group.items()}
             for i, groups in enumerate(leaves):
                 own = {name: decoded(flat[i]) for name, flat in fields.items()}
@@ -194,7 +197,7 @@ def finite_or(state: Any, before: Any) -> Any:
 
     ``before``: the state before the update. What is encoded is finite as it is.
     """
-    new, old = find(state, factors=True), find(before, factors=True)
+    new, old = find(state, FACTORS), find(before, FACTORS)
 
     def choose(x: Any, last: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):

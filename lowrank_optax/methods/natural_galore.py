@@ -24,7 +24,6 @@ def natural_galore(
     *,
     history: int = 20,
     damping: float | Array = 1e-3,
-    history_dtype: Any = None,
     **options: Unpack[_Options],
 ) -> Transformation:
     """Natural GaLore: GaLore on an empirical natural gradient.
@@ -45,13 +44,13 @@ def natural_galore(
 
     On one side that is more than Adam's own from ``r = min(m, n) / 11`` on, and such
     leaves then stay full (``lro.selection_report`` names them). The history is neither
-    cleared nor rotated when the basis is new. Leaves that are not projected get plain
-    Adam. Accumulate gradients outside: the history takes every gradient it sees.
+    cleared nor rotated when the basis is new, and is stored in ``mu_dtype``, None for
+    the parameter's. Leaves that are not projected get plain Adam. Accumulate gradients
+    outside: the history takes every gradient it sees.
 
     Args:
       history: number s of projections kept.
       damping: lambda > 0.
-      history_dtype: storage dtype of the history; None is float32.
       side: "both" (released code), or another of ``lro.project``'s: "short" for the
         paper's.
 
@@ -77,7 +76,7 @@ def natural_galore(
         its.full = adam
     tx = chain(
         its.open(leading(its, rank)),
-        made(scale_by_natural_gradient, history, damping, history_dtype),
+        made(scale_by_natural_gradient, history, damping),
         adam,
         backproject(its.scale, learning_rate),
     )

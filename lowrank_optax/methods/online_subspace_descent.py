@@ -86,8 +86,8 @@ def online_subspace_descent(
         Lion, whose sign belongs to the whole matrix.
       projector: in place of the whole of the above that concerns the basis.
       transport: what a re-orthonormalization does to the moments; None aligns signs.
-      basis_dtype: storage dtype of the basis; its optimizer's state is float32. A
-        bf16 basis loses steps below 1/256 of its entries: keep float32 at small rates.
+      basis_dtype: storage dtype of the basis and of its optimizer's moments, None for
+        the parameter's; what is kept in bfloat16 is rounded at random.
 
     Raises:
       ValueError: at init, with ``side="both"``.

@@ -1,6 +1,7 @@
 """A basis that descends an online PCA loss by an optimizer of its own."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,12 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax.leaves.layout import axes_of_state
 from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.moments import find
 from lowrank_optax.linalg.bases import cholesky_qr, random_start
 from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient
 from lowrank_optax.linalg.products import Operand, wide
 from lowrank_optax.projectors._protocol import At, TrackingProjector
+from lowrank_optax.quantization import is_quantized
 from lowrank_optax.quantization.rounding import dither, round_to_bfloat16
 
 # The largest number of an int32, the dtype of the count of steps.
@@ -55,7 +58,8 @@ class online_pca(TrackingProjector):
       update_proj_gap: steps from one re-orthonormalization to the next; by default it
         never comes. P then becomes its own orthonormal factor; one without full rank
         is found anew, like the first.
-      basis_dtype: storage dtype of the basis.
+      basis_dtype: storage dtype of the basis and of its optimizer's moments; what is
+        kept in bfloat16 is rounded at random.
       basis_optimizer: any Optax optimizer; None is ``optax.adamw(1.0)`` with
         ``weight_decay=0.01``, as released.
       basis_learning_rate: a number or a schedule of the bracket's steps, by which what
@@ -103,7 +107,8 @@ class online_pca(TrackingProjector):
         """Starts the basis, and the optimizer on it."""
         basis = super().start(matrix)
         # The optimizer sees float32 at every step, also of a basis in bfloat16.
-        return OnlineBasis(basis, self._optimizer().init(wide(basis)))
+        state = self._optimizer().init(wide(basis))
+        return OnlineBasis(basis, _narrowed(state, basis.dtype))
 
     def axes(self, matrix: Matrix) -> OnlineBasis:
         """Says that of the basis, and of what its optimizer keeps beside it."""
@@ -149,9 +154,11 @@ class online_pca(TrackingProjector):
         slope = pca_gradient(gradient, basis, low, size)
         # No branch on a penalty of 0: `optax.inject_hyperparams` may trace it.
         slope = slope + self.ortho_penalty * penalty_gradient(basis)
-        step, state = self._optimizer().update(slope, stored.optimizer, basis)
+        before = _moments(lambda _, x: wide(x), stored.optimizer)
+        step, state = self._optimizer().update(slope, before, basis)
         basis = basis + self._rate(at.count) * jnp.asarray(step)
-        return OnlineBasis(_rounded(basis, stored.vectors.dtype, at), state)
+        moved = OnlineBasis(basis, state)
+        return _rounded(moved, stored, at)
 
     def basis(self, matrix: Matrix, stored: OnlineBasis, at: At) -> Array:
         """Returns the basis of this step."""
@@ -179,9 +186,37 @@ class online_pca(TrackingProjector):
         return rate(count) if callable(rate) else rate
 
 
-def _rounded(basis: Array, dtype: Any, at: At) -> Array:
-    """Casts for storage; to bfloat16 at random, as a step is less than a unit there."""
+def _narrowed(state: Any, dtype: Any) -> Any:
+    """Returns a basis optimizer's fresh state, its moments in the basis' dtype."""
+    narrower = jnp.dtype(dtype).itemsize < 4
+    return _moments(lambda _, x: x.astype(dtype), state) if narrower else state
+
+
+def _rounded(moved: OnlineBasis, stored: OnlineBasis, at: At) -> OnlineBasis:
+    """Casts a basis and its moments to the dtypes in which they are stored.
+
+    To bfloat16 at random: a step of the basis is less than a unit there, and so is a
+    step's decay of a second moment.
+    """
+    dtype = stored.vectors.dtype
     if dtype != jnp.bfloat16:
-        return basis.astype(dtype)
+        return moved._replace(vectors=moved.vectors.astype(dtype))
     seeds = (*jax.random.key_data(at.key), at.count)
-    return round_to_bfloat16(basis, dither(seeds, basis.shape))
+
+    def rounded(place: int, x: Array) -> Array:
+        return round_to_bfloat16(x, dither((*seeds, place), x.shape))
+
+    return OnlineBasis(rounded(0, moved.vectors), _moments(rounded, moved.optimizer))
+
+
+def _moments(change: Callable[[int, Array], Array], state: Any) -> Any:
+    """Changes the moments of a state, which are numbered from 1 on.
+
+    Not those that are encoded, and no other array, such as a learning rate.
+    """
+    moments = find(state)
+    leaves, treedef = jax.tree.flatten(moments.groups, is_leaf=is_quantized)
+    changed = [
+        x if is_quantized(x) else change(i, x) for i, x in enumerate(leaves, start=1)
+    ]
+    return moments.rebuild(treedef.unflatten(changed))
