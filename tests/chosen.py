@@ -56,6 +56,12 @@ def usual():
     return {*chosen(), *methods.values()}
 
 
+def each_method(test):
+    """Runs a test on one row for every kind of state and method, the argument `row`."""
+    rows = [case(row) for row in ROWS if row in newest()]
+    return pytest.mark.parametrize("row", rows)(test)
+
+
 def laws(row):
     """The laws that a row stands under, by name."""
     return [law for law in LAWS if law not in COMPILED or row in chosen()]

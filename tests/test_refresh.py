@@ -12,6 +12,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.bracket.plan import LeafPlan
 from lowrank_optax.bracket.planner import shifts
+from lowrank_optax.leaves.clock import next_count
 
 LAYERS, GAP = 4, 8
 
@@ -103,6 +104,48 @@ def test_staggered_refreshes_spread_over_the_gap():
     for name in EVERYTHING:
         steps = [i for i, entries in enumerate(computed) if i and name in entries]
         assert set(np.diff(steps)) == {GAP}
+
+
+@pytest.mark.parametrize("gap", [1, 3, 8, 200, 2**29 + 1, 2**30 - 1])
+def test_counts_without_an_end(gap):
+    count, last = jnp.int32(2**31 - 1 - gap - 3), 0
+    for _ in range(6):
+        following = next_count(count, gap)
+        assert following.dtype == jnp.int32
+        assert (int(following) - int(count) - 1) % gap == 0
+        last += int(following) < int(count)
+        count = following
+        assert 0 < int(count) < 2**31 - gap
+    assert last == 1
+    # From where counters of Optax, and of states of earlier versions, end.
+    assert 0 < int(next_count(jnp.int32(2**31 - 1), gap)) <= 2**31 - 2**29
+    assert (int(next_count(jnp.int32(2**31 - 1), gap)) - 2**31) % gap == 0
+
+
+def test_a_gap_that_the_counter_does_not_reach_twice():
+    for count in (0, 2**31 - 2, 2**31 - 1):
+        expected = min(count + 1, 2**31 - 1)
+        assert int(next_count(jnp.int32(count), 2**30)) == expected
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_refreshes_go_on_where_the_counter_ends(stagger):
+    tx, log = bracket(stagger=stagger)
+    state = tx.init(params())
+    update, computed = jax.jit(tx.update), []
+    # A first step at 0, which finds all bases, and then near the end.
+    for step in range(5 * GAP + 1):
+        _, state = update(noise(step), state, params())
+        jax.effects_barrier()
+        computed.append([entry[:2] for entry in log])
+        log.clear()
+        if step == 0:
+            near = jnp.int32(2**31 - 1 - 3 * GAP)
+            state = state._replace(count=near - near % GAP + 1)
+    assert int(state.count) < 2**31 - GAP
+    for start in range(1, 5 * GAP + 1, GAP):
+        window = [entry for step in computed[start : start + GAP] for entry in step]
+        assert sorted(window) == EVERYTHING
 
 
 @pytest.mark.parametrize("gap", [1, 3, 8, 200])

@@ -33,6 +33,7 @@ from lowrank_optax.bracket.state import (
 )
 from lowrank_optax.bracket.storage import Storage, load, store
 from lowrank_optax.leaves.boxes import refill, restore, unbox
+from lowrank_optax.leaves.clock import next_count
 from lowrank_optax.leaves.moments import FACTORS, by_leaf, finite_or, with_moments
 from lowrank_optax.leaves.part import Made, transformation
 from lowrank_optax.projectors import Projector
@@ -238,7 +239,7 @@ def step(
     def stored_as(old: Any, new: Any) -> Any:
         return store(new, old, bracket.dtype, state.key, state.count, clock.layer)
 
-    count = jnp.asarray(optax.safe_increment(state.count))
+    count = next_count(state.count, bracket.projector.update_proj_gap)
     stored = [k.stored for k in kept]
     pending = [k.pending for k in kept]
     new_recovery = [k.recovery for k in kept]

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from lowrank_optax import _checks
 from lowrank_optax._meshes import vary_like
 from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
+from lowrank_optax.leaves.clock import next_count
 from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.linalg.products import unit_norm, wide, wider
 from lowrank_optax.linalg.woodbury import solve_member
@@ -126,7 +127,7 @@ def scale_by_natural_gradient(
             treedef.unflatten([refill(b, x[i]) for b, x in zip(tree, out, strict=True)])
             for i, tree in enumerate(trees)
         )
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = next_count(state.count, history)
         return solved, ScaleByNaturalGradientState(count, columns, norms)
 
     return optax.GradientTransformation(init, update)
