@@ -18,6 +18,7 @@ from lowrank_optax.quantization import (
     is_quantized,
     quantize,
 )
+from lowrank_optax.quantization.rounding import own_draws
 from lowrank_optax.transforms.cast import keep_dtypes
 
 _SIGNED = blockwise_int8(signed=True, signed_scale=True, exact=False)
@@ -30,6 +31,7 @@ def quantize_state(
     nu: Any = _UNSIGNED,
     min_size: Any = 4096,
     leafwise: Any = False,
+    stochastic: Any = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the moments of ``inner`` encoded: 8-bit Adam, Lion, momentum, ...
 
@@ -62,6 +64,10 @@ def quantize_state(
         the global norm does not. True calls it leaf by leaf, each behind an
         optimization barrier, so that where the compiler keeps those (a TPU's does, the
         CPU's does not) only one leaf is decoded at a time.
+      stochastic: whether moments are rounded at random to one of the two nearest codes,
+        so that their mean is right, by codecs that can. With few codes rounding to the
+        nearest loses what a step changes, all of it where b2 is 0.999. The draws are a
+        hash of the numbers: there is no key, and every replica rounds the same way.
 
     Returns:
       The transformation. Its updates have the gradients' dtypes. Leaves without
@@ -70,7 +76,8 @@ def quantize_state(
     Raises:
       TypeError: if ``inner`` is no transformation, a codec no codec, or ``min_size`` no
         int.
-      ValueError: if the codec of ``nu`` may store what is not zero as zero.
+      ValueError: if the codec of ``nu`` may store what is not zero as zero, or no codec
+        can round at random that should.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -104,6 +111,12 @@ def quantize_state(
         codecs["nu"] = nu.for_second_moments()
     _checks.positive_int("min_size", min_size, least=0)
     _checks.choice("leafwise", leafwise, (False, True))
+    _checks.choice("stochastic", stochastic, (False, True))
+    if stochastic and not any(c is not None and c.stochastic for c in codecs.values()):
+        raise ValueError(
+            "`stochastic` needs a codec that can round at random, such as companded() "
+            f"or linear_int4(), got mu={mu} and nu={nu}."
+        )
 
     def start(params: Any, state: Any) -> Any:
         moments = _moments.find(state)
@@ -123,7 +136,10 @@ def quantize_state(
         # As it was, not by its size: a stack's layer is smaller than the stack.
         moments, old = _moments.find(state), _moments.find(before)
         groups = tuple(
-            {name: _encoded_like(tree, last[name]) for name, tree in group.items()}
+            {
+                name: _encoded_like(tree, last[name], stochastic)
+                for name, tree in group.items()
+            }
             for group, last in zip(moments.groups, old.groups, strict=True)
         )
         return moments.rebuild(groups)
@@ -202,19 +218,22 @@ def _encoded(tree: Any, codec: Codec, min_size: int) -> Any:
     return jax.tree.map(encode, tree, is_leaf=is_box)
 
 
-def _encoded_like(tree: Any, before: Any) -> Any:
+def _encoded_like(tree: Any, before: Any, stochastic: bool) -> Any:
     """Encodes what was encoded before."""
 
     def encode(old: Any, leaf: Any) -> Any:
-        return _quantized(leaf, old.codec) if is_quantized(old) else leaf
+        if not is_quantized(old):
+            return leaf
+        draw = stochastic and old.codec.stochastic
+        return _quantized(leaf, old.codec, own_draws(unbox(leaf)) if draw else None)
 
     return jax.tree.map(
         encode, before, tree, is_leaf=lambda x: is_quantized(x) or is_box(x)
     )
 
 
-def _quantized(leaf: Any, codec: Codec) -> Any:
-    found = quantize(unbox(leaf), codec)
+def _quantized(leaf: Any, codec: Codec, draws: Any = None) -> Any:
+    found = quantize(unbox(leaf), codec, draws)
     fields = {name: _boxed(leaf, getattr(found, name)) for name in found._fields}
     return found._replace(**fields)
 
