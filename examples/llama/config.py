@@ -25,9 +25,9 @@ class TrainConfig:
     optimizer: str = "galore"
     """name in the registry of examples/llama/optimizers.py: adamw, adamw_8bit,
     adamw_4bit, galore, galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump,
-    ldadam (without error feedback), apollo, online_subspace_descent, apollo_mini, coap, sara,
-    dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt or
-    sumo"""
+    ldadam (without error feedback), apollo, online_subspace_descent, apollo_mini, coap,
+    sara, dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt
+    or sumo"""
 
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
