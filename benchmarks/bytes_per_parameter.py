@@ -1,7 +1,7 @@
-"""Weights, gradient and state, byte by byte: ``python -m benchmarks.bytes_per_parameter``.
+"""Bytes of weights, gradient and state: ``python -m benchmarks.bytes_per_parameter``.
 
 Counted from the shapes of a preset, for every method, nothing allocated: what lies in
-memory at the fullest moment of a step beside activations, over the number of parameters.
+memory at the fullest moment of a step beside activations, over the parameters' number.
 
 * weights: float32, bfloat16, or split (bfloat16 with a correction in the state);
 * state: as the method keeps it, or with the moments of its Adam in 8 or 4 bits

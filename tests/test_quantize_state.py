@@ -328,3 +328,42 @@ def test_random_rounding_makes_small_changes_in_the_mean():
 def test_random_rounding_needs_a_codec_that_can():
     with pytest.raises(ValueError, match="`stochastic` needs a codec"):
         quantize_state(optax.scale_by_adam(), stochastic=True)
+
+
+FEW_BITS = {
+    "companded": dict(
+        mu=quantization.companded(), nu=quantization.companded(signed=False)
+    ),
+    "released scales": dict(
+        mu=quantization.companded(32, half_scale=True),
+        nu=quantization.companded(32, signed=False, half_scale=True),
+    ),
+    "4 bits": dict(
+        mu=quantization.companded(128, bits=4),
+        nu=quantization.companded(128, signed=False, bits=4),
+        stochastic=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_no_moment_vanishes_beside_a_first_one_that_does_not(name):
+    """A rare row: small gradients beside a large one that alternates, then none.
+
+    Released codes drop the second moment of the small ones and keep the first: a step
+    of 52,600 learning rates.
+    """
+    tx = quantize_state(optax.scale_by_adam(), min_size=0, **FEW_BITS[name])
+    small = 1e-3 * (jnp.arange(128) > 0)
+    sizes = jnp.concatenate([jnp.ones(30), jnp.zeros(30)])
+
+    @jax.jit
+    def run(state):
+        def body(state, k):
+            gradient = small.at[0].set((-1.0) ** k) * sizes[k]
+            updates, state = tx.update({"w": gradient[None]}, state)
+            return state, jnp.max(jnp.abs(updates["w"]))
+
+        return jax.lax.scan(body, state, jnp.arange(60))[1]
+
+    assert np.max(run(tx.init({"w": jnp.zeros((1, 128))}))) < 10
