@@ -21,6 +21,7 @@ from examples.llama import optimizers
 RATES = {
     "adamw": 0.001,
     "adamw_8bit": 0.001,
+    "adamw_4bit": 0.001,
     "galore": 0.01,
     "galore, bfloat16": 0.01,
     "galore_8bit": 0.01,
@@ -28,6 +29,7 @@ RATES = {
 }
 AGAINST = {
     "adamw_8bit": "adamw",
+    "adamw_4bit": "adamw",
     "galore, bfloat16": "galore",
     "galore_8bit": "galore",
     "q_galore": "galore",

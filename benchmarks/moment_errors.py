@@ -46,7 +46,11 @@ PAIRS = {
         int8(256, signed=False, exact=False),
     ),
     "float8 e4m3, blocks of 256": (float8("e4m3", 256), float8("e5m2", 256)),
-    "4 bits, blocks of 128": (int4(128), int4(128, signed=False)),
+    "4 bits, even steps, blocks of 128": (int4(128), int4(128, signed=False)),
+    "4 bits, companded, blocks of 128": (
+        companded(128, bits=4),
+        companded(128, signed=False, bits=4),
+    ),
 }
 
 
@@ -99,7 +103,7 @@ def errors(found: Any, pair: tuple[Any, Any], step: int, eps: float = 1e-8) -> A
 def main() -> None:
     """Trains once and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 100])
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 30])
     options = parser.parse_args()
     print("| moments after | stored as | bytes | mu | sqrt(nu) | step | largest step |")
     print("|---" * 7 + "|")

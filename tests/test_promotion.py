@@ -15,7 +15,7 @@ OPTAX_CONCLUDES = ("bias_correction",)
 # Its moments in float32 take gradients in bfloat16, as those of
 # `optax.adam(mu_dtype=jnp.float32)` do, where no bracket casts these before.
 MOMENTS = ("update_moment", "update_moment_per_elem_norm")
-OUTSIDE_BRACKETS = ("adamw_8bit", "column_sgd")
+OUTSIDE_BRACKETS = ("adamw_8bit", "adamw_4bit", "column_sgd")
 
 
 def relaxed(function):

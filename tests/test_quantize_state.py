@@ -299,3 +299,71 @@ def test_float8_and_int4_moments():
         found, wanted = state.trace["w"].decode(), gradient["w"]
         error = jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)
         assert 0 < error < share, codec
+
+
+def test_random_rounding_makes_small_changes_in_the_mean():
+    """A tenth of a 4-bit step, ten times: nearest rounding stays where it is."""
+    codec = quantization.companded(128, bits=4)
+    start = jnp.zeros((64, 128)).at[:, 0].set(1.0) + 0.3 * (jnp.arange(128) > 0)
+    start = codec.decode(codec.encode(start), start.shape)
+    # A trace that adds 0.005 a step, far below the 0.1 between two codes.
+    added = jnp.full(start.shape, 0.005).at[:, 0].set(0.0)
+    moved = {}
+    for stochastic in (False, True):
+        tx = quantize_state(optax.trace(1.0), codec, min_size=0, stochastic=stochastic)
+        state = tx.init({"w": start})
+        state = state._replace(trace={"w": quantization.quantize(start, codec)})
+        update = jax.jit(tx.update)
+        for k in range(10):
+            # Numbers of a block that are all the same would be rounded alike.
+            noise = 1e-4 * jax.random.normal(jax.random.key(k), start.shape)
+            _, state = update({"w": added * (1 + noise)}, state)
+        after = state.trace["w"].decode()
+        moved[stochastic] = np.mean(np.asarray(after - start)[:, 1:])
+    assert moved[False] == 0
+    # Of 8128 entries, each with a spread below the distance of two codes.
+    assert moved[True] == pytest.approx(0.05, abs=0.005)
+
+
+def test_random_rounding_needs_a_codec_that_can():
+    with pytest.raises(ValueError, match="`stochastic` needs a codec"):
+        quantize_state(optax.scale_by_adam(), stochastic=True)
+
+
+FEW_BITS = {
+    "companded": dict(
+        mu=quantization.companded(), nu=quantization.companded(signed=False)
+    ),
+    "released scales": dict(
+        mu=quantization.companded(32, half_scale=True),
+        nu=quantization.companded(32, signed=False, half_scale=True),
+    ),
+    "4 bits": dict(
+        mu=quantization.companded(128, bits=4),
+        nu=quantization.companded(128, signed=False, bits=4),
+        stochastic=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_no_moment_vanishes_beside_a_first_one_that_does_not(name):
+    """A rare row: small gradients beside a large one that alternates, then none.
+
+    Released codes drop the second moment of the small ones and keep the first: a step
+    of 52,600 learning rates.
+    """
+    tx = quantize_state(optax.scale_by_adam(), min_size=0, **FEW_BITS[name])
+    small = 1e-3 * (jnp.arange(128) > 0)
+    sizes = jnp.concatenate([jnp.ones(30), jnp.zeros(30)])
+
+    @jax.jit
+    def run(state):
+        def body(state, k):
+            gradient = small.at[0].set((-1.0) ** k) * sizes[k]
+            updates, state = tx.update({"w": gradient[None]}, state)
+            return state, jnp.max(jnp.abs(updates["w"]))
+
+        return jax.lax.scan(body, state, jnp.arange(60))[1]
+
+    assert np.max(run(tx.init({"w": jnp.zeros((1, 128))}))) < 10

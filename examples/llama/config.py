@@ -31,10 +31,10 @@ class TrainConfig:
     1b, 3b, 7b or 13b"""
     optimizer: str = "galore"
     """name in the registry of examples/llama/optimizers.py: adamw, sgd, adamw_8bit,
-    galore, galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam (without
-    error feedback), apollo, online_subspace_descent, apollo_mini, coap, sara,
-    dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt or
-    sumo"""
+    adamw_4bit, galore, galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump,
+    ldadam (without error feedback), apollo, online_subspace_descent, apollo_mini, coap,
+    sara, dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt,
+    sumo, muon, sinkgd or racs"""
 
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
@@ -96,8 +96,8 @@ class TrainConfig:
     every step); left out: the preset's, or the method's own if that is not galore's:
     coap 32, dct_adamw 1"""
     scale: float | None = None
-    """factor on the update inside the subspace of projected matrices (all but adamw
-    and adamw_8bit); left out: the method's own, 0.25 for galore"""
+    """factor on the update inside the subspace of projected matrices (all but adamw,
+    adamw_8bit and adamw_4bit); left out: the method's own, 0.25 for galore"""
     max_skips: int = 10
     """stop when this many steps in a row had a gradient that was not finite"""
 

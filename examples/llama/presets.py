@@ -61,6 +61,7 @@ def method_defaults(optimizer: str) -> dict[str, Any]:
 RATES = {
     "adamw": 0.3,
     "adamw_8bit": 0.3,
+    "adamw_4bit": 0.3,
     "ldadam": 0.3,
     "frugal": 0.1,
     "column_sgd": 0.1,

@@ -35,7 +35,7 @@ COMPARED = (
     "adamw", "adamw_8bit", "galore", "galore_8bit", "q_galore", "subtrack",
     "apollo", "apollo_mini", "gwt",
 )  # fmt: skip
-NO_RANK = ("adamw", "adamw_8bit", "apollo_mini", "gwt")
+NO_RANK = ("adamw", "adamw_8bit", "adamw_4bit", "apollo_mini", "gwt")
 # The estimate is within a tenth of what the TPU's compiler takes (docs/pods.md).
 MARGIN = 0.9
 

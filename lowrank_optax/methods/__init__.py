@@ -55,6 +55,7 @@ from lowrank_optax.methods.galore import scale_by_galore_8bit as scale_by_galore
 from lowrank_optax.methods.q_galore import q_galore as q_galore
 from lowrank_optax.methods.q_galore import scale_by_q_galore as scale_by_q_galore
 from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
+from lowrank_optax.methods.adamw_4bit import adamw_4bit as adamw_4bit
 from lowrank_optax.methods.column_sgd import column_sgd as column_sgd
 from lowrank_optax.methods.column_sgd import scale_by_column_sgd as scale_by_column_sgd
 from lowrank_optax.methods.muon import muon as muon

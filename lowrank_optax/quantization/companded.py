@@ -1,4 +1,4 @@
-"""``companded``: 8-bit codes after a curve that spreads out what is near zero."""
+"""``companded``: codes after a curve that spreads out what is near zero."""
 
 import dataclasses
 from typing import Any
@@ -16,22 +16,23 @@ _FLOOR = 1e-12  # of the released scales
 
 @dataclasses.dataclass(frozen=True)
 class companded(Codec):
-    r"""8-bit codes in even steps of a curve of the number, scaled block by block.
+    r"""Codes in even steps of a curve of the number, scaled block by block.
 
     For a block ``x`` with ``a = max|x|``, signed (gradients and first moments)::
 
-        n = x / a,   y = 2 n / (1 + |n|),   code = floor(127 y + 1/2)     -127..127
-        x' = a y' / (2 - |y'|)              y' = code / 127
+        n = x / a,   y = 2 n / (1 + |n|),   q = floor(h y + 1/2)       h = 127 or 7
+        x' = a y' / (2 - |y'|)              y' = q / h
 
     and unsigned (second moments)::
 
-        code = floor(255 sqrt(x / a) + 1/2)                               0..255
-        x' = a (code / 255)^2
+        q = floor(h sqrt(x / a) + 1/2)                                 h = 255 or 15
+        x' = a (q / h)^2
 
-    A signed entry is off by at most ``a / 127`` near the largest one and a fourth of
-    that near zero; the root of an unsigned one by at most ``sqrt(a) / 510``. Zeros and
-    the largest entry are exact. An array of N elements takes ``N + 4 ceil(N / block)``
-    bytes.
+    A signed entry is off by at most ``a / h`` near the largest one and a fourth of that
+    near zero; the root of an unsigned one by at most ``sqrt(a) / (2 h)``. Zeros and the
+    largest entry are exact. With a key the two nearest codes are drawn from so that the
+    mean of x' is x. An array of N elements takes ``N bits / 8 + 4 ceil(N / block)``
+    bytes; 4-bit codes, ``q + 8`` if signed, lie two to a byte.
 
     Beside ``blockwise_int8``: steps are even, not seven decades of them, so that large
     entries are kept better and tiny ones worse; ``python -m benchmarks.moment_errors``
@@ -39,10 +40,12 @@ class companded(Codec):
 
     Args:
       block: elements per scale.
+      bits: 8 or 4.
       signed: whether there are negative values; without, they count as 0.
       blocks: "last" or "flat", see ``Codec``.
       keep_nonzero: an entry that is not zero never gets the code of 0 but the smallest
-        value on its side. None for ``not signed``; False as released.
+        value on its side. None for ``not signed``; False as released. Rounding at
+        random is without bias only if it is off.
       half_scale: scales in float16, as released, 2 bytes in place of 4, those of
         unsigned blocks as ``sqrt(a)``. It divides by the float32 scale and multiplies
         by the rounded one. Blocks below 3e-8 decode to zeros, as those of second
@@ -51,7 +54,7 @@ class companded(Codec):
 
     Raises:
       TypeError: if ``block`` is not a Python int.
-      ValueError: if ``block`` or ``blocks`` is out of range.
+      ValueError: if ``block``, ``bits`` or ``blocks`` is out of range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,10 +81,14 @@ class companded(Codec):
     blocks: str = "last"
     keep_nonzero: Any = None
     half_scale: bool = False
+    bits: int = 8  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    stochastic = True
 
     def __post_init__(self):
         """Checks what fixes shapes, and settles ``keep_nonzero``."""
         _ = self.cut
+        _checks.choice("bits", self.bits, (4, 8))
         _checks.choice("half_scale", self.half_scale, (False, True))
         if self.keep_nonzero is None and not self.signed:
             object.__setattr__(self, "keep_nonzero", True)
@@ -93,8 +100,21 @@ class companded(Codec):
 
     @property
     def code_dtype(self) -> Any:
-        """int8, or uint8 if unsigned."""
-        return jnp.dtype(jnp.int8 if self.signed else jnp.uint8)
+        """int8 for signed codes of 8 bits, else uint8."""
+        return jnp.dtype(jnp.int8 if self.signed and self.bits == 8 else jnp.uint8)
+
+    @property
+    def zero_code(self) -> int:
+        """0, or two nibbles of 8."""
+        return self._zero * 17
+
+    @property
+    def _zero(self) -> int:
+        return 8 if self.signed and self.bits == 4 else 0
+
+    @property
+    def _levels(self) -> int:
+        return 2 ** (self.bits - self.signed) - 1
 
     @property
     def scale_dtype(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -110,32 +130,45 @@ class companded(Codec):
 
     def code(self, x: Array, scale: Array, zero: Any, draws: Array | None) -> Array:
         """Returns the nearest codes."""
-        del zero, draws
+        del zero
         rooted = not self.signed and self.half_scale
         size = jnp.sqrt(jnp.maximum(x, 0)) if rooted else x
         n = scaling.divided(size, jnp.where(scale > 0, scale, 1.0))
         n = jnp.clip(jnp.where(jnp.isnan(n), 0.0, n), -1.0, 1.0)
         if self.signed:
-            codes = jnp.floor(127 * (2 * n / (1 + jnp.abs(n))) + 0.5)
+            place = self._levels * (2 * n / (1 + jnp.abs(n)))
         else:
             n = n if rooted else jnp.sqrt(jnp.maximum(n, 0))
-            codes = jnp.floor(255 * n + 0.5)
-        codes = codes.astype(jnp.int32).astype(self.code_dtype)
-        if not self.keep_nonzero:
-            return codes
-        moves = scaling.is_nonzero(x) & (codes == 0)
-        below = scaling.is_negative(x)
-        step = jnp.where(below, -1 if self.signed else 0, 1).astype(codes.dtype)
-        return jnp.where(moves, step, codes)
+            place = self._levels * n
+        if draws is None:
+            q = jnp.floor(place + 0.5)
+        else:
+            q = self._drawn(place, draws)
+        if self.keep_nonzero:
+            q = scaling.unit_from_zero(q, x) if self.signed else self._raised(q, x)
+        codes = q.astype(jnp.int32) + self._zero
+        return codes.astype(self.code_dtype)
+
+    def _drawn(self, place: Array, draws: Array) -> Array:
+        """Returns the code below or above, so that the mean of the values is right."""
+        low = jnp.floor(place)
+        below, here, above = map(self._number, (low, place, low + 1))
+        return low + (draws * (above - below) < here - below).astype(low.dtype)
+
+    def _raised(self, q: Array, x: Array) -> Array:
+        moves = scaling.is_nonzero(x) & ~scaling.is_negative(x) & (q == 0)
+        return jnp.where(moves, 1.0, q)
+
+    def _number(self, q: Array) -> Array:
+        """Returns what a code stands for in a block of scale 1."""
+        y = scaling.divided(q, jnp.float32(self._levels))
+        return y / (2 - jnp.abs(y)) if self.signed else y * y
 
     def value(self, codes: Array, scale: Array, zero: Any) -> Array:
         """Returns the numbers that codes stand for."""
         del zero
-        scale, codes = scale.astype(jnp.float32), codes.astype(jnp.float32)
-        if self.signed:
-            y = scaling.divided(codes, jnp.float32(127))
-            return y / (2 - jnp.abs(y)) * scale
-        root = scaling.divided(codes, jnp.float32(255))
-        if self.half_scale:
-            return jnp.square(root * scale)
-        return jnp.square(root) * scale
+        scale = scale.astype(jnp.float32)
+        q = codes.astype(jnp.float32) - self._zero
+        if self.signed or not self.half_scale:
+            return self._number(q) * scale
+        return jnp.square(scaling.divided(q, jnp.float32(self._levels)) * scale)

@@ -18,6 +18,7 @@ SIGNED = {
     "int8 signed scale": int8(BLOCK, signed_scale=True),
     "int8 computed": int8(BLOCK, signed_scale=True, exact=False),
     "companded": companded(BLOCK),
+    "companded 4": companded(BLOCK, bits=4),
     "e4m3": float8("e4m3", BLOCK),
     "e5m2": float8("e5m2", BLOCK),
     "int4": int4(BLOCK),
@@ -28,6 +29,7 @@ UNSIGNED = {
     "int8 unsigned": int8(BLOCK, signed=False),
     "int8 unsigned computed": int8(BLOCK, signed=False, exact=False),
     "companded unsigned": companded(BLOCK, signed=False),
+    "companded unsigned 4": companded(BLOCK, signed=False, bits=4),
     "int4 unsigned": int4(BLOCK, signed=False),
 }
 CODECS = SIGNED | UNSIGNED

@@ -74,7 +74,7 @@ def allowed(codec, x, scales):
             if codec.signed
             else (np.sqrt, np.square)
         )
-        y, half = curve(q), 0.5 / (127 if codec.signed else 255)
+        y, half = curve(q), 0.5 / (2 ** (codec.bits - codec.signed) - 1)
         above, below = back(np.minimum(y + half, 1)), back(np.maximum(y - half, 0))
         bound = np.maximum(above - q, q - below) * a
     elif isinstance(codec, int4):
