@@ -48,6 +48,8 @@ from lowrank_optax.methods.natural_galore import natural_galore as natural_galor
 from lowrank_optax.methods.natural_galore import (
     scale_by_natural_galore as scale_by_natural_galore,
 )
+from lowrank_optax.methods.alice import alice as alice
+from lowrank_optax.methods.alice import scale_by_alice as scale_by_alice
 from lowrank_optax.methods.gwt import gwt as gwt
 from lowrank_optax.methods.gwt import scale_by_gwt as scale_by_gwt
 from lowrank_optax.methods.galore import galore_8bit as galore_8bit

@@ -1,5 +1,6 @@
 """Which methods the golden cases replay: a new method is one entry."""
 
+from tests.golden.alice import alice
 from tests.golden.apollo import apollo
 from tests.golden.coap import coap, coap_tucker2
 from tests.golden.dct import dct_adamw
@@ -25,6 +26,7 @@ METHODS = {
     "dct_adamw": dct_adamw,
     "gwt": gwt,
     "online_subspace_descent": online_subspace_descent,
+    "alice": alice,
     "sinkgd": sinkgd,
     "racs": racs,
 }
