@@ -82,6 +82,7 @@ from lowrank_optax.transforms import scale_by_adam_mini as scale_by_adam_mini
 from lowrank_optax.transforms import (
     scale_by_bias_correction as scale_by_bias_correction,
 )
+from lowrank_optax.transforms import scale_by_folded_adam as scale_by_folded_adam
 from lowrank_optax.transforms import (
     scale_by_lion_interpolation as scale_by_lion_interpolation,
 )

@@ -52,6 +52,8 @@ from lowrank_optax.methods.alice import alice as alice
 from lowrank_optax.methods.alice import scale_by_alice as scale_by_alice
 from lowrank_optax.methods.gwt import gwt as gwt
 from lowrank_optax.methods.gwt import scale_by_gwt as scale_by_gwt
+from lowrank_optax.methods.foam import foam as foam
+from lowrank_optax.methods.foam import scale_by_foam as scale_by_foam
 from lowrank_optax.methods.galore import galore_8bit as galore_8bit
 from lowrank_optax.methods.galore import scale_by_galore_8bit as scale_by_galore_8bit
 from lowrank_optax.methods.q_galore import q_galore as q_galore

@@ -14,6 +14,7 @@ from lowrank_optax.transforms.factored import (
 from lowrank_optax.transforms.factored import (
     scale_by_parameter_rms as scale_by_parameter_rms,
 )
+from lowrank_optax.transforms.folded import scale_by_folded_adam as scale_by_folded_adam
 from lowrank_optax.transforms.lion import (
     scale_by_lion_interpolation as scale_by_lion_interpolation,
 )
