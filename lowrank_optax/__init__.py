@@ -95,6 +95,7 @@ from lowrank_optax.transforms import (
 from lowrank_optax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from lowrank_optax.transforms import scale_by_rank_one_rms as scale_by_rank_one_rms
 from lowrank_optax.transforms import scale_by_raw_adam as scale_by_raw_adam
+from lowrank_optax.transforms import stabilize_gradients as stabilize_gradients
 
 # Weights in few bits.
 from lowrank_optax.weights import WeightStorage as WeightStorage

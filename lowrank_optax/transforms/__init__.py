@@ -31,3 +31,4 @@ from lowrank_optax.transforms.rank_one import (
 from lowrank_optax.transforms.sinkhorn import (
     normalize_rows_and_columns as normalize_rows_and_columns,
 )
+from lowrank_optax.transforms.stable import stabilize_gradients as stabilize_gradients
