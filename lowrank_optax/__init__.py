@@ -44,6 +44,7 @@ from lowrank_optax.projectors import quantize_basis as quantize_basis
 from lowrank_optax.projectors import sampled_svd as sampled_svd
 from lowrank_optax.projectors import svd as svd
 from lowrank_optax.projectors import switched as switched
+from lowrank_optax.projectors import watched as watched
 from lowrank_optax.projectors import wavelet as wavelet
 from lowrank_optax.projectors import whole as whole
 
