@@ -96,6 +96,9 @@ from lowrank_optax.transforms import (
 from lowrank_optax.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from lowrank_optax.transforms import scale_by_rank_one_rms as scale_by_rank_one_rms
 from lowrank_optax.transforms import scale_by_raw_adam as scale_by_raw_adam
+from lowrank_optax.transforms import (
+    scale_by_regressed_adam as scale_by_regressed_adam,
+)
 from lowrank_optax.transforms import stabilize_gradients as stabilize_gradients
 
 # Weights in few bits.

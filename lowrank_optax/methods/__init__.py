@@ -61,6 +61,8 @@ from lowrank_optax.methods.q_galore import scale_by_q_galore as scale_by_q_galor
 from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
 from lowrank_optax.methods.column_sgd import column_sgd as column_sgd
 from lowrank_optax.methods.column_sgd import scale_by_column_sgd as scale_by_column_sgd
+from lowrank_optax.methods.lora_pre import lora_pre as lora_pre
+from lowrank_optax.methods.lora_pre import scale_by_lora_pre as scale_by_lora_pre
 from lowrank_optax.methods.muon import muon as muon
 from lowrank_optax.methods.muon import scale_by_muon as scale_by_muon
 from lowrank_optax.methods.sinkgd import sinkgd as sinkgd

@@ -183,6 +183,8 @@ class recover_scale(Recovery):
             norm = state.norm
             residual = self._columns(view, squares, projected, jnp.ones_like(own), 1.0)
             phi, energy = self._by_energy(matrix, state.energy, residual, view.count)
+            # In the middle of an accumulation N is zero, and nothing moves.
+            phi = jnp.where(jnp.any(direction != 0), phi, 0.0)
         bound = None
         if self.entry_limit is not None:
             # The root mean square of N_j has its r entries, or those of all N.

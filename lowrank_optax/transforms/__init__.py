@@ -28,6 +28,9 @@ from lowrank_optax.transforms.quantized import quantize_state as quantize_state
 from lowrank_optax.transforms.rank_one import (
     scale_by_rank_one_rms as scale_by_rank_one_rms,
 )
+from lowrank_optax.transforms.regressed import (
+    scale_by_regressed_adam as scale_by_regressed_adam,
+)
 from lowrank_optax.transforms.sinkhorn import (
     normalize_rows_and_columns as normalize_rows_and_columns,
 )
