@@ -95,3 +95,7 @@ def test_zeros_boxes_and_seeds():
     assert np.any(other.mu_right["w"].value != state.mu_right["w"].value)
     with pytest.raises(ValueError, match="works on matrices; leaf 'b'"):
         tx.init({"b": jnp.ones(4)})
+    half: Any = lro.scale_by_regressed_adam(0.5).init(params)
+    assert half.mu_left["w"].value.shape == (3, 6, 2)
+    with pytest.raises(TypeError, match="one for all leaves"):
+        lro.lora_pre(1e-3, rank=len).init(params)

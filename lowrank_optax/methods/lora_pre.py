@@ -25,7 +25,7 @@ class _Options(has.Scale, has.Decay, has.Matrices, has.Moments): ...
 )
 def lora_pre(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 16,
+    rank: int | float = 16,
     *,
     entry_limit: float | Array | None = 10.0,
     seed: int = 0,
@@ -48,7 +48,7 @@ def lora_pre(
     serve. Leaves that are not chosen get Adam itself, unscaled.
 
     Args:
-      rank: r, a Python int; the paper has an eighth of GaLore's.
+      rank: r, an int or a fraction of min(m, n); the paper has an eighth of GaLore's.
       entry_limit: largest entry of N, see ``lro.scale_by_regressed_adam``; None for the
         paper's form.
       seed: of the random A and C that it starts with; B and D are zero.

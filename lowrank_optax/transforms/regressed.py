@@ -39,7 +39,7 @@ class ScaleByRegressedAdamState(NamedTuple):
 
 
 def scale_by_regressed_adam(
-    rank: int = 16,
+    rank: int | float = 16,
     b1: float | Array = 0.9,
     b2: float | Array = 0.999,
     eps: float | Array = 1e-8,
@@ -73,7 +73,7 @@ def scale_by_regressed_adam(
     The last two axes of a leaf are a matrix, leading axes are batch.
 
     Args:
-      rank: r.
+      rank: r, an int or a fraction of min(m, n).
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the corrected root.
@@ -84,8 +84,8 @@ def scale_by_regressed_adam(
       The transformation.
 
     Raises:
-      TypeError: if ``rank`` is not a Python int.
-      ValueError: if it is below 1, or at init if a leaf has fewer than two axes.
+      TypeError: if ``rank`` is not a Python number.
+      ValueError: if it is out of range, or at init if a leaf has fewer than two axes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -98,7 +98,17 @@ def scale_by_regressed_adam(
       Taming Momentum: Rethinking Optimizer States Through Low-Rank Approximation
       (2026), https://arxiv.org/abs/2602.24283
     """
-    _checks.positive_int("rank", rank)
+    _checks.rank(rank)
+    if callable(rank):
+        raise TypeError(
+            "`rank` of lro.scale_by_regressed_adam is one for all leaves, an int or a "
+            "fraction; a function of the path would not be asked."
+        )
+
+    def rank_of(p: Any) -> int:
+        if isinstance(rank, float):
+            return max(1, round(rank * min(p.shape[-2:])))
+        return rank
 
     def init(params: Any) -> ScaleByRegressedAdamState:
         require_matrices("lro.scale_by_regressed_adam", params)
@@ -111,7 +121,7 @@ def scale_by_regressed_adam(
             # As a sum has it: sharded like the parameter, and each device's own if
             # that is.
             rows = jnp.zeros_like(jnp.sum(p, -1), wider(jnp.float32, p.dtype))
-            zeros = jnp.broadcast_to(rows[..., None], (*p.shape[:-1], rank))
+            zeros = jnp.broadcast_to(rows[..., None], (*p.shape[:-1], rank_of(p)))
             return rebox(leaf, zeros, (*batch_of(p), (p.ndim - 2,), ()))
 
         def right(salt: str, path: Any, leaf: Any) -> Any:
@@ -119,7 +129,7 @@ def scale_by_regressed_adam(
             columns = jnp.zeros_like(jnp.sum(p, -2), wider(jnp.float32, p.dtype))
             number = zlib.crc32((salt + path_string(path)).encode())
             key = jax.random.fold_in(jax.random.key(seed), number)
-            shape = (*p.shape[:-2], rank, p.shape[-1])
+            shape = (*p.shape[:-2], rank_of(p), p.shape[-1])
             drawn = jax.random.normal(key, shape, columns.dtype)
             # Rows of about unit norm.
             drawn = drawn / p.shape[-1] ** 0.5 + columns[..., None, :]

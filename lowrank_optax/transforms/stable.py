@@ -130,13 +130,13 @@ def stabilize_gradients(
             size = top * length
             norm = norm_decay * over[1] + (1 - norm_decay) * size
             # Not the square itself, which ends at 1e-38.
-            kept, new = jnp.sqrt(square_decay) * over[2], jnp.sqrt(1 - square_decay)
-            root = jnp.hypot(kept, new * size)
+            old, new = jnp.sqrt(square_decay) * over[2], jnp.sqrt(1 - square_decay)
+            root = jnp.hypot(old, new * size)
             least = jnp.where(root > 0, 0.0, 1.0)  # no tensor so far but zeros
             level = norm / seen[1] / (root / jnp.sqrt(seen[2]) + eps + least)
             out = unit * (level / jnp.where(length > 0, length, 1))
-            means = (jnp.squeeze(x, gone) for x in (peak, norm, root))
-            return (out.astype(update.dtype), *means)
+            kept = [jnp.squeeze(x, gone) for x in (peak, norm, root)]
+            return (out.astype(update.dtype), *kept)
 
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
         trees = (state.peak, state.norm, state.root)
