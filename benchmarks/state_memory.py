@@ -67,6 +67,10 @@ def methods(rank: int) -> dict[str, optax.GradientTransformation]:
         "sumo": low(lro.sumo),
         "gwt, level 2": lro.gwt(1e-3, 2, layer_axis=0),
         "gwt, level 3": lro.gwt(1e-3, 3, layer_axis=0),
+        "lora_pre, rank / 8": low(lro.lora_pre, rank=max(1, rank // 8)),
+        "muon": lro.muon(1e-3, layer_axis=0),
+        "muon, 8 bits": lro.muon(1e-3, bits=8, layer_axis=0),
+        "muon, 4 bits": lro.muon(1e-3, bits=4, layer_axis=0),
     }
     # A method without a row above has its plain one.
     listed = {name.partition(",")[0] for name in rows}

@@ -43,6 +43,8 @@ from lowrank_optax.projectors import power_iteration as power_iteration
 from lowrank_optax.projectors import quantize_basis as quantize_basis
 from lowrank_optax.projectors import sampled_svd as sampled_svd
 from lowrank_optax.projectors import svd as svd
+from lowrank_optax.projectors import switched as switched
+from lowrank_optax.projectors import watched as watched
 from lowrank_optax.projectors import wavelet as wavelet
 from lowrank_optax.projectors import whole as whole
 
@@ -81,6 +83,7 @@ from lowrank_optax.transforms import scale_by_adam_mini as scale_by_adam_mini
 from lowrank_optax.transforms import (
     scale_by_bias_correction as scale_by_bias_correction,
 )
+from lowrank_optax.transforms import scale_by_folded_adam as scale_by_folded_adam
 from lowrank_optax.transforms import (
     scale_by_lion_interpolation as scale_by_lion_interpolation,
 )
@@ -97,6 +100,10 @@ from lowrank_optax.transforms import SplitWeightsState as SplitWeightsState
 from lowrank_optax.transforms import full_weights as full_weights
 from lowrank_optax.transforms import set_full_weights as set_full_weights
 from lowrank_optax.transforms import split_weights as split_weights
+from lowrank_optax.transforms import (
+    scale_by_regressed_adam as scale_by_regressed_adam,
+)
+from lowrank_optax.transforms import stabilize_gradients as stabilize_gradients
 
 # Weights in few bits.
 from lowrank_optax.weights import WeightStorage as WeightStorage

@@ -64,6 +64,8 @@ def q_galore(params=None, **options):
 
 # No accumulation inside: an inner of their own, or a step of the complement.
 NOT_INSIDE = (lro.natural_galore, lro.sumo, lro.frugal, lro.gwt)
+# Where they are not Adam's own.
+BETAS = {lro.ldadam: (0.908, 0.99), lro.alice: (0.9, 0.9)}
 # Bases that drift between decompositions, and column numbers in place of bases.
 OTHER_BASES = (lro.online_subspace_descent, lro.coap, lro.dct_adamw)
 
@@ -71,9 +73,7 @@ OTHER_BASES = (lro.online_subspace_descent, lro.coap, lro.dct_adamw)
 def row(method, *, params=None, **options):
     """A method around Adam or `base_optimizer`, refreshed every GAP steps."""
     taken = inspect.signature(method).parameters
-    adam = optax.scale_by_adam()
-    if method is lro.ldadam:
-        adam = optax.scale_by_adam(0.908, 0.99)
+    adam = optax.scale_by_adam(*BETAS.get(method, ()))
     size = {"rank": 2, "update_proj_gap": GAP}
     size = {name: n for name, n in size.items() if name in taken}
     if "projector" in options:

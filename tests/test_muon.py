@@ -119,7 +119,7 @@ def test_bytes():
 
 @pytest.mark.parametrize("leafwise", [False, True])
 def test_random_rounding_decays_and_follows(leafwise):
-    """A momentum of two levels, without gradient, is stuck if rounded to the nearest."""
+    """A momentum of two levels without gradient; to the nearest, it is stuck."""
     first = jnp.full((64, 64), 2.0).at[:, 0].set(7.0)
 
     def after(stochastic):

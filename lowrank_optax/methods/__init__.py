@@ -48,8 +48,12 @@ from lowrank_optax.methods.natural_galore import natural_galore as natural_galor
 from lowrank_optax.methods.natural_galore import (
     scale_by_natural_galore as scale_by_natural_galore,
 )
+from lowrank_optax.methods.alice import alice as alice
+from lowrank_optax.methods.alice import scale_by_alice as scale_by_alice
 from lowrank_optax.methods.gwt import gwt as gwt
 from lowrank_optax.methods.gwt import scale_by_gwt as scale_by_gwt
+from lowrank_optax.methods.foam import foam as foam
+from lowrank_optax.methods.foam import scale_by_foam as scale_by_foam
 from lowrank_optax.methods.galore import galore_8bit as galore_8bit
 from lowrank_optax.methods.galore import scale_by_galore_8bit as scale_by_galore_8bit
 from lowrank_optax.methods.q_galore import q_galore as q_galore
@@ -58,6 +62,8 @@ from lowrank_optax.methods.adamw_8bit import adamw_8bit as adamw_8bit
 from lowrank_optax.methods.adamw_4bit import adamw_4bit as adamw_4bit
 from lowrank_optax.methods.column_sgd import column_sgd as column_sgd
 from lowrank_optax.methods.column_sgd import scale_by_column_sgd as scale_by_column_sgd
+from lowrank_optax.methods.lora_pre import lora_pre as lora_pre
+from lowrank_optax.methods.lora_pre import scale_by_lora_pre as scale_by_lora_pre
 from lowrank_optax.methods.muon import muon as muon
 from lowrank_optax.methods.muon import scale_by_muon as scale_by_muon
 from lowrank_optax.methods.sinkgd import sinkgd as sinkgd

@@ -23,5 +23,7 @@ from lowrank_optax.projectors.power_iteration import (
 from lowrank_optax.projectors.quantized import quantize_basis as quantize_basis
 from lowrank_optax.projectors.sampled import sampled_svd as sampled_svd
 from lowrank_optax.projectors.svd import svd as svd
+from lowrank_optax.projectors.switched import switched as switched
+from lowrank_optax.projectors.watched import watched as watched
 from lowrank_optax.projectors.wavelet import wavelet as wavelet
 from lowrank_optax.projectors.whole import whole as whole

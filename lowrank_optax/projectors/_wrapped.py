@@ -92,7 +92,7 @@ def check_basis(name: str, projector: Any) -> None:
             f"lro.{name} expected a projector such as lro.power(rank=128), got "
             f"{type(projector).__name__}."
         )
-    if not isinstance(inside, BasisProjector) or inside.advances:
+    if not isinstance(inside, BasisProjector) or inside.advances or projector.advances:
         raise ValueError(
             f"lro.{name} takes projectors that store a basis and keep it from one "
             f"refresh to the next, such as lro.power; lro.{type(inside).__name__} "

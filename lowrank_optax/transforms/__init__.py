@@ -14,6 +14,7 @@ from lowrank_optax.transforms.factored import (
 from lowrank_optax.transforms.factored import (
     scale_by_parameter_rms as scale_by_parameter_rms,
 )
+from lowrank_optax.transforms.folded import scale_by_folded_adam as scale_by_folded_adam
 from lowrank_optax.transforms.lion import (
     scale_by_lion_interpolation as scale_by_lion_interpolation,
 )
@@ -27,6 +28,9 @@ from lowrank_optax.transforms.quantized import quantize_state as quantize_state
 from lowrank_optax.transforms.rank_one import (
     scale_by_rank_one_rms as scale_by_rank_one_rms,
 )
+from lowrank_optax.transforms.regressed import (
+    scale_by_regressed_adam as scale_by_regressed_adam,
+)
 from lowrank_optax.transforms.sinkhorn import (
     normalize_rows_and_columns as normalize_rows_and_columns,
 )
@@ -34,3 +38,4 @@ from lowrank_optax.transforms.split import SplitWeightsState as SplitWeightsStat
 from lowrank_optax.transforms.split import full_weights as full_weights
 from lowrank_optax.transforms.split import set_full_weights as set_full_weights
 from lowrank_optax.transforms.split import split_weights as split_weights
+from lowrank_optax.transforms.stable import stabilize_gradients as stabilize_gradients

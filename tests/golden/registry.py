@@ -1,10 +1,12 @@
 """Which methods the golden cases replay: a new method is one entry."""
 
+from tests.golden.alice import alice
 from tests.golden.apollo import apollo
 from tests.golden.coap import coap, coap_tucker2
 from tests.golden.dct import dct_adamw
 from tests.golden.eight_bit import galore_adamw8bit
 from tests.golden.fira import fira_adamw
+from tests.golden.foam import foam
 from tests.golden.galore import galore_adafactor, galore_adamw
 from tests.golden.gwt import gwt
 from tests.golden.osd import online_subspace_descent
@@ -27,6 +29,8 @@ METHODS = {
     "gwt": gwt,
     "online_subspace_descent": online_subspace_descent,
     "scale": scale,
+    "alice": alice,
+    "foam": foam,
     "sinkgd": sinkgd,
     "racs": racs,
 }

@@ -57,6 +57,8 @@ def test_data_folder_is_complete_and_small():
         "online_subspace_descent": 4,
         "gwt": 2,
         "scale": 1,
+        "alice": 1,
+        "foam": 1,
         "sinkgd": 1,
         "racs": 1,
     }
