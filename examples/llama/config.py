@@ -31,8 +31,8 @@ class TrainConfig:
     1b, 3b, 7b or 13b"""
     optimizer: str = "galore"
     """name in the registry of examples/llama/optimizers.py: adamw, sgd, adamw_8bit,
-    galore, galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam (without
-    error feedback), apollo, online_subspace_descent, apollo_mini, coap, sara,
+    galore, galore_8bit, q_galore, fira, subtrack, grass_walk, grass_jump, ldadam
+    (without error feedback), apollo, online_subspace_descent, apollo_mini, coap, sara,
     dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt or
     sumo"""
 
@@ -168,6 +168,9 @@ class TrainConfig:
     """folder of the run; empty: runs/PRESET-OPTIMIZER, numbered when taken"""
     verify: bool = False
     """train nothing: compare the checkpoints of --run-dir with their records"""
+    log_to: tuple[str, ...] = ()
+    """tensorboard or wandb or both (the extra logging): metrics go there as well, into
+    the run's folder; wandb stays offline unless WANDB_MODE says otherwise"""
     compilation_cache: str = ""
     """folder of compiled programs, so that a run that goes on need not compile again;
     empty: none, or that of JAX_COMPILATION_CACHE_DIR"""
@@ -205,6 +208,7 @@ class Resolved(TrainConfig):
 
 Kind = TypeVar("Kind", bound=Resolved)
 SIDES = ("short", "long", "left", "right", "auto")
+LOGS = ("tensorboard", "wandb")
 WEIGHTS = ("plain", "stochastic-bf16", "int8")  # kinds of `lro.weight_storage`
 
 # Methods that read no whole gradient between refreshes; dct_adamw has one at every
@@ -315,6 +319,8 @@ def _check(config: Resolved, model: Any) -> None:
                 f"{', '.join(filter(None, allowed))}; "
                 f"got {value!r}"
             )
+    if unknown := {*config.log_to} - {*LOGS}:
+        raise UsageError(f"--log-to knows {' and '.join(LOGS)}; got {min(unknown)!r}")
     if config.side and config.optimizer in NO_SIDE:
         raise UsageError(
             f"--side: {config.optimizer} projects on no side; leave it out"

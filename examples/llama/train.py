@@ -34,6 +34,7 @@ from examples.llama.checkpoint import (
 from examples.llama.choose_steps import choose_steps, laid_out, layers_outermost
 from examples.llama.config import IDENTITY, TrainConfig, UsageError
 from examples.llama.corpus import Counts
+from examples.llama.logs import open_logs
 from examples.llama.model import ACTIVATIONS, count_params
 from examples.llama.placement import choose_placement, started
 from examples.llama.processes import (
@@ -174,7 +175,8 @@ class Trainer:
         )
         self.task.leave(self.run_dir)
         # Lines behind the start are dropped: their steps will be run again.
-        self.metrics = Metrics(self.run_dir, self.step, is_first())
+        logs = open_logs(config.log_to, self.run_dir, dataclasses.asdict(config))
+        self.metrics = Metrics(self.run_dir, self.step, is_first(), logs)
         self.planner = None
         # Under a budget the step is the planner's, which measures, plans and compiles
         # at its first call and again from time to time.

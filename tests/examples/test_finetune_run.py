@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from examples.convert import read_model
+from examples.convert.folder import load_model
 from examples.finetune.__main__ import main
 from examples.finetune.config import FinetuneConfig
 from examples.finetune.tasks import make_task
@@ -131,10 +132,15 @@ def test_the_last_position_of_a_decoder(tmp_path, capsys, monkeypatch):
     model = write_decoder(tmp_path / "model")
     flags = ["--task", "classify", "--model", model, "--data", labelled(tmp_path)]
     flags += "--optimizer galore --rank 4 --lr 0.05 --epochs 4".split()
-    flags += "--seq-len 16 --batch-size 6 --run-dir run".split()
+    flags += "--seq-len 16 --batch-size 6 --run-dir run --export out".split()
     assert main(flags) == 0
     found = re.search(r"test +accuracy (\S+),", capsys.readouterr().out)
     assert found is not None and float(found[1]) > 0.9
+    exported = load_model("out")
+    assert exported.head["score.weight"].shape == (2, 32)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "no", "1": "yes"}
 
 
 @pytest.mark.whole
