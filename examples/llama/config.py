@@ -36,6 +36,10 @@ class TrainConfig:
     dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt or
     sumo"""
 
+    init_from: str = ""
+    """folder of a pretrained decoder, as transformers saves one: training goes on from
+    its weights, with its tokenizer and its shape; the recipe is that of --preset"""
+
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
     data: str = ""
@@ -259,19 +263,25 @@ RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
-def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
-    """Fills what was left out from the preset and checks what was given."""
+def resolve(
+    config: TrainConfig, model: ModelConfig | None = None
+) -> tuple[Resolved, ModelConfig]:
+    """Fills what was left out from the preset and checks what was given.
+
+    `model` is another one than the preset's.
+    """
     if config.preset not in PRESETS:
         raise UsageError(
             f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}"
         )
     preset = PRESETS[config.preset]
-    resolved = complete(config, preset.recipe, preset.model)
+    model = model or preset.model
+    resolved = complete(config, preset.recipe, model)
     model = dataclasses.replace(
-        preset.model,
+        model,
         param_dtype=resolved.param_dtype,
         compute_dtype=resolved.compute_dtype,
-        max_length=max(preset.model.max_length, resolved.seq_len),
+        max_length=max(model.max_length, resolved.seq_len),
     )
     return resolved, model
 

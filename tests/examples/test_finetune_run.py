@@ -15,6 +15,12 @@ from examples.convert.folder import load_model
 from examples.finetune.__main__ import main
 from examples.finetune.config import FinetuneConfig
 from examples.finetune.tasks import make_task
+from examples.llama import train
+from examples.llama.batches import Position, training_batches
+from examples.llama.config import TrainConfig
+from examples.llama.model import abstract_model
+from examples.llama.step import token_losses
+from examples.llama.task import Pretraining
 from examples.llama.train import Trainer
 from tests.examples.pretrained import write_decoder, write_encoder
 
@@ -163,6 +169,26 @@ def test_without_a_backward_pass(tmp_path, capsys, monkeypatch):
     other = [*flags, "--run-dir", "parts", "--gradient", "mezo", "--resume"]
     assert main(other) == 2
     assert "gradient: checkpoint subzero, now mezo" in capsys.readouterr().err
+
+
+@pytest.mark.whole
+def test_pretraining_goes_on_from_a_folder(micro_preset, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = write_decoder(tmp_path / "model")
+    flags = ["--preset", "micro", "--data", shards, "--init-from", model]
+    flags += "--optimizer adamw --lr 1e-9 --steps 2 --eval-every 0".split()
+    assert train.main([*flags, "--run-dir", "run"]) == 0
+    assert train.main([*flags, "--run-dir", "run", "--resume"]) == 0
+    # With so small a learning rate the losses are those of the folder's model.
+    config, params = read_model(model)
+    text = Pretraining(TrainConfig(preset="micro", data=shards, init_from=model))
+    text.read(tmp_path / "run")
+    assert text.tokenizer.end == 1 and text.model.tied
+    first, _ = next(training_batches(text.rows(True), 4, Position()))
+    losses = token_losses(abstract_model(config)[0], params, first)
+    expected = np.sum(losses) / first["mask"].sum()
+    found = metrics(tmp_path / "run")
+    assert [x["loss"] for x in found if "loss" in x][0] == pytest.approx(expected, 1e-5)
 
 
 @pytest.fixture(scope="module")
