@@ -188,7 +188,7 @@ def test_pretraining_goes_on_from_a_folder(micro_preset, shards, tmp_path, monke
     losses = token_losses(abstract_model(config)[0], params, first)
     expected = np.sum(losses) / first["mask"].sum()
     found = metrics(tmp_path / "run")
-    assert [x["loss"] for x in found if "loss" in x][0] == pytest.approx(expected, 1e-5)
+    assert found[0]["loss"] == pytest.approx(expected, 1e-5)
 
 
 @pytest.fixture(scope="module")
