@@ -65,6 +65,10 @@ def convert(config: ConvertConfig) -> None:
     elif (source / ABOUT).exists():
         model, params = read_stacked(source)
         files = write_model(target, model, params, config.like or source, dtype=dtype)
+    elif source.is_file():
+        raise UsageError(
+            f"{source} is a file: with --gguf, if it is one; or its folder"
+        )
     else:
         loaded = load_model(source, dtype)
         model, params = loaded.config, loaded.params

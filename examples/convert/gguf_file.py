@@ -6,7 +6,7 @@ their own.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import pathlib
 import re
@@ -91,10 +91,12 @@ def read_gguf(
     """
     if not path.is_file():
         raise UsageError(f"--gguf: {path} is no file")
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError("--gguf needs the package gguf: pip install '.[finetune]'")
-    import gguf
-
+    try:
+        gguf: Any = importlib.import_module("gguf")  # of the extra, so not above
+    except ImportError as error:
+        raise UsageError(
+            "--gguf needs the package gguf: pip install '.[finetune]'"
+        ) from error
     with _unpacked(path) as file:
         try:
             reader = gguf.GGUFReader(file)

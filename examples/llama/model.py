@@ -141,9 +141,10 @@ class ModelConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
         """The opposite; TypeError or ValueError if it is no such record."""
-        scaling = values.get("rope_scaling")
-        scaling = None if scaling is None else RopeScaling(*scaling)
-        return cls(**(values | {"rope_scaling": scaling}))
+        found = dict(values)
+        if found.get("rope_scaling") is not None:
+            found["rope_scaling"] = RopeScaling(*found["rope_scaling"])
+        return cls(**found)
 
 
 class Drawn(Protocol):

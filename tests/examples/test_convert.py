@@ -259,6 +259,13 @@ def test_what_old_files_hold(tmp_path):
     rewrite(source, untied)
     with pytest.raises(UsageError, match="differs from model"):
         read_model(source)
+    rewrite(source, lambda x: x.update({"lm_head.weight": np.zeros(3, np.float32)}))
+    with pytest.raises(UsageError, match="differs from model"):
+        read_model(source)
+    head = {"score.weight": np.zeros((2, 31), np.float32)}
+    rewrite(source, lambda x: x.pop("lm_head.weight") is x.update(head))
+    with pytest.raises(UsageError, match=r"score\.weight \[2, 31\] is no head"):
+        read_model(source)
 
 
 SCALING = {
@@ -695,6 +702,7 @@ def test_command_says_what_is_wrong_in_a_line(tmp_path, capsys):
         ([full, full], "in is there and not empty"),
         ([full, out, "--dtype", "int4"], "the dtype must be one of"),
         ([none, out, "--gguf"], "none is no file"),
+        ([f"{full}/{SINGLE}", out], "model.safetensors is a file: with --gguf, if"),
     ):
         assert command.main(args) == 2
         err = capsys.readouterr().err

@@ -153,3 +153,60 @@ def test_transformers_speaks_what_was_trained(run_dir, tmp_path):
     ids = tokenizer("the optimizer", return_tensors="pt")
     text = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=256)
     assert tokenizer.decode(text[0]).startswith("the optimizer")
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["qwen2", "bert", "roberta"])
+def test_transformers_loads_a_classifier(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, 60, (1, 12), np.int32)
+    weight = rng.normal(size=(3, 32)).astype("f4")
+    bias, dense = (
+        rng.normal(size=3).astype("f4"),
+        rng.normal(size=(32, 32)).astype("f4"),
+    )
+    if name == "qwen2":
+        config = ModelConfig(**{**vars(DECODERS[name]), "tied": True, "init_std": 0.2})
+        params = init_params(config, 0)
+        definition, _ = abstract_model(config)
+        head = {"score.weight": weight}
+        hidden = jax.jit(lambda p: nnx.merge(definition, p).hidden(ids))(params)
+        expected = hidden[:, -1] @ weight.T
+    else:
+        padding = 1 if name == "roberta" else None
+        config = encoder.EncoderConfig(
+            60, 32, 48, 2, 4, pad_position=padding, pooler=name == "bert", init_std=0.2
+        )
+        params = encoder.init_params(config, 0)
+        definition, _ = encoder.abstract_model(config)
+
+        @jax.jit
+        def first(params):
+            model = nnx.merge(definition, params)
+            hidden = model(ids, np.ones_like(ids))
+            return model.pooled(hidden) if config.pooler else hidden[:, 0]
+
+        x = first(params)
+        if name == "bert":
+            head = {"classifier.weight": weight, "classifier.bias": bias}
+        else:
+            x = np.tanh(x @ dense.T + 1)
+            head = {
+                "classifier.dense.weight": dense,
+                "classifier.dense.bias": np.ones(32, "f4"),
+                "classifier.out_proj.weight": weight,
+                "classifier.out_proj.bias": bias,
+            }
+        expected = x @ weight.T + bias
+    labels = ("bad", "so so", "good")
+    write_model(tmp_path / "out", config, params, head=head, labels=labels)
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info.values()) and model.config.id2label[2] == "good"
+    with torch.no_grad():
+        found = model(torch.from_numpy(ids).long()).logits.numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
