@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._meshes import explicit_like, explicit_sharding, vary_like
+from lowrank_optax._meshes import explicit_like, vary_like
 from lowrank_optax.zeroth_order.directions import Directions, mezo
 from lowrank_optax.zeroth_order.noise import fold_in
 from lowrank_optax.zeroth_order.perturbed import moved
@@ -87,7 +86,7 @@ class ZerothOrder:
         seed = _seed_of(key)
         count = jnp.zeros([], jnp.int32)
         kept = tree.keep(self._epoch(seed, count))
-        return _placed(ZerothOrderState(count, seed, kept), tree.arrays)
+        return ZerothOrderState(*tree.placed(count, seed, kept))
 
     def value_and_grad(
         self, params: Any, state: ZerothOrderState, *args: Any, **kwargs: Any
@@ -211,7 +210,8 @@ class ZerothOrder:
         kept = jax.lax.cond(
             due,
             lambda kept: vary_like(
-                tree.keep(self._epoch(state.key, state.count)), *jax.tree.leaves(kept)
+                explicit_like(kept, tree.keep, self._epoch(state.key, state.count)),
+                *jax.tree.leaves(kept),
             ),
             lambda kept: kept,
             state.kept,
@@ -379,12 +379,12 @@ def _check_positive(name: str, value: Any) -> None:
 
 def _checked(loss: Any) -> Array:
     """Returns a loss if two of them can be told apart."""
-    shape, dtype = jnp.shape(loss), getattr(loss, "dtype", None)
-    if isinstance(loss, tuple | dict | list) or shape != ():
+    if not jax.tree_util.all_leaves([loss]) or getattr(loss, "shape", ()) != ():
         raise TypeError(
             "lro.zeroth_order: loss_fn must return a scalar, without auxiliary values; "
             f"got {jax.tree.map(jnp.shape, loss)}."
         )
+    dtype = getattr(loss, "dtype", None)
     if dtype is None or dtype not in (jnp.float32, jnp.float64):
         raise TypeError(
             "lro.zeroth_order: loss_fn must return float32 or float64, got "
@@ -415,23 +415,3 @@ def _seed_of(key: Any) -> Array:
             "lro.zeroth_order: init wants a PRNG key, such as jax.random.key(0), got "
             f"{key!r} of type {type(key).__name__}."
         ) from error
-
-
-def _placed(state: ZerothOrderState, arrays: list[Any]) -> ZerothOrderState:
-    """Returns the state on all devices of the parameters, as a step returns it."""
-    for array in arrays:
-        if isinstance(array, jax.core.Tracer):
-            return state
-        place = getattr(array, "sharding", None)
-        if isinstance(place, NamedSharding):
-            # Spelled as jit spells it, so that the second step is no other program.
-            explicit = explicit_sharding(array) is not None
-            places = [
-                PartitionSpec(*[None] * (x.ndim if explicit else 0))
-                for x in jax.tree.leaves(state)
-            ]
-            specs = jax.tree.unflatten(jax.tree.structure(state), places)
-            return jax.device_put(
-                state, jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
-            )
-    return state
