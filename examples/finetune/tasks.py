@@ -45,6 +45,10 @@ class _Task:
     def __init__(self, config: FinetuneConfig):
         if config.export:
             check_free(config.export)
+            if jax.process_count() > 1:
+                raise UsageError(
+                    "--export gathers the model in one process; leave it out"
+                )
         self.pretrained = load_pretrained(config.model)
         self.chat = load_chat(self.pretrained.folder)
         name = f"{self.pretrained.folder.resolve().name}-{config.task}"
@@ -173,7 +177,8 @@ class _Task:
             test = self.scores("test", trainer.measure)
             assert test is not None
             rows.append(("test", test.brief))
-            trainer.metrics.add({"step": trainer.step, "test": test.line()})
+            line = {k.replace("val_", "test_"): v for k, v in test.line().items()}
+            trainer.metrics.add({"step": trainer.step} | line)
         if self.config.export:
             rows.append(("export", export(self, trainer)))
         return rows

@@ -396,9 +396,12 @@ def due(step: int, every: int) -> bool:
 
 
 def summary(
-    trainer: Trainer, result: Evaluation, files: list[pathlib.Path], seconds: float
+    trainer: Trainer,
+    closing: list[tuple[str, str]],
+    files: list[pathlib.Path],
+    seconds: float,
 ) -> str:
-    """The closing table."""
+    """The closing table, with the task's own rows."""
     config, params = trainer.config, trainer.abstract_params
     state = optimizers.state_bytes(trainer.optimizer, params)
     adamw = optimizers.state_bytes(optax.adamw(1e-3), params)
@@ -417,7 +420,7 @@ def summary(
         (f"steps, {unit}", f"{trainer.step:,}, {trainer.tokens:,}"),
         ("speed", f"{trainer.tokens_per_second():,.0f} {unit}/s"),
         ("time", f"{seconds:.0f} s"),
-        *trainer.task.closing(result, trainer),
+        *closing,
     ]
     if not trainer.peak_bytes:  # planned again and again, or no step was made
         rows = [row for row in rows if row[0] != "a step, by the compiler"]
@@ -435,13 +438,16 @@ def train(config: TrainConfig, make_task: Callable[[Any], Task] = Pretraining) -
         should_stop = any_of(asked)
         trainer = Trainer(config, make_task=make_task)
         files: list[pathlib.Path] = []
+        closing: list[tuple[str, str]] = []
         try:
             result = trainer.run(should_stop)
+            if result is not None:  # all processes: it may compute
+                closing = trainer.task.closing(result, trainer)
         finally:
             # However the loop ended, a save under way is completed.
             files = trainer.close()
         if result is not None and is_first():
-            print(summary(trainer, result, files, time.perf_counter() - started))
+            print(summary(trainer, closing, files, time.perf_counter() - started))
         trainer.check_saved()
         if result is None:
             print(
