@@ -14,7 +14,7 @@ from flax import nnx
 
 from examples.finetune import instructions, labelled, metrics
 from examples.finetune.chat import conversation, load_chat
-from examples.finetune.config import FinetuneConfig, Tuning, settled
+from examples.finetune.config import FinetuneConfig, Tuning, check, settled
 from examples.finetune.estimates import estimate_gradient
 from examples.finetune.examples import Examples
 from examples.finetune.export import check_free, export
@@ -458,11 +458,8 @@ class Classification(_Task):
 
 def make_task(config: FinetuneConfig) -> _Task:
     """The task that the flags name."""
+    check(config)
     kinds = {"sft": Instructions, "classify": Classification}
-    if config.task not in kinds:
-        raise UsageError(
-            f"--task must be one of {', '.join(kinds)}; got {config.task!r}"
-        )
     return kinds[config.task](config)
 
 

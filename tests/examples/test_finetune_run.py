@@ -241,6 +241,7 @@ CLASSIFY = "--task classify --model encoder --data labels.jsonl"
         (f"{SFT} --seq-len 4096", "--seq-len 4096 is too long: the model has 128 pos"),
         (f"{SFT} --optimizer sgdx", "unknown optimizer 'sgdx'"),
         (f"{SFT} --head frozen", "the head of this model is its embedding"),
+        (f"{SFT} --select nose", "--select nose names no matrix .* layers/attn/k/kern"),
         (f"{SFT} --embeddings half", "--embeddings must be one of full, projected, fr"),
         (f"{SFT} --export chat.jsonl", "--export chat.jsonl"),
         (f"{CLASSIFY} --data unlabelled.jsonl", "has no labels among its fields: text"),
