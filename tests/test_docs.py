@@ -210,17 +210,24 @@ def test_readme_holds_examples():
     assert len(list(blocks(text))) >= 3
 
 
-def test_trainer_flags_exist():
-    """The commands in the texts use flags that the trainer knows."""
-    fields = dataclasses.fields(
-        importlib.import_module("examples.llama.config").TrainConfig
-    )
+@pytest.mark.parametrize(
+    ("config", "commands"),
+    [
+        ("llama.config.TrainConfig", ("examples.llama.train", "TRAIN_ARGS")),
+        ("finetune.config.FinetuneConfig", ("examples.finetune --",)),
+    ],
+)
+def test_flags_in_commands_exist(config, commands):
+    """The commands in the texts use flags that the programs know."""
+    module, _, name = config.rpartition(".")
+    kind = getattr(importlib.import_module(f"examples.{module}"), name)
+    fields = dataclasses.fields(kind)
     known = {"help"} | {field.name.replace("_", "-") for field in fields}
     found = set()
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
-            if "examples.llama.train" in line or "TRAIN_ARGS" in line:
+            if any(command in line for command in commands):
                 found |= set(re.findall(r"--([a-z][a-z0-9-]*)", line))
     assert "optimizer" in found
     assert found <= known, found - known

@@ -7,11 +7,15 @@ import tyro
 
 from examples.finetune.config import FinetuneConfig
 from examples.finetune.tasks import make_task
+from examples.llama.run_folder import say
 from examples.llama.train import run_command
 
 
 def main(args: Sequence[str] | None = None) -> int:
     config = tyro.cli(FinetuneConfig, prog="python -m examples.finetune", args=args)
+    if config.verify and not config.run_dir:
+        say("error: --verify needs the --run-dir to look at")
+        return 2
     return run_command(config, make_task)
 
 

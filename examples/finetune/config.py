@@ -95,6 +95,7 @@ class FinetuneConfig(TrainConfig):
     """learning rate at the end of the cosine, as a fraction of the peak"""
 
     preset: Text = ""
+    init_from: Text = ""
     corpus: Text = "stdlib"
     tokenizer: Text = "bpe"
     cache_dir: Text = ""

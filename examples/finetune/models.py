@@ -214,10 +214,23 @@ class Model:
         self.trained, self.frozen = divided(shapes | heads, self.parts.trained)
         if not self.trained:
             raise UsageError("nothing is trained: all of the model is frozen")
+        self._check_select()
+
+    def _check_select(self) -> None:
+        """Raises where words choose nothing."""
+        choose = self.parts.select()
+        shapes = jax.tree.leaves(self.trained)
+        if callable(choose) and not any(map(choose, paths(self.trained), shapes)):
+            raise UsageError(
+                f"--select {self.flags.select} names no matrix that is trained; those of "
+                "the layers are at paths such as "
+                + ", ".join([p for p in paths(self.trained) if "kernel" in p][:3])
+            )
 
     def arrays(self) -> tuple[Params, Params]:
-        """First values of what is trained and of what is not, in host memory."""
-        params = self.pretrained.params
+        """First values of what is trained and of what is not, in host memory; once."""
+        # As large as the model, and of no use when they lie on devices.
+        params, self.pretrained.params = self.pretrained.params, {}
         if self.flags.adapter:
             params = with_factors(params, self.shapes, self.flags.seed)
         dtype = jnp.dtype(self.config.param_dtype)

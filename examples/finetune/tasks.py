@@ -14,7 +14,7 @@ from flax import nnx
 
 from examples.finetune import instructions, labelled, metrics
 from examples.finetune.chat import conversation, load_chat
-from examples.finetune.config import FinetuneConfig, Tuning, settled
+from examples.finetune.config import FinetuneConfig, Tuning, check, settled
 from examples.finetune.estimates import estimate_gradient
 from examples.finetune.examples import Examples
 from examples.finetune.export import check_free, export
@@ -45,6 +45,10 @@ class _Task:
     def __init__(self, config: FinetuneConfig):
         if config.export:
             check_free(config.export)
+            if jax.process_count() > 1:
+                raise UsageError(
+                    "--export gathers the model in one process; leave it out"
+                )
         self.pretrained = load_pretrained(config.model)
         self.chat = load_chat(self.pretrained.folder)
         name = f"{self.pretrained.folder.resolve().name}-{config.task}"
@@ -173,7 +177,8 @@ class _Task:
             test = self.scores("test", trainer.measure)
             assert test is not None
             rows.append(("test", test.brief))
-            trainer.metrics.add({"step": trainer.step, "test": test.line()})
+            line = {k.replace("val_", "test_"): v for k, v in test.line().items()}
+            trainer.metrics.add({"step": trainer.step} | line)
         if self.config.export:
             rows.append(("export", export(self, trainer)))
         return rows
@@ -453,11 +458,8 @@ class Classification(_Task):
 
 def make_task(config: FinetuneConfig) -> _Task:
     """The task that the flags name."""
+    check(config)
     kinds = {"sft": Instructions, "classify": Classification}
-    if config.task not in kinds:
-        raise UsageError(
-            f"--task must be one of {', '.join(kinds)}; got {config.task!r}"
-        )
     return kinds[config.task](config)
 
 

@@ -36,6 +36,10 @@ class TrainConfig:
     sara, dct_adamw (without error feedback), natural_galore, galore_plus, frugal, gwt,
     sumo, muon, sinkgd or racs"""
 
+    init_from: str = ""
+    """folder of a pretrained decoder, as transformers saves one: training goes on from
+    its weights, with its tokenizer and its shape; the recipe is that of --preset"""
+
     corpus: str = "stdlib"
     """stdlib: the sources of Python's standard library; ignored when --data is given"""
     data: str = ""
@@ -169,6 +173,9 @@ class TrainConfig:
     """folder of the run; empty: runs/PRESET-OPTIMIZER, numbered when taken"""
     verify: bool = False
     """train nothing: compare the checkpoints of --run-dir with their records"""
+    log_to: tuple[str, ...] = ()
+    """tensorboard or wandb or both (the extra logging): metrics go there as well, into
+    the run's folder; wandb stays offline unless WANDB_MODE says otherwise"""
     compilation_cache: str = ""
     """folder of compiled programs, so that a run that goes on need not compile again;
     empty: none, or that of JAX_COMPILATION_CACHE_DIR"""
@@ -206,6 +213,7 @@ class Resolved(TrainConfig):
 
 Kind = TypeVar("Kind", bound=Resolved)
 SIDES = ("short", "long", "left", "right", "auto")
+LOGS = ("tensorboard", "wandb")
 WEIGHTS = ("plain", "stochastic-bf16", "int8", "split")  # of `lro.weight_storage`
 AS_STORED = ("plain", "split")  # a step reads them as they are
 
@@ -257,19 +265,25 @@ RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
-def resolve(config: TrainConfig) -> tuple[Resolved, ModelConfig]:
-    """Fills what was left out from the preset and checks what was given."""
+def resolve(
+    config: TrainConfig, model: ModelConfig | None = None
+) -> tuple[Resolved, ModelConfig]:
+    """Fills what was left out from the preset and checks what was given.
+
+    `model` is another one than the preset's.
+    """
     if config.preset not in PRESETS:
         raise UsageError(
             f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}"
         )
     preset = PRESETS[config.preset]
-    resolved = complete(config, preset.recipe, preset.model)
+    model = model or preset.model
+    resolved = complete(config, preset.recipe, model)
     model = dataclasses.replace(
-        preset.model,
+        model,
         param_dtype=resolved.param_dtype,
         compute_dtype=resolved.compute_dtype,
-        max_length=max(preset.model.max_length, resolved.seq_len),
+        max_length=max(model.max_length, resolved.seq_len),
     )
     return resolved, model
 
@@ -322,6 +336,8 @@ def _check(config: Resolved, model: Any) -> None:
                 f"{', '.join(filter(None, allowed))}; "
                 f"got {value!r}"
             )
+    if unknown := {*config.log_to} - {*LOGS}:
+        raise UsageError(f"--log-to knows {' and '.join(LOGS)}; got {min(unknown)!r}")
     if config.side and config.optimizer in NO_SIDE:
         raise UsageError(
             f"--side: {config.optimizer} projects on no side; leave it out"

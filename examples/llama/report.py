@@ -95,7 +95,15 @@ def _leave(path: pathlib.Path, text: str) -> None:
 
 def say_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Names the settings in which a resumed run differs from what was saved."""
-    free = {"resume", "run_dir", "stop_step", "cache_dir", "compilation_cache"}
+    free = {
+        "resume",
+        "run_dir",
+        "stop_step",
+        "cache_dir",
+        "compilation_cache",
+        "log_to",
+        "export",
+    }
     changed = [
         f"{name}: {before.get(name)}, now {value}"
         for name, value in now.items()
@@ -201,11 +209,17 @@ class Metrics:
 
     The lines are kept in memory as well: what a full disk refuses is written later,
     with all that came before it. With `write` false nothing is written: another
-    process does it.
+    process does it. `others` have `add` and `close`, too (`logs.py`).
     """
 
-    def __init__(self, run_dir: pathlib.Path, start: int, write: bool = True):
-        self.path = run_dir / "metrics.jsonl"
+    def __init__(
+        self,
+        run_dir: pathlib.Path,
+        start: int,
+        write: bool = True,
+        others: Sequence[Any] = (),
+    ):
+        self.path, self.others = run_dir / "metrics.jsonl", others
         self.write = write
         self.lines, damaged = _read(self.path) if write else ([], 0)
         before = len(self.lines)
@@ -219,6 +233,9 @@ class Metrics:
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+        for log in self.others:
+            with not_vital(f"{type(log).__name__} was told nothing"):
+                log.add(line)
         if len(self.lines) >= self._again:
             self._write()
 
@@ -241,6 +258,9 @@ class Metrics:
 
     def close(self) -> list[pathlib.Path]:
         """Writes the CSV and the picture; returns the files."""
+        for log in self.others:
+            with not_vital(f"{type(log).__name__} was not closed"):
+                log.close()
         if not self.write:
             return []
         if self._held != len(self.lines):

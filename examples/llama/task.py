@@ -4,18 +4,22 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
+from examples.convert import read_model
 from examples.llama.batches import Batch, Rows, Source, validation_rows
 from examples.llama.config import Resolved, TrainConfig, UsageError, resolve
 from examples.llama.corpus import load_corpora
-from examples.llama.model import Params, abstract_model
+from examples.llama.model import ModelConfig, Params, abstract_model
 from examples.llama.placement import drawn
 from examples.llama.processes import found_by_first, is_first
 from examples.llama.report import Evaluation, eval_batches, evaluate, unigram
 from examples.llama.run_folder import write_whole
 from examples.llama.step import Losses, token_losses
-from examples.llama.tokenizer import BPETokenizer, load_tokenizer
+from examples.llama.tokenizer import BPETokenizer, Tokenizer, load_tokenizer, of_folder
 
 
 class Task(Protocol):
@@ -103,12 +107,24 @@ class Task(Protocol):
 
 
 class Pretraining:
-    """The next token of a text, from random parameters."""
+    """The next token of a text, from random parameters or from `--init-from`."""
 
     unit, estimate = "tokens", None
 
     def __init__(self, config: TrainConfig):
-        self.config, self.model = resolve(config)
+        self.tokenizer: Tokenizer
+        self.pretrained: Params | None = None
+        model = None
+        if config.init_from:
+            # The tokenizer first, which costs nothing.
+            self.tokenizer = of_folder(config.init_from)
+            model, self.pretrained = read_model(config.init_from)
+            if not isinstance(model, ModelConfig):
+                raise UsageError(
+                    f"--init-from {config.init_from} is an encoder; the trainer's "
+                    "models are decoders"
+                )
+        self.config, self.model = resolve(config, model)
         self.definition, self.params = abstract_model(self.model)
         self.frozen: Params = {}
         self.losses: Losses = token_losses
@@ -128,9 +144,10 @@ class Pretraining:
         # A run that goes on keeps the tokenizer that it began with.
         own = run_dir / "tokenizer.json" if config.resume else None
         size = self.model.vocab_size
-        self.tokenizer = load_tokenizer(
-            config.tokenizer, size, self.train_text, config.cache_dir, own
-        )
+        if self.pretrained is None:
+            self.tokenizer = load_tokenizer(
+                config.tokenizer, size, self.train_text, config.cache_dir, own
+            )
         # Read once: every validation is over the same rows.
         self.validation = list(validation_rows(self.rows(False), config.eval_tokens))
         if not self.validation:
@@ -164,7 +181,12 @@ class Pretraining:
         }
 
     def start(self, params: Any, frozen: Any) -> tuple[Params, Params]:
-        return drawn(self.model, self.config.seed, params), self.frozen_at(frozen)
+        if self.pretrained is None:
+            return drawn(self.model, self.config.seed, params), self.frozen_at(frozen)
+        dtype = jnp.dtype(self.config.param_dtype)
+        own = jax.tree.map(lambda x: np.asarray(x).astype(dtype), self.pretrained)
+        self.pretrained = {}  # as large as the model, and of no use from here on
+        return jax.device_put(own, params), self.frozen_at(frozen)
 
     def frozen_at(self, places: Any) -> Params:
         del places

@@ -13,6 +13,7 @@ from examples.llama.corpus import Corpus
 from examples.llama.run_folder import (
     brief,
     check_writable,
+    parse_object,
     read_text,
     usable,
     write_whole,
@@ -66,11 +67,41 @@ class BPETokenizer:
         self.size = max(self._inner.get_vocab().values(), default=0) + 1
         self.fingerprint = hashlib.sha256(serialized.encode()).hexdigest()[:16]
 
+    def number(self, token: str) -> int | None:
+        return self._inner.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._inner.decode(list(ids))
+
+
+def of_folder(folder: str) -> BPETokenizer:
+    """The tokenizer of a pretrained model, whose own token closes a document.
+
+    Raises:
+        UsageError: it is not there, or has no such token.
+    """
+    path = pathlib.Path(folder).expanduser()
+    try:
+        found = BPETokenizer(read_text(path / "tokenizer.json", _LARGEST))
+        settings = parse_object(read_text(path / "tokenizer_config.json", _LARGEST))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's own is bare, or a panic of Rust
+        raise UsageError(
+            f"the tokenizer of {folder} cannot be read: {brief(error)}"
+        ) from error
+    token = settings.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    number = found.number(token) if isinstance(token, str) else None
+    if number is None:
+        raise UsageError(
+            f"the tokenizer of {folder} has no token for the end of a text"
+        )
+    found.end = number
+    return found
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

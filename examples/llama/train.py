@@ -41,6 +41,7 @@ from examples.llama.checkpoint import (
 from examples.llama.choose_steps import choose_steps, laid_out, layers_outermost
 from examples.llama.config import IDENTITY, TrainConfig, UsageError
 from examples.llama.corpus import Counts
+from examples.llama.logs import open_logs
 from examples.llama.model import ACTIVATIONS, count_params
 from examples.llama.placement import choose_placement, started
 from examples.llama.processes import (
@@ -181,7 +182,8 @@ class Trainer:
         )
         self.task.leave(self.run_dir)
         # Lines behind the start are dropped: their steps will be run again.
-        self.metrics = Metrics(self.run_dir, self.step, is_first())
+        logs = open_logs(config.log_to, self.run_dir, dataclasses.asdict(config))
+        self.metrics = Metrics(self.run_dir, self.step, is_first(), logs)
         self.planner = None
         # Under a budget the step is the planner's, which measures, plans and compiles
         # at its first call and again from time to time.
@@ -401,9 +403,12 @@ def due(step: int, every: int) -> bool:
 
 
 def summary(
-    trainer: Trainer, result: Evaluation, files: list[pathlib.Path], seconds: float
+    trainer: Trainer,
+    closing: list[tuple[str, str]],
+    files: list[pathlib.Path],
+    seconds: float,
 ) -> str:
-    """The closing table."""
+    """The closing table, with the task's own rows."""
     config, params = trainer.config, trainer.abstract_params
     state = optimizers.state_bytes(trainer.optimizer, params)
     adamw = optimizers.state_bytes(optax.adamw(1e-3), params)
@@ -422,7 +427,7 @@ def summary(
         (f"steps, {unit}", f"{trainer.step:,}, {trainer.tokens:,}"),
         ("speed", f"{trainer.tokens_per_second():,.0f} {unit}/s"),
         ("time", f"{seconds:.0f} s"),
-        *trainer.task.closing(result, trainer),
+        *closing,
     ]
     if not trainer.peak_bytes:  # planned again and again, or no step was made
         rows = [row for row in rows if row[0] != "a step, by the compiler"]
@@ -446,13 +451,16 @@ def train(config: TrainConfig, make_task: Callable[[Any], Task] = Pretraining) -
         should_stop = any_of(asked)
         trainer = Trainer(config, make_task=make_task)
         files: list[pathlib.Path] = []
+        closing: list[tuple[str, str]] = []
         try:
             result = trainer.run(should_stop)
+            if result is not None:  # all processes: it may compute
+                closing = trainer.task.closing(result, trainer)
         finally:
             # However the loop ended, a save under way is completed.
             files = trainer.close()
         if result is not None and is_first():
-            print(summary(trainer, result, files, time.perf_counter() - started))
+            print(summary(trainer, closing, files, time.perf_counter() - started))
         trainer.check_saved()
         if result is None:
             print(

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 
 from examples.convert import read_model
+from examples.convert.folder import load_model
 from examples.finetune.__main__ import main
 from examples.finetune.config import FinetuneConfig
 from examples.finetune.tasks import make_task
+from examples.llama import train
+from examples.llama.batches import Position, training_batches
+from examples.llama.config import TrainConfig
+from examples.llama.model import abstract_model
+from examples.llama.step import token_losses
+from examples.llama.task import Pretraining
 from examples.llama.train import Trainer
 from tests.examples.pretrained import write_decoder, write_encoder
 
@@ -131,10 +138,15 @@ def test_the_last_position_of_a_decoder(tmp_path, capsys, monkeypatch):
     model = write_decoder(tmp_path / "model")
     flags = ["--task", "classify", "--model", model, "--data", labelled(tmp_path)]
     flags += "--optimizer galore --rank 4 --lr 0.05 --epochs 4".split()
-    flags += "--seq-len 16 --batch-size 6 --run-dir run".split()
+    flags += "--seq-len 16 --batch-size 6 --run-dir run --export out".split()
     assert main(flags) == 0
     found = re.search(r"test +accuracy (\S+),", capsys.readouterr().out)
     assert found is not None and float(found[1]) > 0.9
+    exported = load_model("out")
+    assert exported.head["score.weight"].shape == (2, 32)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "no", "1": "yes"}
 
 
 @pytest.mark.whole
@@ -156,7 +168,28 @@ def test_without_a_backward_pass(tmp_path, capsys, monkeypatch):
     assert max(x["grad_norm"] for x in whole if "loss" in x) > 100
     other = [*flags, "--run-dir", "parts", "--gradient", "mezo", "--resume"]
     assert main(other) == 2
-    assert "gradient: checkpoint subzero, now mezo" in capsys.readouterr().err
+    assert "gradient: checkpoint 'subzero', now 'mezo'" in capsys.readouterr().err
+
+
+@pytest.mark.whole
+def test_pretraining_goes_on_from_a_folder(micro_preset, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = write_decoder(tmp_path / "model")
+    flags = ["--preset", "micro", "--data", shards, "--init-from", model]
+    flags += "--optimizer adamw --lr 1e-9 --steps 2 --eval-every 0".split()
+    assert train.main([*flags, "--run-dir", "run"]) == 0
+    assert train.main([*flags, "--run-dir", "run", "--resume"]) == 0
+    # With so small a learning rate the losses are those of the folder's model.
+    config, params = read_model(model)
+    text = Pretraining(TrainConfig(preset="micro", data=shards, init_from=model))
+    text.read(tmp_path / "run")
+    assert text.tokenizer.end == 1 and text.model.tied
+    first, _ = next(training_batches(text.rows(True), 4, Position()))
+    params = jax.tree.map(jax.numpy.asarray, params)
+    losses = token_losses(abstract_model(config)[0], params, first)
+    expected = np.sum(losses) / first["mask"].sum()
+    found = metrics(tmp_path / "run")
+    assert found[0]["loss"] == pytest.approx(expected, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +241,7 @@ CLASSIFY = "--task classify --model encoder --data labels.jsonl"
         (f"{SFT} --seq-len 4096", "--seq-len 4096 is too long: the model has 128 pos"),
         (f"{SFT} --optimizer sgdx", "unknown optimizer 'sgdx'"),
         (f"{SFT} --head frozen", "the head of this model is its embedding"),
+        (f"{SFT} --select nose", "--select nose names no matrix .* layers/attn/k/kern"),
         (f"{SFT} --embeddings half", "--embeddings must be one of full, projected, fr"),
         (f"{SFT} --export chat.jsonl", "--export chat.jsonl"),
         (f"{CLASSIFY} --data unlabelled.jsonl", "has no labels among its fields: text"),

@@ -95,7 +95,8 @@ def test_training_and_going_on(kind, config, tmp_path, capsys):
         Trainer(dataclasses.replace(config, resume=True, **parts | {"weights": other}))
 
     capsys.readouterr()
-    table = train.summary(whole, result, whole.close(), 1.0)
+    closing = whole.task.closing(result, whole)
+    table = train.summary(whole, closing, whole.close(), 1.0)
     assert f"micro, {MATRICES + OTHERS:,} parameters" in table
     (row,) = [line for line in table.splitlines() if f"weights, {kind} " in line]
     assert row.endswith(f"  {readable_bytes(BYTES[kind])}")
