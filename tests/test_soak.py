@@ -128,7 +128,9 @@ def test_ten_thousand_steps(row):
         params, state = run(params, state, chunk * CHUNK)
         check(params, state)
         memory.append(resident())
-    assert all(np.all(c == CHUNK * CHUNKS) for c in counters(state).values())
+    # A basis with an optimizer of its own takes no step at the first.
+    for name, count in counters(state).items():
+        assert set(CHUNK * CHUNKS - np.ravel(count)) <= {0, 1}, (name, count)
     grown = memory[-1] / memory[1] - 1
     print(f"{row}: {CHUNK * CHUNKS} steps, memory {grown:+.2%}, {len(traces)} trace")
     assert grown < 0.01
