@@ -25,7 +25,7 @@ def trajectories():
         yield pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path", trajectories())
+@pytest.mark.parametrize("path", list(trajectories()))
 def test_trajectory(path):
     config = cases.read_config(path)
     if config is None:
