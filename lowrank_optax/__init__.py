@@ -99,6 +99,18 @@ from lowrank_optax.weights import (
 from lowrank_optax.weights import weight_shardings as weight_shardings
 from lowrank_optax.weights import weight_storage as weight_storage
 
+# Without a backward pass: gradient estimates from losses alone.
+from lowrank_optax.zeroth_order import Directions as Directions
+from lowrank_optax.zeroth_order import Perturbed as Perturbed
+from lowrank_optax.zeroth_order import ZerothOrder as ZerothOrder
+from lowrank_optax.zeroth_order import ZerothOrderState as ZerothOrderState
+from lowrank_optax.zeroth_order import lozo as lozo
+from lowrank_optax.zeroth_order import materialize as materialize
+from lowrank_optax.zeroth_order import mezo as mezo
+from lowrank_optax.zeroth_order import subzero as subzero
+from lowrank_optax.zeroth_order import tezo as tezo
+from lowrank_optax.zeroth_order import zeroth_order as zeroth_order
+
 # Shapes: what can be said of an optimizer before it runs.
 from lowrank_optax.shapes.collectives import Collective as Collective
 from lowrank_optax.shapes.collectives import collectives as collectives

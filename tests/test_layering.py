@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = (
     "_checks, _meshes < linalg < quantization < leaves"
     " < projectors, transport, recovery, transforms < bracket"
-    " < methods, shapes, layerwise, weights < distributed, testing, activations"
+    " < methods, shapes, layerwise, weights, zeroth_order < distributed, testing, activations"
     " < __init__"
 )
 LEVEL = {

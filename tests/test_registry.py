@@ -263,6 +263,7 @@ FOLDERS = {
     "Recovery": "recovery",
     "Transforms": "transforms",
     "Weights in few bits": "weights",
+    "Without a backward pass": "zeroth_order",
     "Shapes": "shapes",
     "Methods": "methods",
 }

@@ -144,7 +144,7 @@ class Selection:
         if leaf.size < self.min_size:
             return f"smaller than min_size={self.min_size}"
         named = self.select is not None and self.select != ALL_LINEAR
-        found = self._finds(path, leaf) if chosen is None else chosen
+        found = self.finds(path, leaf) if chosen is None else chosen
         if named and not found:
             return "not chosen by select"
         if numbers is not None:
@@ -156,7 +156,7 @@ class Selection:
             return seen.reason if _is_stacked_vector(seen) else None
         return None if seen.kind == "matrix" else seen.reason
 
-    def _finds(self, path: str, leaf: Any) -> bool:
+    def finds(self, path: str, leaf: Any) -> bool:
         """Whether ``select`` chooses a path."""
         if _checks.is_function(self.select):
             return bool(self.select(path, leaf))

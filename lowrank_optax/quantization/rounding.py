@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, UInt32
+from jaxtyping import Array, BFloat16, Float, Float16, UInt32
 
 _EXPONENT = 0x7F80  # of a bfloat16; all ones in infinities and NaN
 
@@ -101,6 +101,23 @@ def round_to_bfloat16(x: Array, noise: UInt32[Array, "..."]) -> BFloat16[Array, 
     # Cut to its upper half, a NaN with bits in the lower half alone would become an
     # infinity. A cast keeps it a NaN.
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def round_to_float16(x: Array, noise: UInt32[Array, "..."]) -> Float16[Array, "..."]:
+    """Rounds to one of the two nearest float16, by 16 random bits per number.
+
+    Without bias, as ``round_to_bfloat16`` does, also among the small numbers that have
+    fewer than 11 digits.
+    """
+    x = x.astype(jnp.float32)
+    _, exponent = jnp.frexp(x)
+    # Numbers in [2^(e-1), 2^e) are 2^(e-11) apart, the smallest ones 2^-24.
+    exponent = jnp.clip(exponent - 11, -24, 5)
+    draws = noise.astype(jnp.float32) * jnp.float32(2.0**-16)
+    nearby = jnp.ldexp(round_with(jnp.ldexp(x, -exponent), draws), exponent)
+    largest = jnp.float32(jnp.finfo(jnp.float16).max)
+    kept = jnp.clip(nearby, -largest, largest)
+    return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.float16)
 
 
 def dither(seeds: Sequence[Any], shape: Sequence[int], first: Any = 0) -> Array:
