@@ -70,16 +70,17 @@ def noise_seed():
     return jnp.zeros(2, jnp.uint32)
 
 
-@pytest.mark.parametrize("number", [0.1, 1.0, -3e-6, 4e-8, 60000.3, 1e6, -0.0])
-def test_float16_is_rounded_without_bias(number):
-    bits = jnp.arange(1 << 16, dtype=jnp.uint32)  # every draw once
-    found = np.asarray(round_to_float16(jnp.full(bits.shape, number), bits), np.float64)
-    exact = np.float64(np.clip(np.float32(number), -65504, 65504))
-    near = sorted(set(found))
-    assert len(near) <= 2
-    assert near[0] <= exact <= near[-1]
-    # The mean over all draws is off by less than one draw.
-    assert abs(found.mean() - exact) <= (near[-1] - near[0]) / (1 << 16)
+def test_float16_is_rounded_without_bias():
+    numbers = np.asarray([0.1, 1.0, -3e-6, 4e-8, 60000.3, 1e6, -0.0], np.float32)
+    draws = jnp.arange(1 << 16, dtype=jnp.uint32)  # every draw once
+    rounded = jax.jit(jax.vmap(lambda x: round_to_float16(jnp.full(1 << 16, x), draws)))
+    exact = np.clip(numbers.astype(np.float64), -65504, 65504)
+    for number, found in zip(exact, np.asarray(rounded(numbers), float), strict=True):
+        near = sorted(set(found))
+        assert len(near) <= 2
+        assert near[0] <= number <= near[-1]
+        # The mean over all draws is off by less than one draw.
+        assert abs(found.mean() - number) <= (near[-1] - near[0]) / (1 << 16)
 
 
 # --- expectation and variance ------------------------------------------------------
@@ -149,16 +150,12 @@ def test_samples_divide_the_variance():
 LAYERS, WIDTH, WORDS, BATCH = 4, 8, 16, 8
 
 
-def params_of(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(1), 3)
+def params_of():
+    keys = jax.random.split(jax.random.key(1), 2)
     kernel = jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)) / WIDTH**0.5
     return {
-        "embed": jax.random.normal(keys[1], (WORDS, WIDTH)).astype(dtype),
-        "layers": {
-            "bias": jnp.zeros((LAYERS, WIDTH), dtype),
-            "kernel": kernel.astype(dtype),
-        },
-        "scale": jnp.ones([], dtype),
+        "embed": jax.random.normal(keys[1], (WORDS, WIDTH)),
+        "layers": {"bias": jnp.zeros((LAYERS, WIDTH)), "kernel": kernel},
     }
 
 
@@ -168,10 +165,13 @@ def loss_fn(params, tokens):
         return x + jnp.tanh(x @ p["kernel"] + p["bias"]), None
 
     x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
-    return jnp.mean(jnp.square((params["scale"] * x).astype(jnp.float32) - 1))
+    return jnp.mean(jnp.square(x - 1))
 
 
 TOKENS = jnp.arange(BATCH) % WORDS
+# The rounding of a loss is divided by twice this: with 1e-3 the projected gradients of
+# two programs would agree to four digits.
+EPS = 0.05
 
 
 def close(found, expected, tolerance=1e-6):
@@ -182,11 +182,11 @@ def close(found, expected, tolerance=1e-6):
     )
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["subzero", "tezo"])
 def whole(request):
     """One step of a method with all leaves perturbed at once, from its second step."""
     method = METHODS[request.param]
-    zo = lro.zeroth_order(loss_fn, method)
+    zo = lro.zeroth_order(loss_fn, method, eps=EPS)
     params = params_of()
     state = zo.init(params, KEY)._replace(count=jnp.int32(1))
     out = jax.jit(zo.value_and_grad)(params, state, TOKENS)
@@ -197,17 +197,17 @@ def test_a_step_moves_along_the_estimate(whole):
     """So the directions of both losses, of the estimate and of the step are one."""
     method, params, state, ((loss, grads), after) = whole
     # Stacks perturbed layer by layer are perturbed by the same numbers.
-    zo = lro.zeroth_order(loss_fn, method, scanned="layers")
+    zo = lro.zeroth_order(loss_fn, method, eps=EPS, scanned="layers")
     step = jax.jit(zo.step)
     moved, stepped, metrics = step(params, state, TOKENS, learning_rate=0.01)
     close(moved, jax.tree.map(lambda p, g: p - 0.01 * g, params, grads))
     close(metrics["loss"], loss)
     assert int(stepped.count) == int(after.count) == 2
     assert not metrics["skipped"]
-    # And the projected gradient is what the estimate's direction shows: |k| |Z|.
+    # And that is the derivative along Z = grads / k, up to the curvature's eps^2.
     true = jax.grad(loss_fn)(params, TOKENS)
-    along = optax.tree.vdot(grads, true) / metrics["projected_gradient"]
-    assert abs(along - metrics["projected_gradient"]) < 1e-2 * abs(along) + 1e-3
+    k = float(metrics["projected_gradient"])
+    assert abs(optax.tree.vdot(grads, true) / k - k) < 0.1 * abs(k)
     # Results have the types of arguments: one trace serves all steps.
     step(moved, stepped, TOKENS, learning_rate=0.01)
     assert step._cache_size() == 1
@@ -220,7 +220,6 @@ def test_meshes_draw_the_same_numbers(whole, kind):
     specs = {
         "embed": P("data", None),
         "layers": {"bias": P(None, "model"), "kernel": P(None, "data", "model")},
-        "scale": P(),
     }
 
     def loss(params, tokens):
@@ -240,7 +239,7 @@ def test_meshes_draw_the_same_numbers(whole, kind):
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         there = jax.device_put(params, places)
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P()))
-        zo = lro.zeroth_order(loss, method, scanned="layers")
+        zo = lro.zeroth_order(loss, method, eps=EPS, scanned="layers")
         state = zo.init(there, KEY)
         state = state._replace(count=state.count + 1)
         step = jax.jit(zo.step, out_shardings=(places, None, None))
@@ -251,31 +250,27 @@ def test_meshes_draw_the_same_numbers(whole, kind):
         assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("how", ["shard_map", "pmap"])
-def test_replicas_average_two_losses(how):
+def test_replicas_average_two_losses():
     params = params_of()
-    zo = lro.zeroth_order(loss_fn, METHODS["subzero"], axis_name="data", samples=2)
+    options = {"method": METHODS["subzero"], "eps": EPS, "samples": 2}
+    zo = lro.zeroth_order(loss_fn, axis_name="data", **options)
     state = zo.init(params, KEY)
 
     def step(params, state, tokens):
         return zo.step(params, state, tokens, learning_rate=0.01)
 
-    if how == "shard_map":
-        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-        spread = jax.shard_map(
-            step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
-        )
-        moved, _, metrics = jax.jit(spread)(params, state, TOKENS)
-    else:
-        spread = jax.pmap(
-            step, "data", in_axes=(None, None, 0), devices=jax.devices()[:4]
-        )
-        out = spread(params, state, TOKENS.reshape(4, -1))
-        moved, _, metrics = jax.tree.map(lambda x: x[0], out)
-    alone = lro.zeroth_order(loss_fn, METHODS["subzero"], samples=2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
+    )
+    moved, _, metrics = jax.jit(spread)(params, state, TOKENS)
+    alone = lro.zeroth_order(loss_fn, **options)
     expected, _, same = jax.jit(alone.step)(params, state, TOKENS, learning_rate=0.01)
     close(moved, expected)
-    close(metrics, same, 1e-4)
+    close(metrics, same, 1e-5)
+    mapped = jax.pmap(step, "data", in_axes=(None, None, 0), devices=jax.devices()[:4])
+    out = jax.eval_shape(mapped, params, state, TOKENS.reshape(4, -1))
+    assert out[0]["embed"].shape == (4, WORDS, WIDTH)
 
 
 def test_steps_run_in_a_scan_and_subspaces_are_renewed():
@@ -334,23 +329,14 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        lro.mezo(),
-        lro.subzero(
-            2,
-            weight_dimension_numbers={
-                **dict.fromkeys(ODD),
-                "conv": lro.MatrixDimensionNumbers(2, 3, (0, 1)),
-                "heads": lro.MatrixDimensionNumbers(0, (1, 2)),
-                "kernel": lro.MatrixDimensionNumbers(0, 1),
-            },
-        ),
-    ],
-    ids=["mezo", "subzero"],
-)
-def test_odd_leaves_keep_shapes_and_dtypes(method):
+def test_odd_leaves_keep_shapes_and_dtypes():
+    numbers = {
+        **dict.fromkeys(ODD),
+        "conv": lro.MatrixDimensionNumbers(2, 3, (0, 1)),
+        "heads": lro.MatrixDimensionNumbers(0, (1, 2)),
+        "kernel": lro.MatrixDimensionNumbers(0, 1),
+    }
+    method = lro.subzero(2, weight_dimension_numbers=numbers)
     zo = lro.zeroth_order(sum_of, method, trainable="^(?!scalar)")
     state = zo.init(ODD, KEY)
     (_, grads), _ = jax.jit(zo.value_and_grad)(ODD, state)
@@ -361,10 +347,9 @@ def test_odd_leaves_keep_shapes_and_dtypes(method):
     moved, _, _ = jax.jit(zo.step)(ODD, state, learning_rate=0.1)
     for name in ("bool", "int", "scalar"):
         np.testing.assert_array_equal(moved[name], ODD[name])
-    if isinstance(method, lro.subzero):
-        assert [x.shape for x in state.kept["heads"]] == [(8, 2), (8, 2)]
-        assert [x.shape for x in state.kept["conv"]] == [(4, 2), (72, 2)]
-        assert [x.shape for x in state.kept["kernel"]] == [(7, 1), (1, 1)]
+    assert [x.shape for x in state.kept["heads"]] == [(8, 2), (8, 2)]
+    assert [x.shape for x in state.kept["conv"]] == [(4, 2), (72, 2)]
+    assert [x.shape for x in state.kept["kernel"]] == [(7, 1), (1, 1)]
 
 
 def test_directions_follow_from_paths_and_not_from_places():
@@ -372,7 +357,7 @@ def test_directions_follow_from_paths_and_not_from_places():
     zo = lro.zeroth_order(sum_of)
 
     def direction(params):
-        (_, grads), _ = zo.value_and_grad(params, zo.init(params, KEY))
+        (_, grads), _ = jax.jit(zo.value_and_grad)(params, zo.init(params, KEY))
         return grads["b"] / jnp.linalg.norm(grads["b"])
 
     alone, among = direction(params), direction({"a": jnp.zeros(6), **params})
@@ -391,27 +376,32 @@ def test_any_kind_of_key_makes_a_state_of_arrays():
 # --- numbers that are not finite, and small ones -------------------------------------
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
-def test_a_loss_that_is_not_finite_moves_nothing(bad):
-    def loss(params, shift):
-        # One side alone overflows where the sum is close to the largest number.
-        return jnp.sum(params["w"]) * jnp.float32(bad) + shift
-
+def test_a_loss_that_is_not_finite_moves_nothing():
+    # The last one is too large on one side, or for the difference.
+    bad = jnp.asarray([1.0, np.nan, np.inf, 3e38], jnp.float32)
+    zo = lro.zeroth_order(lambda params, bad: jnp.sum(params["w"]) * bad, samples=2)
     params = {"w": jnp.full(4, 1.5)}
-    zo = lro.zeroth_order(loss, samples=2)
     state = zo.init(params, KEY)
-    moved, state, metrics = jax.jit(zo.step)(params, state, 0.0, learning_rate=np.inf)
-    assert metrics["skipped"]
-    assert int(state.count) == 1
-    close(moved, params, 0)
-    (_, grads), _ = zo.value_and_grad(params, state, 0.0)
-    close(grads, {"w": jnp.zeros(4)}, 0)
+
+    @jax.jit
+    @jax.vmap
+    def both(bad):
+        rate = jnp.where(bad == 1, 0.1, jnp.inf)
+        moved = zo.step(params, state, bad, learning_rate=rate)
+        return moved, zo.value_and_grad(params, state, bad)
+
+    (moved, state, metrics), ((_, grads), _) = both(bad)
+    assert list(metrics["skipped"]) == [False, True, True, True]
+    assert list(state.count) == [1, 1, 1, 1]
+    assert np.all(moved["w"][0] != 1.5)
+    assert np.all(moved["w"][1:] == 1.5)
+    assert np.all(grads["w"][1:] == 0)
 
 
 def test_clip_bounds_the_projected_gradient():
     params = {"w": jnp.ones(100)}
     zo = lro.zeroth_order(lambda p: 1e4 * jnp.sum(p["w"]), clip=0.5)
-    _, _, metrics = zo.step(params, zo.init(params, KEY), learning_rate=0.0)
+    _, _, metrics = jax.jit(zo.step)(params, zo.init(params, KEY), learning_rate=0.0)
     assert abs(metrics["projected_gradient"]) == 0.5
 
 
@@ -491,7 +481,6 @@ def test_a_step_in_place_takes_the_memory_of_inference():
             "bias": jax.ShapeDtypeStruct((32, 64), jnp.float32),
             "kernel": jax.ShapeDtypeStruct((32, 64, 64), jnp.float32),
         },
-        "scale": jax.ShapeDtypeStruct((), jnp.float32),
     }
     tokens = jax.ShapeDtypeStruct((64,), jnp.int32)
     forward = held(loss_fn, shapes, tokens)
@@ -550,7 +539,7 @@ def test_bad_options_are_named(options, error, message):
     options = {"loss_fn": lambda p: p["bias"][0], **options}
     with pytest.raises(error, match=message):
         zo = lro.zeroth_order(options.pop("loss_fn"), **options)
-        jax.eval_shape(zo.value_and_grad, GOOD, zo.init(GOOD, KEY))
+        jax.eval_shape(lambda: zo.value_and_grad(GOOD, zo.init(GOOD, KEY)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._meshes import explicit_like, vary_like
+from lowrank_optax._meshes import explicit_like, explicit_sharding, vary_like
 from lowrank_optax.zeroth_order.directions import Directions, mezo
 from lowrank_optax.zeroth_order.noise import fold_in
 from lowrank_optax.zeroth_order.perturbed import moved
@@ -424,5 +424,14 @@ def _placed(state: ZerothOrderState, arrays: list[Any]) -> ZerothOrderState:
             return state
         place = getattr(array, "sharding", None)
         if isinstance(place, NamedSharding):
-            return jax.device_put(state, NamedSharding(place.mesh, PartitionSpec()))
+            # Spelled as jit spells it, so that the second step is no other program.
+            explicit = explicit_sharding(array) is not None
+            places = [
+                PartitionSpec(*[None] * (x.ndim if explicit else 0))
+                for x in jax.tree.leaves(state)
+            ]
+            specs = jax.tree.unflatten(jax.tree.structure(state), places)
+            return jax.device_put(
+                state, jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
+            )
     return state

@@ -49,6 +49,7 @@ def threefry(seed: Array, x0: Any, x1: Any) -> tuple[Array, Array]:
     return x0, x1
 
 
+@jax.jit
 def fold_in(seed: UInt32[Array, "2"], first: Any, second: Any = 0) -> Array:
     """Returns another seed for every pair of numbers, ``uint32[*numbers, 2]``."""
     first, second = jnp.asarray(first, jnp.uint32), jnp.asarray(second, jnp.uint32)
