@@ -1,6 +1,7 @@
 """``zeroth_order``: gradient estimates from losses alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -419,19 +420,18 @@ def _seed_of(key: Any) -> Array:
 
 def _placed(state: ZerothOrderState, arrays: list[Any]) -> ZerothOrderState:
     """Returns the state on all devices of the parameters, as a step returns it."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return state
     for array in arrays:
-        if isinstance(array, jax.core.Tracer):
-            return state
-        place = getattr(array, "sharding", None)
-        if isinstance(place, NamedSharding):
+        if isinstance(array.sharding, NamedSharding):
             # Spelled as jit spells it, so that the second step is no other program.
             explicit = explicit_sharding(array) is not None
-            places = [
-                PartitionSpec(*[None] * (x.ndim if explicit else 0))
-                for x in jax.tree.leaves(state)
-            ]
-            specs = jax.tree.unflatten(jax.tree.structure(state), places)
-            return jax.device_put(
-                state, jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), specs)
+            return jax.tree.map(
+                functools.partial(_replicated, array.sharding.mesh, explicit), state
             )
     return state
+
+
+def _replicated(mesh: Any, explicit: bool, x: Array) -> Array:
+    spec = PartitionSpec(*[None] * (x.ndim if explicit else 0))
+    return jax.device_put(x, NamedSharding(mesh, spec))
