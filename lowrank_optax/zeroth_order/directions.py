@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt32
 
 from lowrank_optax import _checks
 from lowrank_optax.bracket.selection import Selection
+from lowrank_optax.leaves.matrix import Axes, Matrix
 from lowrank_optax.linalg.products import HIGHEST
 from lowrank_optax.zeroth_order.noise import normal
 
@@ -23,13 +24,14 @@ Seed = UInt32[Array, "2"]
 class Directions:
     """How the direction of one matrix is drawn; the base of all methods.
 
-    A method of your own is a frozen dataclass (with ``eq=False``) that has these two
-    functions. They are written for one matrix ``[m, n]``; stacks of them are lifted.
-    Leaves that ``selection`` does not choose get independent normal numbers.
+    A method of your own is a frozen dataclass (with ``eq=False``) that has what is
+    here. ``keep`` and ``draw`` are written for one matrix ``[m, n]``; stacks of them
+    are lifted. Leaves that ``selection`` does not choose get independent normal
+    numbers.
 
     Attributes:
       selection: which leaves are matrices to draw for, None for no leaf.
-      update_proj_gap: for how many steps ``keep`` and ``epoch`` stay; None for the run.
+      gap: for how many steps ``keep`` and ``epoch`` stay; None for the run.
     """
 
     @property
@@ -49,6 +51,11 @@ class Directions:
     def keep(self, epoch: Seed, m: int, n: int, rank: int) -> tuple[Array, ...]:
         """Returns what is kept of a matrix from step to step, nothing by default."""
         del epoch, m, n, rank
+        return ()
+
+    def axes(self, matrix: Matrix) -> tuple[Axes, ...]:
+        """Returns, for every array of ``keep``, the leaf's axes behind its axes."""
+        del matrix
         return ()
 
     def draw(
@@ -187,6 +194,9 @@ class subzero(_LowRank):
         left, right = _pair(epoch, m, n, rank)
         with jax.default_matmul_precision("highest"):
             return jnp.linalg.qr(left)[0], jnp.linalg.qr(right)[0]
+
+    def axes(self, matrix: Matrix) -> tuple[Axes, Axes]:
+        return matrix.basis_axes, Axes((matrix.low_axes[1], ()))
 
     def draw(self, seed, epoch, kept, m, n, rank) -> Array:
         del epoch

@@ -1,7 +1,6 @@
 """``zeroth_order``: gradient estimates from losses alone."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax._meshes import explicit_like, explicit_sharding, vary_like
+from lowrank_optax._meshes import explicit_like, vary_like
 from lowrank_optax.zeroth_order.directions import Directions, mezo
 from lowrank_optax.zeroth_order.noise import fold_in
 from lowrank_optax.zeroth_order.perturbed import moved
@@ -88,7 +86,7 @@ class ZerothOrder:
         seed = _seed_of(key)
         count = jnp.zeros([], jnp.int32)
         kept = tree.keep(self._epoch(seed, count))
-        return _placed(ZerothOrderState(count, seed, kept), tree.arrays)
+        return ZerothOrderState(*tree.placed(count, seed, kept))
 
     def value_and_grad(
         self, params: Any, state: ZerothOrderState, *args: Any, **kwargs: Any
@@ -212,7 +210,8 @@ class ZerothOrder:
         kept = jax.lax.cond(
             due,
             lambda kept: vary_like(
-                tree.keep(self._epoch(state.key, state.count)), *jax.tree.leaves(kept)
+                explicit_like(kept, tree.keep, self._epoch(state.key, state.count)),
+                *jax.tree.leaves(kept),
             ),
             lambda kept: kept,
             state.kept,
@@ -416,22 +415,3 @@ def _seed_of(key: Any) -> Array:
             "lro.zeroth_order: init wants a PRNG key, such as jax.random.key(0), got "
             f"{key!r} of type {type(key).__name__}."
         ) from error
-
-
-def _placed(state: ZerothOrderState, arrays: list[Any]) -> ZerothOrderState:
-    """Returns the state on all devices of the parameters, as a step returns it."""
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        return state
-    for array in arrays:
-        if isinstance(array.sharding, NamedSharding):
-            # Spelled as jit spells it, so that the second step is no other program.
-            explicit = explicit_sharding(array) is not None
-            return jax.tree.map(
-                functools.partial(_replicated, array.sharding.mesh, explicit), state
-            )
-    return state
-
-
-def _replicated(mesh: Any, explicit: bool, x: Array) -> Array:
-    spec = PartitionSpec(*[None] * (x.ndim if explicit else 0))
-    return jax.device_put(x, NamedSharding(mesh, spec))

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from lowrank_optax.bracket.placement import places_of
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.leaves.boxes import is_box, refill, unbox
-from lowrank_optax.leaves.matrix import Matrix, path_string
+from lowrank_optax.leaves.matrix import Axes, Matrix, path_string
 from lowrank_optax.quantization import is_quantized
 from lowrank_optax.zeroth_order.directions import Directions
 from lowrank_optax.zeroth_order.noise import fold_in
@@ -144,6 +146,35 @@ class Tree:
             return one(seed)
 
         return self._treedef.unflatten(map(of, self.seeds(epoch), self.matrices))
+
+    def placed(self, count: Array, key: Array, kept: Any) -> tuple[Array, Array, Any]:
+        """Returns a fresh state where its parameters are, if they say so.
+
+        As a step returns it, so that the second step is the program of the first.
+        """
+        places = [getattr(array, "sharding", None) for array in self.arrays]
+        if any(isinstance(array, jax.core.Tracer) for array in self.arrays):
+            return count, key, kept
+        known = [place for place in places if isinstance(place, NamedSharding)]
+        if not known:
+            return count, key, kept
+
+        def put(x: Array, axes: Axes, shape: tuple[int, ...], like: Any) -> Array:
+            return jax.device_put(x, places_of(x, axes, shape, like, False)[0])
+
+        def of(i: int, arrays: Any) -> Any:
+            matrix, place = self.matrices[i], places[i]
+            if matrix is None or not isinstance(place, NamedSharding):
+                return arrays
+            meant = self._method.axes(matrix)
+            return tuple(
+                put(x, matrix.batch_axes + axes, matrix.shape, place)
+                for x, axes in zip(arrays, meant, strict=True)
+            )
+
+        kept = map(of, range(len(places)), self._treedef.flatten_up_to(kept))
+        whole = [put(x, Axes(((),) * x.ndim), (), known[0]) for x in (count, key)]
+        return *whole, self._treedef.unflatten(kept)
 
     def boxed(self, leaves: Sequence[Any]) -> Any:
         """Returns leaves as one tree, in the boxes of the parameters."""
