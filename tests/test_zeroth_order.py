@@ -182,7 +182,7 @@ def close(found, expected, tolerance=2e-6):
     )
 
 
-@pytest.fixture(scope="module", params=["subzero", "tezo"])
+@pytest.fixture(scope="module", params=["subzero", "tezo"])  # kept, and drawn again
 def whole(request):
     """One step of a method with all leaves perturbed at once, from its second step."""
     method = METHODS[request.param]
@@ -213,6 +213,7 @@ def test_a_step_moves_along_the_estimate(whole):
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("whole", ["subzero"], indirect=True)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_meshes_draw_the_same_numbers(whole, kind):
     method, params, _, ((_, grads), after) = whole
@@ -251,9 +252,12 @@ def test_meshes_draw_the_same_numbers(whole, kind):
 
 
 def test_replicas_average_two_losses():
-    params = params_of()
+    def loss(params, tokens):
+        return jnp.mean(jnp.square(params["kernel"][tokens] - 1))
+
+    params = {"kernel": params_of()["embed"]}
     options = {"method": METHODS["subzero"], "eps": EPS, "samples": 2}
-    zo = lro.zeroth_order(loss_fn, axis_name="data", **options)
+    zo = lro.zeroth_order(loss, axis_name="data", **options)
     state = zo.init(params, KEY)
 
     def step(params, state, tokens):
@@ -264,13 +268,13 @@ def test_replicas_average_two_losses():
         step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
     )
     moved, _, metrics = jax.jit(spread)(params, state, TOKENS)
-    alone = lro.zeroth_order(loss_fn, **options)
+    alone = lro.zeroth_order(loss, **options)
     expected, _, same = jax.jit(alone.step)(params, state, TOKENS, learning_rate=0.01)
     close(moved, expected)
-    close(metrics, same, 1e-5)
+    close(metrics, same, 1e-4)
     mapped = jax.pmap(step, "data", in_axes=(None, None, 0), devices=jax.devices()[:4])
     out = jax.eval_shape(mapped, params, state, TOKENS.reshape(4, -1))
-    assert out[0]["embed"].shape == (4, WORDS, WIDTH)
+    assert out[0]["kernel"].shape == (4, WORDS, WIDTH)
 
 
 def test_steps_run_in_a_scan_and_subspaces_are_renewed():
@@ -339,14 +343,14 @@ def test_odd_leaves_keep_shapes_and_dtypes():
     method = lro.subzero(2, weight_dimension_numbers=numbers)
     zo = lro.zeroth_order(sum_of, method, trainable="^(?!scalar)")
     state = zo.init(ODD, KEY)
-    (_, grads), _ = jax.jit(zo.value_and_grad)(ODD, state)
-    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (ODD, grads)]
-    assert kinds[0] == kinds[1]
-    moving = {name for name, x in grads.items() if x is not None and np.any(x)}
-    assert moving == {"conv", "half", "heads", "kernel"}
+    (_, grads), _ = jax.eval_shape(zo.value_and_grad, ODD, state)
     moved, _, _ = jax.jit(zo.step)(ODD, state, learning_rate=0.1)
-    for name in ("bool", "int", "scalar"):
-        np.testing.assert_array_equal(moved[name], ODD[name])
+    kinds = [
+        jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (ODD, grads, moved)
+    ]
+    assert kinds[0] == kinds[1] == kinds[2]
+    changed = {k for k, x in moved.items() if x is not None and np.any(x != ODD[k])}
+    assert changed == {"conv", "half", "heads", "kernel"}
     assert [x.shape for x in state.kept["heads"]] == [(8, 2), (8, 2)]
     assert [x.shape for x in state.kept["conv"]] == [(4, 2), (72, 2)]
     assert [x.shape for x in state.kept["kernel"]] == [(7, 1), (1, 1)]
@@ -405,31 +409,34 @@ def test_clip_bounds_the_projected_gradient():
     assert abs(metrics["projected_gradient"]) == 0.5
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_steps_below_the_precision_count_on_average(dtype):
-    params = {"w": jnp.ones(20_000, dtype), "stack": jnp.ones((2, 100, 100), dtype)}
-    # Only the first matters to the loss, and numbers of it are 2^-7 or 2^-10 apart.
+def test_steps_below_the_precision_count_on_average():
+    params = {
+        "bfloat16": jnp.ones(20_000, jnp.bfloat16),
+        "float16": jnp.ones(20_000, jnp.float16),
+        "stack": jnp.ones((2, 100, 100), jnp.bfloat16),
+    }
     zo = lro.zeroth_order(
-        lambda p: jnp.mean(p["w"].astype(jnp.float32)),
+        lambda p: jnp.mean(p["bfloat16"].astype(jnp.float32)),
         lro.tezo(4, select="stack", layer_axis=0),
-        clip=1.0,
     )
     state = zo.init(params, KEY)
     (_, grads), _ = jax.jit(zo.value_and_grad)(params, state)
-    direction = jax.tree.map(lambda g: np.asarray(g, np.float64), grads)
-    rate = 1e-4 / np.mean(np.abs(direction["w"]))
-    moved, _, _ = jax.jit(zo.step)(params, state, learning_rate=rate)
-    for name in params:
-        step = np.asarray(moved[name], np.float64) - 1
-        wanted = -rate * direction[name]
-        gap = float(jnp.finfo(dtype).eps)
-        # A sum of independent roundings with a variance below gap |step| each.
+    grads = jax.tree.map(lambda g: np.asarray(g, np.float64), grads)
+    # Numbers are 2^-7 or 2^-10 apart above 1, and half of that below.
+    rate = 1e-4 / np.mean(np.abs(grads["bfloat16"]))
+    step = jax.jit(zo.step)
+    moved, _, _ = step(params, state, learning_rate=rate)
+    for name, start in params.items():
+        found = np.asarray(moved[name], np.float64) - 1
+        wanted = -rate * grads[name]
+        # Roundings are independent, each of a variance below the gap times its step.
+        gap = float(jnp.finfo(start.dtype).eps)
         error = (gap * np.abs(wanted) * wanted**2).sum() ** 0.5
-        assert abs((step * wanted).sum() - (wanted**2).sum()) < 5 * error + (
-            0.01 * (wanted**2).sum()  # the estimate itself has 8 or 11 bits
-        )
-        assert np.mean(step != 0) < 0.5
-    still, _, _ = jax.jit(zo.step)(params, state, learning_rate=0.0)
+        # The estimate that this is compared with is itself rounded, to 8 or 11 bits.
+        exact = (wanted**2).sum()
+        assert abs((found * wanted).sum() - exact) < 5 * error + gap * exact
+        assert np.mean(found != 0) < 0.5
+    still, _, _ = step(params, state, learning_rate=0.0)
     close(still, params, 0)
 
 
@@ -438,7 +445,10 @@ def test_steps_below_the_precision_count_on_average(dtype):
 
 @pytest.mark.parametrize(
     "tx",
-    [optax.adam(0.02), lro.galore(0.02, rank=2, select="kernel", layer_axis=0)],
+    [
+        optax.adam(0.02),
+        lro.galore(0.02, rank=2, scale=1.0, select="kernel", layer_axis=0),
+    ],
     ids=["adam", "galore"],
 )
 def test_estimates_train_with_any_transformation(tx):

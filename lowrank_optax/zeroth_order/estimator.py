@@ -379,12 +379,12 @@ def _check_positive(name: str, value: Any) -> None:
 
 def _checked(loss: Any) -> Array:
     """Returns a loss if two of them can be told apart."""
-    shape, dtype = jnp.shape(loss), getattr(loss, "dtype", None)
-    if isinstance(loss, tuple | dict | list) or shape != ():
+    if not jax.tree_util.all_leaves([loss]) or getattr(loss, "shape", ()) != ():
         raise TypeError(
             "lro.zeroth_order: loss_fn must return a scalar, without auxiliary values; "
             f"got {jax.tree.map(jnp.shape, loss)}."
         )
+    dtype = getattr(loss, "dtype", None)
     if dtype is None or dtype not in (jnp.float32, jnp.float64):
         raise TypeError(
             "lro.zeroth_order: loss_fn must return float32 or float64, got "

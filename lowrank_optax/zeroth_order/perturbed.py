@@ -66,7 +66,7 @@ class Noise:
         batch = self.seed.ndim - 1
         matrix = self.matrix if batch == len(self.matrix.batch) else _cut(self.matrix)
 
-        def draw_one(seed: Array, epoch: Array, kept: Any) -> Array:
+        def draw_one(seed: Array, epoch: Any, kept: Any) -> Array:
             sizes = (matrix.m, matrix.n, matrix.rank)
             return self.method.draw(seed, epoch, kept, *sizes).astype(jnp.float32)
 

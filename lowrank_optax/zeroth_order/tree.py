@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
@@ -153,7 +154,7 @@ class Tree:
         As a step returns it, so that the second step is the program of the first.
         """
         places = [getattr(array, "sharding", None) for array in self.arrays]
-        if any(isinstance(array, jax.core.Tracer) for array in self.arrays):
+        if any(isinstance(array, Tracer) for array in self.arrays):
             return count, key, kept
         known = [place for place in places if isinstance(place, NamedSharding)]
         if not known:
@@ -173,8 +174,8 @@ class Tree:
             )
 
         kept = map(of, range(len(places)), self._treedef.flatten_up_to(kept))
-        whole = [put(x, Axes(((),) * x.ndim), (), known[0]) for x in (count, key)]
-        return *whole, self._treedef.unflatten(kept)
+        count, key = (put(x, Axes(((),) * x.ndim), (), known[0]) for x in (count, key))
+        return count, key, self._treedef.unflatten(kept)
 
     def boxed(self, leaves: Sequence[Any]) -> Any:
         """Returns leaves as one tree, in the boxes of the parameters."""
