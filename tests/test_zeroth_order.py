@@ -461,6 +461,11 @@ def test_clip_bounds_the_projected_gradient():
     zo = lro.zeroth_order(lambda p: 1e4 * jnp.sum(p["w"]), clip=0.5)
     _, _, metrics = jax.jit(zo.step)(params, zo.init(params, KEY), learning_rate=0.0)
     assert abs(metrics["projected_gradient"]) == 0.5
+    # Without it, what a 16-bit estimate cannot hold is as large as it can be.
+    params = {"w": jnp.ones(100, jnp.float16)}
+    zo = lro.zeroth_order(lambda p: 1e6 * jnp.sum(p["w"].astype(jnp.float32)), eps=0.1)
+    (_, grads), _ = jax.jit(zo.value_and_grad)(params, zo.init(params, KEY))
+    assert np.max(np.abs(grads["w"])) == np.finfo(np.float16).max
 
 
 def test_steps_below_the_precision_count_on_average():
