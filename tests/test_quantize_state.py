@@ -310,7 +310,9 @@ def test_random_rounding_makes_small_changes_in_the_mean():
     added = jnp.full(start.shape, 0.005).at[:, 0].set(0.0)
     moved = {}
     for stochastic in (False, True):
-        tx = quantize_state(optax.trace(1.0), codec, min_size=0, stochastic=stochastic)
+        tx = lro.quantize_state(
+            optax.trace(1.0), codec, min_size=0, stochastic=stochastic
+        )
         state = tx.init({"w": start})
         state = state._replace(trace={"w": quantization.quantize(start, codec)})
         update = jax.jit(tx.update)
@@ -327,7 +329,7 @@ def test_random_rounding_makes_small_changes_in_the_mean():
 
 def test_random_rounding_needs_a_codec_that_can():
     with pytest.raises(ValueError, match="`stochastic` needs a codec"):
-        quantize_state(optax.scale_by_adam(), stochastic=True)
+        lro.quantize_state(optax.scale_by_adam(), stochastic=True)
 
 
 FEW_BITS = {
@@ -353,7 +355,7 @@ def test_no_moment_vanishes_beside_a_first_one_that_does_not(name):
     Released codes drop the second moment of the small ones and keep the first: a step
     of 52,600 learning rates.
     """
-    tx = quantize_state(optax.scale_by_adam(), min_size=0, **FEW_BITS[name])
+    tx = lro.quantize_state(optax.scale_by_adam(), min_size=0, **FEW_BITS[name])
     small = 1e-3 * (jnp.arange(128) > 0)
     sizes = jnp.concatenate([jnp.ones(30), jnp.zeros(30)])
 
