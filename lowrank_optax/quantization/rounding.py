@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, BFloat16, Float, UInt32
 
 _EXPONENT = 0x7F80  # of a bfloat16; all ones in infinities and NaN
@@ -129,16 +130,25 @@ def dither(seeds: Sequence[Any], shape: Sequence[int], first: Any = 0) -> Array:
     return _hash(_hash(place) ^ seed) >> 16
 
 
-def own_draws(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns for every number one from [0, 1) that is a hash of its bits.
+def own_draws(x: Float[Array, "..."], step: Any) -> Float[Array, "..."]:
+    """Returns for every number one from [0, 1): a hash of it, its place and the step.
 
-    To round at random what changes from step to step, as moments do, without a key and
-    a count of steps: numbers that differ in their last bit have draws without relation.
-    The same number is rounded the same way wherever it stands.
+    The place is that in the last two axes, so that a layer of a stack is rounded as it
+    would be by itself; what tells layers apart are their numbers. A number alone would
+    not do: one that was rounded back to where it was would be so at every step.
+
+    Args:
+      x: the numbers that are rounded.
+      step: an integer, another one at each step.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(max(x.ndim - 2, 0), x.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place, stride = place + along * jnp.uint32(stride), stride * x.shape[axis]
+    seed = _hash(place) ^ _hash(_hash(jnp.asarray(step).astype(jnp.uint32)))
     # 24 bits, which a float32 holds exactly.
-    return (_hash(bits) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    return (_hash(bits ^ seed) >> 8).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -1,7 +1,7 @@
 """Moments of any inner optimizer, stored in eight bits and fewer."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,18 @@ from lowrank_optax.transforms.cast import keep_dtypes
 
 _SIGNED = blockwise_int8(signed=True, signed_scale=True, exact=False)
 _UNSIGNED = blockwise_int8(signed=False, exact=False)
+
+
+class RandomlyRoundedState(NamedTuple):
+    """State of ``quantize_state(stochastic=True)``.
+
+    Attributes:
+      steps: how many there were, from which draws are made.
+      inner_state: of the inner transformation, its moments encoded.
+    """
+
+    steps: Any
+    inner_state: Any
 
 
 def quantize_state(
@@ -66,8 +78,9 @@ def quantize_state(
         CPU's does not) only one leaf is decoded at a time.
       stochastic: whether moments are rounded at random to one of the two nearest codes,
         so that their mean is right, by codecs that can. With few codes rounding to the
-        nearest loses what a step changes, all of it where b2 is 0.999. The draws are a
-        hash of the numbers: there is no key, and every replica rounds the same way.
+        nearest loses what a step changes, all of it where b2 is 0.999. The draws are
+        hashes of the numbers, their places in a matrix and a count of steps: there is
+        no key, and every replica rounds the same way.
 
     Returns:
       The transformation. Its updates have the gradients' dtypes. Leaves without
@@ -132,14 +145,11 @@ def quantize_state(
         )
         return moments.rebuild(groups)
 
-    def store(state: Any, before: Any) -> Any:
+    def store(state: Any, before: Any, at: Any) -> Any:
         # As it was, not by its size: a stack's layer is smaller than the stack.
         moments, old = _moments.find(state), _moments.find(before)
         groups = tuple(
-            {
-                name: _encoded_like(tree, last[name], stochastic)
-                for name, tree in group.items()
-            }
+            {name: _encoded_like(tree, last[name], at) for name, tree in group.items()}
             for group, last in zip(moments.groups, old.groups, strict=True)
         )
         return moments.rebuild(groups)
@@ -148,7 +158,7 @@ def quantize_state(
         # Else the compiler would encode the zeros itself, at its leisure.
         return start(params, jax.lax.optimization_barrier(inner.init(params)))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, at=None, **extra_args):
         treedef = jax.tree.structure(updates, is_leaf=is_box)
         # nnx.Optimizer gives a state back with mappings in the place of tuples.
         if _moments.are_altered(treedef, state):
@@ -157,12 +167,23 @@ def quantize_state(
         def step(updates, state, params):
             loaded = _decoded(state, updates)
             out, new = inner.update(updates, loaded, params, **extra_args)
-            return out, store(new, state)
+            return out, store(new, state, at)
 
         if leafwise and treedef.num_leaves > 1:
             return _one_by_one(step, treedef, updates, state, params)
         return step(updates, state, params)
 
+    def counted(updates, state, params=None, **extra_args):
+        at, inner_state = state
+        out, new = update(updates, inner_state, params, at=at, **extra_args)
+        return out, RandomlyRoundedState(optax.safe_increment(at), new)
+
+    if stochastic:
+        return keep_dtypes(
+            optax.GradientTransformationExtraArgs(
+                lambda params: RandomlyRoundedState(jnp.int32(0), init(params)), counted
+            )
+        )
     return keep_dtypes(optax.GradientTransformationExtraArgs(init, update))
 
 
@@ -218,14 +239,14 @@ def _encoded(tree: Any, codec: Codec, min_size: int) -> Any:
     return jax.tree.map(encode, tree, is_leaf=is_box)
 
 
-def _encoded_like(tree: Any, before: Any, stochastic: bool) -> Any:
+def _encoded_like(tree: Any, before: Any, at: Any) -> Any:
     """Encodes what was encoded before."""
 
     def encode(old: Any, leaf: Any) -> Any:
         if not is_quantized(old):
             return leaf
-        draw = stochastic and old.codec.stochastic
-        return _quantized(leaf, old.codec, own_draws(unbox(leaf)) if draw else None)
+        draw = at is not None and old.codec.stochastic
+        return _quantized(leaf, old.codec, own_draws(unbox(leaf), at) if draw else None)
 
     return jax.tree.map(
         encode, before, tree, is_leaf=lambda x: is_quantized(x) or is_box(x)
