@@ -1,6 +1,7 @@
 """`split_weights`: bfloat16 and an integer are together a float32."""
 
 import functools
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -13,10 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from lowrank_optax import quantization
 from lowrank_optax.testing import LAWS, Subject
+from tests.quantization.recorded import STEPS
 from tests.rows import stacked_params
 from tests.test_layerwise import batches, block, embed, head, make_params, plain_step
 
+GRADIENTS = pathlib.Path(__file__).parent / "golden/data/gradients_galore.npz"
 # Of the power of two not above the bfloat16 next to a number: half a code, and with
 # int16, whose codes lie wider apart than float32, one of those.
 ERROR = {"int8": 2.0**-8 / (2 * 127), "int16": 2.0**-23}
@@ -271,3 +275,47 @@ def test_under_an_nnx_optimizer():
     # Gradients of 2, steps far below what a bfloat16 of 0.3 shows; 3 codes at most off.
     way = -2e-4 * (1 + 1.5 + 1.75)
     np.testing.assert_allclose(moved, way, atol=3 * ERROR["int8"])
+
+
+def test_a_step_of_the_released_adamw_from_its_recorded_state():
+    """Weights of 24 bits around companded moments: a composition is that optimizer."""
+    released = functools.partial(quantization.companded, 32, blocks="flat")
+    released = functools.partial(released, keep_nonzero=False, half_scale=True)
+    mu, nu = released(signed=True), released(signed=False)
+    inner = optax.chain(
+        lro.quantize_state(optax.scale_by_adam(), mu, nu, min_size=0),
+        optax.add_decayed_weights(0.1),
+        optax.scale(-1e-3),
+    )
+    tx = lro.split_weights(inner)
+    gradients = np.load(GRADIENTS)["tall"]
+
+    def recorded(i):
+        found = STEPS["narrow_bits_tall"][i], STEPS["ecc_tall"][i]
+        return jax.lax.bitcast_convert_type(jnp.asarray(found[0]), jnp.bfloat16), found
+
+    def stored(empty, name, i):
+        scales = STEPS[f"{name}_scales_tall"][i].reshape(empty.scales.shape)
+        return empty._replace(codes=STEPS[f"{name}_codes_tall"][i], scales=scales)
+
+    update = jax.jit(tx.update)
+    for i, count in ((0, 4), (2, 14), (4, 24)):  # recorded in pairs
+        params, (_, codes) = recorded(i)
+        state = tx.init(params)
+        adam, *rest = state.inner_state
+        moments = stored(adam.mu, "m", i), stored(adam.nu, "v", i)
+        adam = adam._replace(count=jnp.int32(count), mu=moments[0], nu=moments[1])
+        state = state._replace(correction=codes, inner_state=(adam, *rest))
+        gradient = jnp.asarray(gradients[count], jnp.bfloat16)
+        updates, state = update(gradient, state, params)
+        after, (low, codes) = recorded(i + 1)
+        np.testing.assert_array_equal(bits(optax.apply_updates(params, updates)), low)
+        adam = state.inner_state[0]
+        for moment, name in ((adam.mu, "m"), (adam.nu, "v")):
+            kept = STEPS[f"{name}_codes_tall"][i + 1]
+            np.testing.assert_array_equal(moment.codes, kept)
+        # The step's own rounding in float32: of 1536 codes a few are others.
+        assert np.mean(state.correction != codes) < 0.005
+        full = quantization.join(after, state.correction)
+        apart = np.abs(full - quantization.join(after, jnp.asarray(codes)))
+        assert np.max(apart) <= 2 * ERROR["int8"] * np.max(np.abs(full))

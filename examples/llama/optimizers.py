@@ -171,7 +171,7 @@ def guarded(
 
 
 def _in_float32(
-    tx: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """The same for gradients of any float type.
 
@@ -179,9 +179,11 @@ def _in_float32(
     weights are split, and for the zeros of a bad one, which have the gradient's.
     """
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return tx.update(grads, state, params, **extra)
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        return inner.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -146,18 +146,6 @@ def dither(seeds: Sequence[Any], shape: Sequence[int], first: Any = 0) -> Array:
     return _hash(_hash(place) ^ seed) >> 16
 
 
-def own_draws(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns for every number one from [0, 1) that is a hash of its bits.
-
-    To round at random what changes from step to step, as moments do, without a key and
-    a count of steps: numbers that differ in their last bit have draws without relation.
-    The same number is rounded the same way wherever it stands.
-    """
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    # 24 bits, which a float32 holds exactly.
-    return (_hash(bits) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
-
-
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """Mixes 32 bits (Wellons' lowbias32, in the public domain)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)

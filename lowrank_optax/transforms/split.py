@@ -120,7 +120,7 @@ def split_weights(
 
     def kind(path: Any, leaf: Any) -> str | None:
         if not _checks.is_function(correction):
-            return "int16" if leaf.ndim < 2 else correction
+            return "int16" if leaf.ndim < 2 else str(correction)
         found = correction(path_string(path), leaf)
         return _checks.choice("correction", found, (*CORRECTIONS, None))
 
