@@ -50,6 +50,7 @@ def test_data_folder_is_complete_and_small():
         "online_subspace_descent": 4,
         "gwt": 2,
         "alice": 1,
+        "dion2": 1,
         "foam": 1,
         "sinkgd": 1,
         "racs": 1,
