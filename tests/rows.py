@@ -212,6 +212,8 @@ ROWS = {
         conventions="authors",
     ),
     "sumo": row(lro.sumo, params=stacked_params(), layer_axis=0),
+    # At rank 2 its float32 factors are no smaller than Adam's bfloat16 moments.
+    "lora_pre": row(lro.lora_pre, rank=1, weight_decay=0.1),
     "muon_4bit": row(
         lro.muon, params=stacked_params(), layer_axis=0, bits=4, block=4, min_size=0
     ),

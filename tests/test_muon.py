@@ -12,6 +12,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax import quantization
 from lowrank_optax.linalg.polar import polar_quintic
+from tests.golden import cases
 
 NUMBERS = lro.MatrixDimensionNumbers
 
@@ -185,6 +186,37 @@ def test_shape_factors():
     tx = lro.orthogonalize("svd", shape_factor="sqrt_long", rms=0.3)
     update = tx.update(x, tx.init(x))[0]
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(update**2)), 0.3, rtol=1e-6)
+
+
+def test_recorded_rows_are_chosen():
+    case = cases.load(cases.DATA / "dion2_f0p25_exactpolar.npz")
+    tx = lro.row_momentum(0.25, 0.95, axis=-1)
+    params = {name: jnp.asarray(case.params(name)[0]) for name in case.names}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(case.config["steps"]):
+        gradient = {name: case.gradients[name][step] for name in case.names}
+        updates, state = update(gradient, state)
+        for name, rows in updates.items():
+            chosen = case.arrays[f"indices_{name}"][step]
+            along = 1 if rows.shape[0] <= rows.shape[1] else 0
+            (found,) = np.nonzero(np.any(rows, along))
+            assert found.tolist() == sorted(chosen.tolist()), (name, step)
+    for name in case.names:
+        want = case.arrays[f"m_final_{name}"]
+        np.testing.assert_allclose(state.mu[name], want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fraction_of_the_rows_moves():
+    params = {"w": normal(0, 3, 6, 10)}
+    numbers = {"w": NUMBERS(1, 2)}
+    tx = lro.scale_by_muon(fraction=0.3, weight_dimension_numbers=numbers, bits=8)
+    updates, _ = tx.update(params, tx.init(params))
+    # Of the shorter side, two of six inputs in each of three layers.
+    assert jnp.any(updates["w"], -1).sum(-1).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="`fraction` must lie in"):
+        lro.muon(1e-2, fraction=0.0).init(params)
+    with pytest.raises(TypeError, match="`nesterov` has no effect beside `fraction`"):
+        lro.muon(1e-2, fraction=0.5, nesterov=False)
 
 
 def test_momentum():

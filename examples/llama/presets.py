@@ -28,7 +28,7 @@ def parameters(optimizer: str) -> Mapping[str, inspect.Parameter]:
 
 
 # Those without a basis, and so without a side: they project nothing, or along an axis.
-NO_SIDE = tuple(name for name in METHODS if "rank" not in parameters(name))
+NO_SIDE = tuple(name for name in METHODS if not {"rank", "side"} <= {*parameters(name)})
 
 
 def method_defaults(optimizer: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def alice(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,
     *,
-    leading: int | float = 0.3125,
+    leading: int | float | None = None,
     tracking: float | Array | None = 0.999,
     compensation: float | Array | None = 0.4,
     growth_limit: float | Array | None = 1.01,
@@ -57,8 +57,8 @@ def alice(
     nothing of ``m x n`` is formed for it. Leaves that are not projected get Adam.
 
     Args:
-      leading: columns of U that a switch keeps, an int or a share of r (the paper's 40
-        at rank 128).
+      leading: columns of U that a switch keeps, an int or a share of r; None is the
+        paper's 40 of 128.
       tracking: decay of Q; None has none, "Alice-0".
       compensation: factor on C; None leaves what is outside the subspace out.
       growth_limit: largest ratio of one ``|C|`` to the one before it; None for no
@@ -79,7 +79,11 @@ def alice(
     """
     its = Recipe(**options)
     projector = its.bases(
-        switched, rank, its.update_proj_gap, leading=leading, tracking=tracking
+        switched,
+        rank,
+        its.update_proj_gap,
+        leading=40 / 128 if leading is None else leading,
+        tracking=tracking,
     )
     outside = []
     if compensation is not None:

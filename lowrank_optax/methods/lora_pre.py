@@ -40,7 +40,7 @@ def lora_pre(
         A' = c A + (1 - c) (B^T B)^-1 B^T G                     with the old B
         mu = b1 B' A' + (1 - b1) G
         nu = b2 (D' C')^2 + (1 - b2) G^2        D, C likewise of |G|, c = b2^(1/4)
-        N  = mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps)
+        N  = mu / (sqrt(nu) + eps)              all corrected for their start at zero
         W <- W - lr (scale N + weight_decay W)
 
     State per matrix: ``2 r (m + n)`` float32 numbers; the update has full rank and no
@@ -63,8 +63,8 @@ def lora_pre(
 
     Differences from the authors' code:
       * None was published when this was written; the rule is the paper's at second
-        hand. How factors start, the ridge of 1e-5 in both inverses and the limit of
-        entries are ours.
+        hand. How factors start and are corrected for it, the ridge of 1e-5 in both
+        inverses and the limit of entries are ours.
     """
     its = Recipe(**options)
     adam = made(

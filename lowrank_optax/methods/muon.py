@@ -12,7 +12,12 @@ from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method
 from lowrank_optax.methods._shared import Recipe, Transformation
 from lowrank_optax.quantization import symmetric
-from lowrank_optax.transforms import momentum, orthogonalize, quantize_state
+from lowrank_optax.transforms import (
+    momentum,
+    orthogonalize,
+    quantize_state,
+    row_momentum,
+)
 from lowrank_optax.transforms.orthogonalize import QUINTIC
 
 # Five steps that differ (Dion's repository, 2025).
@@ -38,6 +43,7 @@ class _Options(has.Decay, has.Matrices): ...
     ignored=(
         "adam_b1, adam_b2, eps beside full",
         "block, min_size without bits",
+        "nesterov beside fraction",
     ),
 )
 def muon(
@@ -48,6 +54,7 @@ def muon(
     beta: float | Array = 0.95,
     nesterov: bool = True,
     consistent_rms: float | Array | None = None,
+    fraction: int | float | None = None,
     bits: int | None = None,
     block: int = 256,
     min_size: int = 4096,
@@ -85,6 +92,9 @@ def muon(
       nesterov: whether the gradient counts once more.
       consistent_rms: root mean square of the elements of ``f O``, whatever the shape
         (0.2 is about Adam's); None for the factor by width.
+      fraction: of the rows (of the shorter side) that move in a step, those with the
+        largest momentum, which is a sum then and decays by ``beta`` where it was used
+        (Dion2, ``lro.row_momentum``); None moves all.
       bits: 8 or 4 for the momentum of matrices; Adam's moments are then in 8 bits
         (``lro.quantize_state``). None keeps all in ``state_dtype``.
       block: elements of the momentum per scale.
@@ -107,6 +117,8 @@ def muon(
       True
 
     References:
+      Dion2: A Simple Method to Shrink Matrix in Muon (2025),
+      https://arxiv.org/abs/2512.16928
       Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024),
       https://kellerjordan.github.io/posts/muon/
 
@@ -123,7 +135,10 @@ def muon(
     if isinstance(ns_coeffs, str):
         coefficients = _PRESETS[_checks.choice("ns_coeffs", ns_coeffs, _PRESETS)]
     _checks.choice("bits", bits, (None, 8, 4))
-    mean = made(momentum, beta, nesterov)
+    if fraction is None:
+        mean = made(momentum, beta, nesterov)
+    else:
+        mean = made(row_momentum, fraction, beta)
     # Optax gives the other leaves the same look ahead.
     adam = made(optax.scale_by_adam, adam_b1, adam_b2, eps, nesterov=nesterov)
     if bits is not None:
@@ -134,7 +149,8 @@ def muon(
             symmetric(bits, block),
             None,
             min_size,
-            leafwise=True,
+            # What asks the view for its axes wants the whole tree.
+            leafwise=fraction is None,
             stochastic=bits == 4,
         )
         adam = made(

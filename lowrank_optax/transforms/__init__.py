@@ -20,6 +20,7 @@ from lowrank_optax.transforms.lion import (
 )
 from lowrank_optax.transforms.mini import scale_by_adam_mini as scale_by_adam_mini
 from lowrank_optax.transforms.momentum import momentum as momentum
+from lowrank_optax.transforms.momentum import row_momentum as row_momentum
 from lowrank_optax.transforms.natural import (
     scale_by_natural_gradient as scale_by_natural_gradient,
 )

@@ -19,6 +19,13 @@ from lowrank_optax.transforms._matrices import map_matrices, require_matrices
 # Of a Gram matrix' mean eigenvalue: float32 knows products to 1e-7 of it.
 _RIDGE = 1e-5
 
+# Each of two Newton's steps at once assumes that the other factor stays. After small
+# gradients a large one asks of A as many times what it is as the gradient has grown; by
+# more than this A does not change. The start at zero needs 1.
+_LARGEST = 2.0
+
+_TINY = 2.0**-120  # whose inverse is a float32
+
 
 class ScaleByRegressedAdamState(NamedTuple):
     """State of ``scale_by_regressed_adam``; float32 factors of every matrix.
@@ -55,16 +62,23 @@ def scale_by_regressed_adam(
 
         B' = c B + (1 - c) G A^T (A A^T)^-1
         A' = c A + (1 - c) (B^T B)^-1 B^T G
-        mu = b1 B' A' + (1 - b1) G
+        mu = b1 (1 - b1^(t-1)) B' A' / (1 - b1^t) + (1 - b1) G
 
     and likewise factors ``D, C`` of the root of the second moment, of ``|G|`` with
-    ``c = b2^(1/4)``::
+    ``c = b2^(1/4)``, entry by entry::
 
-        nu = b2 (D' C')^2 + (1 - b2) G^2                    entry by entry
+        nu = b2 (1 - b2^(t-1)) (D' C' / (1 - b2^(t/2)))^2 + (1 - b2) G^2
         N  = mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps)
+
+    A product of factors that start at zero is short by ``1 - c^(2 t)``, hence the
+    divisors; a steady gradient that the factors can hold has ``N = 1`` at every step.
 
     No basis is found and nothing is refreshed; state ``2 r (m + n)`` numbers. Moments
     are formed, m x n, for the step that they serve.
+
+    Factors of small gradients would overshoot a large one by as much as it has grown:
+    in a step A grows by no more than twice its largest entry. Its size is kept at 1,
+    and goes with B.
 
     **Where the product D C crosses zero nothing is left of nu** but this step's share,
     and N is as large as the first moment makes it: entries are clipped at
@@ -78,7 +92,8 @@ def scale_by_regressed_adam(
       b2: decay of the second moment.
       eps: added to the corrected root.
       entry_limit: largest entry of N; None for the paper's form. May be traced.
-      seed: of the random A and C that it starts with; B and D are zero.
+      seed: of the random A and C that it starts with, C without negative numbers, as it
+        is to hold magnitudes; B and D are zero.
 
     Returns:
       The transformation.
@@ -131,6 +146,8 @@ def scale_by_regressed_adam(
             key = jax.random.fold_in(jax.random.key(seed), number)
             shape = (*p.shape[:-2], rank_of(p), p.shape[-1])
             drawn = jax.random.normal(key, shape, columns.dtype)
+            if salt == "second":
+                drawn = jnp.abs(drawn)
             # Rows of about unit norm.
             drawn = drawn / p.shape[-1] ** 0.5 + columns[..., None, :]
             return rebox(leaf, drawn, (*batch_of(p), (), (p.ndim - 1,)))
@@ -152,14 +169,17 @@ def scale_by_regressed_adam(
         count = jnp.asarray(optax.safe_increment(state.count))
         steps = count.astype(jnp.float32)
         seen1, seen2 = weight_seen(b1, steps), weight_seen(b2, steps)
+        # What the factors have of a moment, and what it has of steps before this one.
+        held1, held2 = seen1, weight_seen(b2, steps / 2)
+        past1, past2 = (b * weight_seen(b, steps - 1) for b in (b1, b2))
 
         def one(update: Array, b, a, d, c, axis: int) -> tuple[Array, ...]:
             del axis
             g = wide(update)
             b, a = _regressed(g, b, a, b1**0.5)
             d, c = _regressed(jnp.abs(g), d, c, b2**0.25)
-            mu = b1 * _product(b, a) + (1 - b1) * g
-            nu = b2 * jnp.square(_product(d, c)) + (1 - b2) * g * g
+            mu = past1 * _product(b, a) / held1 + (1 - b1) * g
+            nu = past2 * jnp.square(_product(d, c) / held2) + (1 - b2) * g * g
             out = mu / seen1 / (jnp.sqrt(nu / seen2) + eps)
             if entry_limit is not None:
                 out = jnp.clip(out, -entry_limit, entry_limit)
@@ -176,18 +196,26 @@ def _product(left: Array, right: Array) -> Array:
 
 
 def _regressed(g: Array, left: Array, right: Array, keep: Any) -> tuple[Array, Array]:
-    """Returns both factors after a step towards ``g``."""
+    """Returns both factors after a step towards ``g``, the right one of size 1."""
     if not g.size:
         return left, right
     # In units of each factor, so that squares of small gradients do not vanish.
-    size = jnp.max(jnp.abs(left), (-2, -1), keepdims=True)
+    size = _peak(left)
     unit = left / jnp.where(size > 0, size, 1)
     turned, other = jnp.swapaxes(unit, -1, -2), jnp.swapaxes(right, -1, -2)
     of_left = _solved(_product(right, other), _product(right, jnp.swapaxes(g, -1, -2)))
-    of_right = _solved(_product(turned, unit), _product(turned, g))
-    of_right = of_right / jnp.where(size > 0, size, 1)
-    new_left = keep * left + (1 - keep) * jnp.swapaxes(of_left, -1, -2)
-    return new_left, keep * right + (1 - keep) * of_right
+    step = (1 - keep) * _solved(_product(turned, unit), _product(turned, g))
+    most = _LARGEST * _peak(right) / jnp.maximum(_peak(step), _TINY)
+    step = step * jnp.minimum(1 / jnp.maximum(size, _TINY), most)
+    left = keep * left + (1 - keep) * jnp.swapaxes(of_left, -1, -2)
+    right = keep * right + jnp.where(size > 0, step, 0)
+    # The product does not know how its size is divided.
+    scale = jnp.maximum(_peak(right), _TINY)
+    return left * scale, right / scale
+
+
+def _peak(x: Array) -> Array:
+    return jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
 
 
 def _solved(gram: Array, x: Array) -> Array:
