@@ -306,24 +306,23 @@ def test_random_rounding_makes_small_changes_in_the_mean():
     codec = quantization.companded(128, bits=4)
     start = jnp.zeros((64, 128)).at[:, 0].set(1.0) + 0.3 * (jnp.arange(128) > 0)
     start = codec.decode(codec.encode(start), start.shape)
-    # A trace that adds 0.005 a step, far below the 0.1 between two codes.
-    added = jnp.full(start.shape, 0.005).at[:, 0].set(0.0)
+    # A mean that moves by 0.005 at first, far below the 0.1 between two codes.
+    gradient = start + jnp.full(start.shape, 0.05).at[:, 0].set(0.0)
     moved = {}
     for stochastic in (False, True):
-        tx = lro.quantize_state(
-            optax.trace(1.0), codec, min_size=0, stochastic=stochastic
-        )
+        inner = lro.momentum(0.9, nesterov=False)
+        tx = lro.quantize_state(inner, codec, min_size=0, stochastic=stochastic)
         state = tx.init({"w": start})
         encoded = {"w": quantization.quantize(start, codec)}
-        state = optax.tree_utils.tree_set(state, trace=encoded)
+        state = optax.tree_utils.tree_set(state, mu=encoded)
         update = jax.jit(tx.update)
         for _ in range(10):
-            _, state = update({"w": added}, state)
-        after = optax.tree_utils.tree_get(state, "trace")["w"].decode()
+            _, state = update({"w": gradient}, state)
+        after = optax.tree_utils.tree_get(state, "mu")["w"].decode()
         moved[stochastic] = np.mean(np.asarray(after - start)[:, 1:])
     assert moved[False] == 0
     # Of 8128 entries, each with a spread below the distance of two codes.
-    assert moved[True] == pytest.approx(0.05, abs=0.005)
+    assert moved[True] == pytest.approx(0.05 * (1 - 0.9**10), abs=0.005)
 
 
 def test_random_rounding_needs_a_codec_that_can():
