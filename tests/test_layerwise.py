@@ -97,16 +97,20 @@ OPTIMIZERS = {
         {"low": low(lro.apollo, eps=1e-4), "full": optax.adamw(1e-2, eps=1e-4)},
         lambda params: {k: "low" if k == "layers" else "full" for k in params},
     ),
+    # Codes that are rounded at random: a layer by the numbers that it has in its stack.
+    "muon_4bit": lambda: lro.muon(1e-6, bits=4, min_size=0, layer_axis=0),
     # One code off, of 256, is 4e-3 of a moment: rounding may decide on a few.
     "galore_8bit": lambda: low(lro.galore_8bit, eps=1e-2, min_size=33, scale=1e-3),
 }
 
 
-SLOW = pytest.param("galore_8bit", marks=pytest.mark.slow)
-QUICK = [name for name in OPTIMIZERS if name != "galore_8bit"]
+SLOW = ("galore_8bit", "muon_4bit")
 
 
-@pytest.mark.parametrize("name", [*QUICK, SLOW])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in OPTIMIZERS],
+)
 def test_equals_the_plain_step(name):
     """Through refreshes at steps 0, 2 and 4; eps keeps rounding from growing."""
     tx = OPTIMIZERS[name]()
