@@ -181,7 +181,7 @@ class switched(OrthonormalProjector):
         if self.tracking is None:
             return new._replace(vectors=vectors)
         signs = jnp.sign(jnp.sum(wide(vectors) * wide(new.vectors), 0))
-        return SwitchedBasis(vectors, new.second * signs[:, None] * signs)
+        return SwitchedBasis(vectors, new.second * signs[:, None] * signs[None, :])
 
     def rotation(self, old: SwitchedBasis, new: SwitchedBasis) -> Any:
         """Returns ``C = U_new^T U_old``."""
