@@ -103,6 +103,8 @@ OPTIMIZERS = {
         {"low": low(lro.apollo, eps=1e-4), "full": optax.adamw(1e-2, eps=1e-4)},
         lambda params: {k: "low" if k == "layers" else "full" for k in params},
     ),
+    # Codes that are rounded at random: a layer by the numbers that it has in its stack.
+    "muon_4bit": lambda: lro.muon(1e-6, bits=4, min_size=0, layer_axis=0),
     # One code off, of 256, is 4e-3 of a moment: rounding may decide on a few.
     "galore_8bit": lambda: low(lro.galore_8bit, eps=1e-2, min_size=33, scale=1e-3),
 }
@@ -111,6 +113,7 @@ OPTIMIZERS = {
 # Fira stands under "matched" too, and APOLLO in "partition".
 MARKS = {
     "galore_8bit": pytest.mark.slow,
+    "muon_4bit": pytest.mark.slow,
     "fira": pytest.mark.variant,
     "apollo": pytest.mark.variant,
 }

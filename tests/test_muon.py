@@ -11,6 +11,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax import quantization
+from lowrank_optax.leaves.layer import Layer
 from lowrank_optax.linalg.polar import polar_quintic
 from tests.golden import cases
 
@@ -150,6 +151,28 @@ def test_random_rounding_decays_and_follows(leafwise):
         assert abs(x.mean() - expected) < 4 * 0.5 / 63, name
         assert not abs(stuck[name].mean() - expected) < 0.05
     assert bool(jnp.any(free["a"] != free["b"]))  # each leaf has numbers of its own
+
+
+@pytest.mark.parametrize("leafwise", [False, True])
+def test_a_layer_alone_is_rounded_as_in_its_stack(leafwise):
+    """Whatever other leaves there are, and in whatever order they are worked on."""
+    tx = lro.quantize_state(
+        lro.momentum(),
+        quantization.symmetric(4, 8),
+        min_size=0,
+        leafwise=leafwise,
+        stochastic=True,
+    )
+    stack = {"a": normal(0, 6, 8), "b": normal(1, 3, 4, 8), "c": normal(2, 3, 4, 8)}
+    _, whole = tx.update(stack, tx.init(stack))
+    for i in range(3):
+        layer = {k: x[i : i + 1] for k, x in stack.items()} | {"a": optax.MaskedNode()}
+        _, state = tx.update(layer, tx.init(layer), layer=Layer(i, 3))
+        for name in ("b", "c"):
+            np.testing.assert_array_equal(
+                state.mu[name].codes[0], whole.mu[name].codes[i]
+            )
+    assert np.any(whole.mu["b"].codes != whole.mu["c"].codes)
 
 
 def test_random_rounding_wants_to_know_the_step():

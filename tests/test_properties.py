@@ -80,6 +80,11 @@ def walk(tx, params, gradients):
         # Power steps converge slowly where the spectrum has no gap to speak of.
         pytest.param(lro.power(2), 0.9, id="power"),
         pytest.param(lro.gaussian(2), None, id="gaussian"),
+        # One of its two vectors is drawn outside of what the gradient leads with.
+        pytest.param(lro.switched(2), None, id="switched"),
+        pytest.param(
+            lro.watched(lro.svd(2)), None, id="watched", marks=pytest.mark.slow
+        ),
         pytest.param(lro.wavelet(2), None, id="wavelet"),
         pytest.param(lro.wavelet(1, "db2", axis=-1), None, id="wavelet_db2"),
     ],

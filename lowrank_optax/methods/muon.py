@@ -75,9 +75,8 @@ def muon(
 
     The update is that of ``optax.contrib.muon``, whose names these are. State per
     matrix: ``m n`` numbers, half of Adam's; with ``bits=8`` a quarter of that again,
-    ``m n (1 + 2 / block)`` bytes: polar factors do not care about an error of a half
-    percent. Four bits are rounded at random, as to the nearest a small momentum would
-    not decay.
+    ``m n (1 + 2 / block)`` bytes. Four bits are rounded at random, as to the nearest a
+    small momentum would not decay.
 
     Stacks, experts, attention kernels and convolutions are matrices by
     ``lro.project``'s rule. Embeddings, heads and vectors get Adam, with Nesterov's

@@ -14,7 +14,7 @@ from lowrank_optax.linalg.products import HIGHEST, Operand, outer, unit_peak, wi
 from lowrank_optax.projectors._protocol import (
     COLD_SWEEPS,
     At,
-    OrthonormalProjector,
+    BasisProjector,
 )
 
 # How much of the old basis goes into the new one before it is orthonormalized: it gives
@@ -30,7 +30,7 @@ class SwitchedBasis(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class switched(OrthonormalProjector):
+class switched(BasisProjector):
     r"""Keeps the leading directions and draws the others from what is left.
 
     With ``tracking`` b, after every step ``Q <- b Q + (1 - b) R R^T`` in the basis U.
@@ -76,6 +76,12 @@ class switched(OrthonormalProjector):
         """Checks the counts."""
         super().__post_init__()
         _checks.rank(self.leading)
+
+    @property
+    def orthonormal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the storage dtype keeps it so; beside the basis stands Q."""
+        dtype = self.basis_dtype or jnp.float32
+        return bool(jnp.finfo(dtype).eps <= jnp.finfo(jnp.float32).eps)
 
     @property
     def advances(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -181,7 +187,7 @@ class switched(OrthonormalProjector):
         if self.tracking is None:
             return new._replace(vectors=vectors)
         signs = jnp.sign(jnp.sum(wide(vectors) * wide(new.vectors), 0))
-        return SwitchedBasis(vectors, new.second * signs[:, None] * signs)
+        return SwitchedBasis(vectors, new.second * signs[:, None] * signs[None, :])
 
     def rotation(self, old: SwitchedBasis, new: SwitchedBasis) -> Any:
         """Returns ``C = U_new^T U_old``."""

@@ -154,7 +154,7 @@ def quantize_state(
 
         seeds = _seeds(state, extra_args) if stochastic else None
 
-        def step(updates, state, params, leaf=0):
+        def step(updates, state, params, leaf=None):
             loaded = _decoded(state, updates)
             out, new = inner.update(updates, loaded, params, **extra_args)
             draws = None if seeds is None else functools.partial(_draws, *seeds, leaf)
@@ -179,6 +179,8 @@ def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) 
         for group in moments.groups
     ]
     weights = None if params is None else treedef.flatten_up_to(params)
+    flat = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_box)
+    paths = [path_string(path) for path, _ in flat]
     # A token without meaning: every barrier takes it from the one before, which puts
     # the leaves in a row.
     done, found, turn = [], moments, jnp.zeros((), jnp.int32)
@@ -190,7 +192,7 @@ def _one_by_one(step: Any, treedef: Any, updates: Any, state: Any, params: Any) 
         weight = None if weights is None else [weights[i]]
         # `moments` is of the state before the step, so that counters advance once, not
         # once for every leaf.
-        (out,), state = step([update], moments.rebuild(groups), weight, i)
+        (out,), state = step([update], moments.rebuild(groups), weight, paths[i])
         found = _moments.find(state)
         # This leaf is encoded again before the next one may be decoded.
         groups, turn = jax.lax.optimization_barrier((found.groups, turn))
@@ -250,10 +252,18 @@ def _seeds(state: Any, extra_args: Any) -> tuple[Any, Any, Any]:
     return (), counts[0][1], 0 if layer is None else layer.index
 
 
-def _draws(key: Any, count: Any, layer: Any, turn: int, path: Any, shape: Any) -> Any:
-    """Returns draws from [0, 1) for a moment, a layer's as it has them in its stack."""
-    name = zlib.crc32(path_string(path).encode())
-    noise = dither((*key, count, name, turn), shape, layer * math.prod(shape))
+def _draws(
+    key: Any, count: Any, layer: Any, leaf: str | None, path: Any, shape: Any
+) -> Any:
+    """Returns draws from [0, 1) for a moment, a layer's as it has them in its stack.
+
+    The path is that in the groups of moments; where a leaf is alone in them, ``leaf``
+    says which it is.
+    """
+    group, field, *own = path
+    leaf = path_string(tuple(own)) if leaf is None else leaf
+    name = zlib.crc32(f"{path_string((group, field))}/{leaf}".encode())
+    noise = dither((*key, count, name), shape, layer * math.prod(shape))
     return noise.astype(jnp.float32) * 2.0**-16
 
 

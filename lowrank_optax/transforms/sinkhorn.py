@@ -49,8 +49,8 @@ def normalize_rows_and_columns(
       >>> import lowrank_optax as lro
       >>> tx = lro.normalize_rows_and_columns()
       >>> g = {"w": jnp.array([[4.0, 0.0], [0.0, -1e-9]])}
-      >>> tx.update(g, tx.init(g))[0]["w"].round(3).tolist()
-      [[1.414, 0.0], [0.0, -1.414]]
+      >>> jnp.square(tx.update(g, tx.init(g))[0]["w"]).round().tolist()
+      [[2.0, 0.0], [0.0, 2.0]]
 
     References:
       Gradient Multi-Normalization for Stateless and Scalable LLM Training (2025),

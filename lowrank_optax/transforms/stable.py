@@ -69,8 +69,8 @@ def stabilize_gradients(
       >>> tx = optax.chain(lro.stabilize_gradients(), lro.galore(1e-2, rank=4))
       >>> first = lro.stabilize_gradients()
       >>> updates, _ = first.update(jnp.array([30.0, 40.0]), first.init(jnp.zeros(2)))
-      >>> updates.round(3).tolist()
-      [0.6, 0.8]
+      >>> bool(jnp.allclose(updates, jnp.array([0.6, 0.8])))
+      True
 
     References:
       Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam

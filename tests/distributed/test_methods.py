@@ -43,6 +43,15 @@ METHODS = {
         match="adamw",
         **{k: AT_GAPS[k] for k in AT_GAPS if k != "scale"},
     ),
+    # Whole matrices: polar factors, codes that are rounded at random, vectors.
+    "muon": functools.partial(lro.muon, 1e-2, layer_axis=0),
+    "muon_4bit": functools.partial(lro.muon, 1e-5, bits=4, min_size=0, layer_axis=0),
+    "foam": functools.partial(lro.foam, 1.0, eps=0.1, layer_axis=0),
+    "racs": functools.partial(lro.racs, 1e-2, layer_axis=0),
+    "lora_pre": functools.partial(lro.lora_pre, 1e-2, 2, eps=0.1, layer_axis=0),
+    "alice": functools.partial(
+        lro.alice, 1e-2, transport=lro.keep_moments(), **AT_GAPS
+    ),
     # A sign would turn rounding into a step.
     "frugal": functools.partial(
         lro.frugal, 1e-2, state_free=optax.trace(0.9), **AT_GAPS
@@ -55,7 +64,13 @@ def reference(name):
     return updates_on_one_device(METHODS[name](), PARAMS)[0]
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = ("alice", "muon")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in METHODS],
+)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_updates_equal_those_of_one_device(mesh, name):
     mesh = MESHES[mesh]()

@@ -149,6 +149,14 @@ NUMBERS = {
     "natural_galore": lambda m, n, r: (m + n) * r + 22 * r * r + 20,
     # two moments of a quarter of the input axis, which "down" (m of its n) has longer
     "gwt": lambda m, n, r: 2 * m * n / 4,
+    "foam": lambda m, n, r: 2 * m * n / 4,
+    # and what its basis and its residual have had of energy
+    "alice": lambda m, n, r: 2 * r * n + m * r + r * r + n,
+    # and factors, one momentum, a number for every row and column, or nothing
+    "lora_pre": lambda m, n, r: 2 * r * (m + n),
+    "muon": lambda m, n, r: m * n,
+    "racs": lambda m, n, r: m + n + 1,
+    "sinkgd": lambda m, n, r: 0,
     # and one moment only
     "sumo": lambda m, n, r: r * n + m * r,
     # and a basis of half the bytes; these moments are too few to be coded
