@@ -24,6 +24,7 @@ def adamw_4bit(
     mask: Any = None,
     *,
     block: int = 128,
+    nu_block: int = 32,
     min_size: int = 4096,
     stochastic: bool = True,
     match: str | None = None,
@@ -31,11 +32,13 @@ def adamw_4bit(
     """AdamW with moments in four bits, for leaves of any shape.
 
     ``optax.adamw`` around ``lro.quantize_state`` with ``quantization.companded`` codecs
-    of 4 bits: N elements take ``N + 8 ceil(N / block)`` bytes of state (by rows of the
-    last axis) in place of 8 N. Second moments have even steps of their root, 15 of
-    them, and never vanish.
+    of 4 bits: N elements take ``N + 4 ceil(N / block) + 4 ceil(N / nu_block)`` bytes of
+    state (by rows of the last axis) in place of 8 N. Second moments have even steps of
+    their root, 15 of them, and never vanish.
 
     Args:
+      nu_block: elements per scale of second moments, whose few steps cost more than
+        those of first ones.
       min_size: matrices and vectors with fewer elements keep float32 moments.
       stochastic: whether moments are rounded at random, so that small changes are made
         in the mean; False rounds to the nearest.
@@ -50,7 +53,7 @@ def adamw_4bit(
     """
     if match is not None:
         _checks.choice("match", match, CHOICES)
-    mu, nu = companded(block, bits=4), companded(block, signed=False, bits=4)
+    mu, nu = companded(block, bits=4), companded(nu_block, signed=False, bits=4)
     adam = quantize_state(
         optax.scale_by_adam(b1, b2, eps),
         mu,
