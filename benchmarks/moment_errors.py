@@ -53,10 +53,6 @@ PAIRS = {
         companded(128, bits=4),
         companded(128, signed=False, bits=4),
     ),
-    "4 bits, companded, nu by 32 (adamw_4bit)": (
-        companded(128, bits=4),
-        companded(32, signed=False, bits=4),
-    ),
 }
 
 

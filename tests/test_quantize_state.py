@@ -343,7 +343,7 @@ FEW_BITS = {
         nu=quantization.companded(32, signed=False, half_scale=True),
     ),
     "4 bits": dict(
-        mu=quantization.companded(128, bits=4),
+        mu=quantization.companded(32, bits=4),
         nu=quantization.companded(32, signed=False, bits=4),
         stochastic=True,
     ),
@@ -381,9 +381,7 @@ def test_law_of_four_bits(law):
 
 @functools.cache
 def four_bits():
-    return Subject(
-        functools.partial(lro.adamw_4bit, 1e-2, min_size=0, block=4, nu_block=4)
-    )
+    return Subject(functools.partial(lro.adamw_4bit, 1e-2, min_size=0, block=4))
 
 
 def test_four_bits_under_an_nnx_optimizer():

@@ -23,8 +23,7 @@ def adamw_4bit(
     weight_decay: float | Array | None = 1e-4,
     mask: Any = None,
     *,
-    block: int = 128,
-    nu_block: int = 32,
+    block: int = 32,
     min_size: int = 4096,
     stochastic: bool = True,
     match: str | None = None,
@@ -32,13 +31,14 @@ def adamw_4bit(
     """AdamW with moments in four bits, for leaves of any shape.
 
     ``optax.adamw`` around ``lro.quantize_state`` with ``quantization.companded`` codecs
-    of 4 bits: N elements take ``N + 4 ceil(N / block) + 4 ceil(N / nu_block)`` bytes of
-    state (by rows of the last axis) in place of 8 N. Second moments have even steps of
-    their root, 15 of them, and never vanish.
+    of 4 bits: N elements take ``N + 8 ceil(N / block)`` bytes of state (by rows of the
+    last axis) in place of 8 N. Second moments have even steps of their root, 15 of
+    them, and never vanish.
 
     Args:
-      nu_block: elements per scale of second moments, whose few steps cost more than
-        those of first ones.
+      block: elements per scale, the same ones for both moments: a first moment that is
+        rounded up to a step of its block meets a second one that is no smaller than a
+        step of the same.
       min_size: matrices and vectors with fewer elements keep float32 moments.
       stochastic: whether moments are rounded at random, so that small changes are made
         in the mean; False rounds to the nearest.
@@ -46,14 +46,14 @@ def adamw_4bit(
         every method.
 
     Differences from the authors' code:
-      * Maps: theirs are a dynamic exponent for first moments and even steps without
-        zero for second ones, scaled by rows and columns.
+      * Maps: theirs are a dynamic exponent for first moments in blocks of 128 and even
+        steps without zero for second ones, scaled by rows and columns.
       * Rounding at random; the authors round to the nearest.
       * Those of ``lro.quantize_state``.
     """
     if match is not None:
         _checks.choice("match", match, CHOICES)
-    mu, nu = companded(block, bits=4), companded(nu_block, signed=False, bits=4)
+    mu, nu = companded(block, bits=4), companded(block, signed=False, bits=4)
     adam = quantize_state(
         optax.scale_by_adam(b1, b2, eps),
         mu,
