@@ -32,8 +32,8 @@ ADAM = {
     "8-bit": lambda: lro.quantize_state(optax.scale_by_adam()),
     "4-bit": lambda: lro.quantize_state(
         optax.scale_by_adam(),
-        companded(128, bits=4),
-        companded(128, signed=False, bits=4),
+        companded(32, bits=4),
+        companded(32, signed=False, bits=4),
         stochastic=True,
     ),
 }

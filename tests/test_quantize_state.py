@@ -1,5 +1,7 @@
 """Moments in eight bits: what is stored, what it costs, and who decodes it."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -22,7 +24,8 @@ from lowrank_optax.quantization import (
     linear_int4,
     symmetric,
 )
-from lowrank_optax.testing import assert_bit_equal
+from lowrank_optax.testing import LAWS, Subject, assert_bit_equal
+from tests.chosen import COMPILED
 
 ADAM = optax.scale_by_adam(0.9, 0.96875, 1e-8)
 SIGNED = blockwise_int8(16, signed_scale=True)
@@ -339,8 +342,8 @@ FEW_BITS = {
         nu=quantization.companded(32, signed=False, half_scale=True),
     ),
     "4 bits": dict(
-        mu=quantization.companded(128, bits=4),
-        nu=quantization.companded(128, signed=False, bits=4),
+        mu=quantization.companded(32, bits=4),
+        nu=quantization.companded(32, signed=False, bits=4),
         stochastic=True,
     ),
 }
@@ -367,3 +370,31 @@ def test_no_moment_vanishes_beside_a_first_one_that_does_not(name):
         return jax.lax.scan(body, state, jnp.arange(60))[1]
 
     assert np.max(run(tx.init({"w": jnp.zeros((1, 128))}))) < 10
+
+
+@pytest.mark.parametrize("law", sorted(set(LAWS) - COMPILED))
+def test_law_of_four_bits(law):
+    """All but those that compare programs: a last bit decides on a draw."""
+    LAWS[law](four_bits())
+
+
+@functools.cache
+def four_bits():
+    return Subject(functools.partial(lro.adamw_4bit, 1e-2, min_size=0, block=4))
+
+
+def test_four_bits_under_an_nnx_optimizer():
+    model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    tx = lro.adamw_4bit(1e-2, min_size=0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = np.asarray(model.kernel[...])
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 6)))))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(2):
+        step(model, optimizer)
+    moved = np.asarray(model.kernel[...]) - before
+    np.testing.assert_allclose(moved, -2e-2, rtol=0.3)

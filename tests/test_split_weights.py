@@ -168,6 +168,17 @@ def test_law(law):
     LAWS[law](subject())
 
 
+def test_what_does_not_move_keeps_its_bits():
+    """For every code, the last ones at ties between two bfloat16 among them."""
+    tx = lro.split_weights(optax.set_to_zero())
+    params = jnp.broadcast_to(jnp.bfloat16([[1], [1.0078125], [-3.5], [0]]), (4, 255))
+    codes = jnp.broadcast_to(jnp.arange(-127, 128), params.shape).astype(jnp.int8)
+    state = tx.init(params)._replace(correction=codes)
+    updates, state = jax.jit(tx.update)(jnp.ones(params.shape), state, params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates), params)
+    np.testing.assert_array_equal(state.correction, codes)
+
+
 def test_bytes_and_what_is_split():
     params = {
         "kernel": jnp.ones((8, 4), jnp.bfloat16),

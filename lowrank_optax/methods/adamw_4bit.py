@@ -23,7 +23,7 @@ def adamw_4bit(
     weight_decay: float | Array | None = 1e-4,
     mask: Any = None,
     *,
-    block: int = 128,
+    block: int = 32,
     min_size: int = 4096,
     stochastic: bool = True,
     match: str | None = None,
@@ -36,6 +36,9 @@ def adamw_4bit(
     them, and never vanish.
 
     Args:
+      block: elements per scale, the same ones for both moments: a first moment that is
+        rounded up to a step of its block meets a second one that is no smaller than a
+        step of the same.
       min_size: matrices and vectors with fewer elements keep float32 moments.
       stochastic: whether moments are rounded at random, so that small changes are made
         in the mean; False rounds to the nearest.
@@ -43,8 +46,8 @@ def adamw_4bit(
         every method.
 
     Differences from the authors' code:
-      * Maps: theirs are a dynamic exponent for first moments and even steps without
-        zero for second ones, scaled by rows and columns.
+      * Maps: theirs are a dynamic exponent for first moments in blocks of 128 and even
+        steps without zero for second ones, scaled by rows and columns.
       * Rounding at random; the authors round to the nearest.
       * Those of ``lro.quantize_state``.
     """
