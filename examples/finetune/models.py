@@ -222,8 +222,8 @@ class Model:
         shapes = jax.tree.leaves(self.trained)
         if callable(choose) and not any(map(choose, paths(self.trained), shapes)):
             raise UsageError(
-                f"--select {self.flags.select} names no matrix that is trained; those of "
-                "the layers are at paths such as "
+                f"--select {self.flags.select} names no matrix that is trained; those "
+                "of the layers are at paths such as "
                 + ", ".join([p for p in paths(self.trained) if "kernel" in p][:3])
             )
 
