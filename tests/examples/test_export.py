@@ -22,6 +22,16 @@ pytestmark = pytest.mark.usefixtures("programs")
 TEXT = "Ein Satz, 1 + 1 = 2;\tü, 漢字 🙂\n"
 
 
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def transformers(torch):
+    return pytest.importorskip("transformers")
+
+
 @pytest.fixture
 def run_dir(micro_preset, shards, tmp_path, monkeypatch):
     """A few steps of training, with weights that are kept in eight bits."""
@@ -76,10 +86,8 @@ DECODERS = {
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", DECODERS)
-def test_transformers_loads_and_generates(name, tmp_path):
+def test_transformers_loads_and_generates(transformers, torch, name, tmp_path):
     """Our own `config.json`, and greedy text of both."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
     config = DECODERS[name]
     # Weights that make a difference: at 0.02 every model says the same.
     drawn = init_params(ModelConfig(**{**vars(config), "init_std": 0.2}), 0)
@@ -109,9 +117,7 @@ def test_transformers_loads_and_generates(name, tmp_path):
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("padding", [None, 1])
-def test_transformers_loads_an_encoder(padding, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+def test_transformers_loads_an_encoder(transformers, torch, padding, tmp_path):
     config = encoder.EncoderConfig(
         60, 32, 48, 2, 4, max_length=64, pad_position=padding, pooler=True, init_std=0.2
     )
@@ -142,10 +148,8 @@ def test_transformers_loads_an_encoder(padding, tmp_path):
 
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_speaks_what_was_trained(run_dir, tmp_path):
+def test_transformers_speaks_what_was_trained(transformers, run_dir, tmp_path):
     """The tokenizer travels along."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
     assert convert.main([str(run_dir), str(tmp_path / "out")]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -158,9 +162,7 @@ def test_transformers_speaks_what_was_trained(run_dir, tmp_path):
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["qwen2", "bert", "roberta"])
-def test_transformers_loads_a_classifier(name, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+def test_transformers_loads_a_classifier(transformers, torch, name, tmp_path):
     rng = np.random.default_rng(0)
     ids = rng.integers(2, 60, (1, 12), np.int32)
     weight = rng.normal(size=(3, 32)).astype("f4")
