@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = (
     "_checks, _meshes < linalg < quantization < leaves"
     " < projectors, transport, recovery, transforms < bracket"
-    " < methods, shapes, layerwise, weights, zeroth_order < distributed, testing, activations"
-    " < __init__"
+    " < methods, shapes, layerwise, weights, zeroth_order"
+    " < distributed, testing, activations < __init__"
 )
 LEVEL = {
     unit: level

@@ -125,7 +125,7 @@ class ZerothOrder:
         if self.samples > 1:
             total = jax.lax.fori_loop(1, self.samples, add, total)
         grads = [
-            jnp.zeros_like(array) if one is None else one.astype(array.dtype)
+            jnp.zeros_like(array) if one is None else _cast(one, array.dtype)
             for array, one in zip(tree.arrays, total, strict=True)
         ]
         return (probe.loss, tree.boxed(grads)), _next(state)
@@ -234,7 +234,7 @@ class ZerothOrder:
 
         # One side after the other, so that one copy at most is perturbed at a time and
         # the loss is traced once. Each has its seeds given: what does not change from
-        # turn to turn the compiler would draw before the loop, and keep.
+        # turn to turn a compiler may draw before the loop, and keep.
         signs = jnp.tile(jnp.asarray([1.0, -1.0], jnp.float32), self.samples)
         twice = [jnp.repeat(seed, 2, axis=0) for seed in seeds]
         losses = jax.lax.map(loss, (twice, signs))
@@ -396,6 +396,12 @@ def _checked(loss: Any) -> Array:
 
 def _at(arrays: list[Array], i: Any) -> list[Array]:
     return [array[i] for array in arrays]
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    """Returns numbers in another dtype, the largest ones where it has no larger."""
+    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
+    return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 def _times(noise: Any, weight: Array) -> Array:

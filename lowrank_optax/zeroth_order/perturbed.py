@@ -75,6 +75,13 @@ class Noise:
         return matrix.undo(draw_one(self.seed, self.epoch, self.kept))
 
 
+_NOT_ADDED = (
+    "lro.zeroth_order: a leaf that `scanned` names is used before its direction is "
+    "added. Call lro.materialize on the parameters that the scan gives to one layer, "
+    "or leave the leaf out of `scanned`."
+)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Perturbed:
@@ -93,6 +100,14 @@ class Perturbed:
     weight: Any
     noise: Noise
     scale: Any
+
+    def __jax_array__(self) -> Array:
+        """Raises: what computes with it has not been given its sum."""
+        raise TypeError(_NOT_ADDED)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Raises likewise."""
+        raise TypeError(_NOT_ADDED)
 
     def added(self) -> Array:
         """Returns ``W + c Z`` in the dtype of W."""
