@@ -18,8 +18,7 @@ ORDER = (
     "_checks, _meshes < linalg < quantization < leaves"
     " < projectors, transport, recovery, transforms < bracket"
     " < methods, shapes, layerwise, weights, zeroth_order"
-    " < distributed, testing, activations"
-    " < __init__"
+    " < distributed, testing, activations < __init__"
 )
 LEVEL = {
     unit: level

@@ -26,6 +26,7 @@ from examples.llama.run_folder import say
 from examples.llama.train import Trainer, TrainingStopped
 
 Run = dict[str, Any]
+METRIC = "accuracy"
 
 
 class Method(NamedTuple):
@@ -192,9 +193,6 @@ def compare(
             own = [r for r in runs if r["name"] == name]
             run(name, chosen(own, METRIC)[0]["lr"], seed)
     return runs
-
-
-METRIC = "accuracy"
 
 
 @dataclasses.dataclass(frozen=True)
