@@ -28,6 +28,7 @@ def optimizer(name):
     options |= {
         "level": 1,
         "min_size": 0,
+        "bits": 8,
         "block": 4,
         "basis_group": 4,
         "layer_axis": 0,

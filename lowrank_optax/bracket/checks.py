@@ -65,8 +65,8 @@ def check_maker(plan: Plan, bracket: Bracket, state: Any) -> None:
 
 def check_state(planner: Planner, plan: Plan, state: SubspaceState) -> None:
     """Raises if the state is that of another rank, or of other leaves projected."""
-    for i, leaf in enumerate(plan.leaves):
-        basis = plan.flat(state.basis)[i]
+    bases, moments = plan.flat(state.basis), _moments(plan.treedef, state.inner_state)
+    for i, (leaf, basis) in enumerate(zip(plan.leaves, bases, strict=True)):
         if leaf.matrix is None and jax.tree.leaves(basis):
             raise ValueError(
                 f"The state was made with leaf {leaf.path!r} projected, and this "
@@ -81,7 +81,7 @@ def check_state(planner: Planner, plan: Plan, state: SubspaceState) -> None:
                 f"optimizer has rank {leaf.matrix.rank}. Use the options that it was "
                 "made with to go on, or start anew with tx.init(params)."
             )
-        found = _sizes(basis), _sizes(_moments(plan.treedef, state.inner_state, i))
+        found = _sizes(basis), _sizes([tree[i] for tree in moments])
         if found != _expected(planner, leaf.matrix, leaf.dtype):
             _check_rank(planner, leaf.matrix, leaf.dtype, found)
 
@@ -114,14 +114,14 @@ def _check_rank(planner: Planner, matrix: Matrix, dtype: Any, found: _Sizes) -> 
 
 def _expected(planner: Planner, matrix: Matrix, dtype: Any) -> _Sizes:
     kept, inner, _ = planner.state_of(matrix, dtype)
-    return _sizes(kept.stored), _sizes(_moments(jax.tree.structure(0), inner, 0))
+    return _sizes(kept.stored), _sizes(_moments(jax.tree.structure(0), inner))
 
 
-def _moments(treedef: Any, inner_state: Any, leaf: int) -> list[Any]:
-    """Returns the moments of one leaf, encoded as they are."""
-    groups = find(inner_state, FACTORS).groups
-    trees = [tree for group in groups for tree in group.values()]
-    return [treedef.flatten_up_to(tree)[leaf] for tree in trees]
+def _moments(treedef: Any, inner_state: Any) -> list[list[Any]]:
+    """Returns the shapes of all moments, encoded as they are, leaf by leaf."""
+    # Moments of a registered state may be computed from what it stores.
+    groups = jax.eval_shape(lambda state: find(state, FACTORS).groups, inner_state)
+    return [treedef.flatten_up_to(tree) for group in groups for tree in group.values()]
 
 
 def _sizes(tree: Any) -> list[tuple[int, ...]]:
