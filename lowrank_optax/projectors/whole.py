@@ -59,6 +59,10 @@ class whole(Projector):
         """Returns m, whatever n is."""
         return matrix.m
 
+    def at_rank(self, matrix: Matrix, rank: int) -> None:
+        """Has one rank, m."""
+        del matrix, rank
+
     def block_of(self, matrix: Matrix) -> int:
         """Returns 1: every row of R is one of G."""
         del matrix

@@ -53,6 +53,37 @@ def map_matrices(
     )
 
 
+def check_made(
+    option: str,
+    own: Callable[[Any], int],
+    found: Callable[[Any, Any], int],
+    updates: Any,
+    kept: Any,
+) -> None:
+    """Raises if the state was made with another rank, level or the like.
+
+    Args:
+      option: its name.
+      own: returns what the transformation has, of an update.
+      found: returns what the state was made with, of an update and what is kept of it.
+      updates: the tree of updates.
+      kept: what is kept, a tree like it.
+    """
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_box)
+    for (path, update), own_kept in zip(
+        pairs, treedef.flatten_up_to(kept), strict=True
+    ):
+        if isinstance(own_kept, optax.MaskedNode):
+            continue
+        now, then = own(unbox(update)), found(unbox(update), unbox(own_kept))
+        if now != then:
+            raise ValueError(
+                f"The state was made with {option} {then} for leaf "
+                f"{path_string(path)!r}, and this optimizer has {option} {now}. Use "
+                f"{option}={then} to go on, or start anew with tx.init(params)."
+            )
+
+
 def _matrices(updates: Any, subspace: Any) -> list[Matrix | None]:
     """Returns how the bracket sees every leaf that is not masked."""
 

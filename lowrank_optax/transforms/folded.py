@@ -12,7 +12,11 @@ from lowrank_optax.leaves.boxes import is_box, rebox, unbox
 from lowrank_optax.leaves.moments import weight_seen
 from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.linalg.products import wide
-from lowrank_optax.transforms._matrices import map_matrices, require_matrices
+from lowrank_optax.transforms._matrices import (
+    check_made,
+    map_matrices,
+    require_matrices,
+)
 
 
 class ScaleByFoldedAdamState(NamedTuple):
@@ -103,8 +107,16 @@ def scale_by_folded_adam(
         )
         return ScaleByFoldedAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
+    def level_of(update: Array, mu: Array) -> int:
+        """Returns the level of a moment, the asked one if it is among those it fits."""
+        if mu.shape[axis] == -(-update.shape[axis] // size):
+            return level
+        long, blocks = update.shape[axis], mu.shape[axis]
+        return next((j for j in range(64) if -(-long // 2**j) == blocks), level)
+
     def update(updates, state, params=None):
         del params
+        check_made("level", lambda _: level, level_of, updates, state.mu)
         count = jnp.asarray(optax.safe_increment(state.count))
         steps = count.astype(jnp.float32)
         seen = [weight_seen(b, steps) if debias else 1.0 for b in (b1, b2)]

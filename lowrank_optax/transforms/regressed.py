@@ -14,7 +14,11 @@ from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.leaves.moments import weight_seen
 from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.linalg.products import HIGHEST, wide, wider
-from lowrank_optax.transforms._matrices import map_matrices, require_matrices
+from lowrank_optax.transforms._matrices import (
+    check_made,
+    map_matrices,
+    require_matrices,
+)
 
 # Of a Gram matrix' mean eigenvalue: float32 knows products to 1e-7 of it.
 _RIDGE = 1e-5
@@ -166,6 +170,7 @@ def scale_by_regressed_adam(
 
     def update(updates, state, params=None):
         del params
+        check_made("rank", rank_of, lambda _, b: b.shape[-1], updates, state.mu_left)
         count = jnp.asarray(optax.safe_increment(state.count))
         steps = count.astype(jnp.float32)
         seen1, seen2 = weight_seen(b1, steps), weight_seen(b2, steps)

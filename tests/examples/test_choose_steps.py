@@ -153,7 +153,10 @@ def test_which_methods_send_projections():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"layerwise": True, "weights": "int8"}, "take --weights split, or plain with --p"),
+        (
+            {"layerwise": True, "weights": "int8"},
+            "take --weights split, or plain",
+        ),
         ({"layerwise": True, "activation_budget": "30%"}, "leave the budget out"),
         ({"layerwise": True, "compressed": True}, "give one of the two"),
         ({"compressed": True, "mesh": "fsdp=4"}, "is 1; for example --mesh data=2,fsd"),

@@ -18,7 +18,6 @@ from examples.llama import train
 from examples.llama.model import ModelConfig, RopeScaling, abstract_model, init_params
 from examples.llama.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.usefixtures("programs")
 TEXT = "Ein Satz, 1 + 1 = 2;\tü, 漢字 🙂\n"
 
 

@@ -24,8 +24,6 @@ from examples.llama.task import Pretraining
 from examples.llama.train import Trainer
 from tests.examples.pretrained import write_decoder, write_encoder
 
-pytestmark = pytest.mark.usefixtures("programs")
-
 COLORS = "red green blue black white pink grey brown gold cyan".split()
 
 
