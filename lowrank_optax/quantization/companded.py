@@ -133,8 +133,10 @@ class companded(Codec):
         del zero
         rooted = not self.signed and self.half_scale
         size = jnp.sqrt(jnp.maximum(x, 0)) if rooted else x
+        # Each quotient is used once: XLA writes out a division that has two users.
+        size = jnp.where(jnp.isnan(size), 0.0, size)
         n = scaling.divided(size, jnp.where(scale > 0, scale, 1.0))
-        n = jnp.clip(jnp.where(jnp.isnan(n), 0.0, n), -1.0, 1.0)
+        n = jnp.clip(n, -1.0, 1.0)
         if self.signed:
             place = self._levels * (2 * n / (1 + jnp.abs(n)))
         else:
