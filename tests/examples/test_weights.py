@@ -55,16 +55,31 @@ def bits(tree):
     }
 
 
+@dataclasses.dataclass
+class Watched:
+    """A step, jitted or on its way to a compiled one, that notes its keys."""
+
+    step: Any
+    keys: list
+
+    def __call__(self, params, opt_state, batch, key):
+        self.keys.append(bits(jax.random.key_data(key)))
+        return self.step(params, opt_state, batch, key)
+
+    def lower(self, *args):
+        return Watched(self.step.lower(*args), self.keys)
+
+    def compile(self):
+        return Watched(self.step.compile(), self.keys)
+
+    def memory_analysis(self):
+        return self.step.memory_analysis()
+
+
 def run(config: TrainConfig, **changes):
     """The trainer behind its last step, its evaluation and the keys of its steps."""
-    trainer = Trainer(dataclasses.replace(config, **changes))
-    keys, step = [], trainer.steps.train
-
-    def watched(params, opt_state, batch, key):
-        keys.append(bits(jax.random.key_data(key)))
-        return step(params, opt_state, batch, key)
-
-    trainer.steps = trainer.steps._replace(train=watched)
+    trainer, keys = Trainer(dataclasses.replace(config, **changes)), []
+    trainer.steps = trainer.steps._replace(train=Watched(trainer.steps.train, keys))
     result = trainer.run(lambda: False)
     return trainer, result, keys
 
