@@ -25,9 +25,10 @@ SEED ?= 0
 # what is read off jaxprs and compiled text, and the trainer.
 LATEST_TESTS ?= tests/activations tests/distributed tests/golden tests/quantization \
     $(addprefix tests/test_,boxes.py containers.py docs.py in_turn.py layerwise.py \
-    memory.py optax_laws.py optax_suite.py registry.py saved.py static_args.py) \
+    memory.py optax_laws.py optax_suite.py registry.py saved.py split_weights.py \
+    static_args.py zeroth_order.py) \
     $(addprefix tests/examples/test_,activations.py checkpoint.py compressed.py \
-    layerwise.py mesh.py model.py plan.py processes.py train.py)
+    families.py layerwise.py mesh.py model.py plan.py processes.py train.py)
 
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # 3.12 before newer ones; on PATH before the version managers' folders.

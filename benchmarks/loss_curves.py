@@ -1,7 +1,8 @@
 """Loss curves on real text at equal steps: ``python -m benchmarks.loss_curves``.
 
 The trainer's tiny model learns the sources of Python's standard library with AdamW,
-GaLore, GWT and GWT's variants. Per seed all start from the same parameters and see the
+GaLore, GWT, GWT's variants, and Fira and SubTrack++ with the bound of their recovery's
+entries and without it. Per seed all start from the same parameters and see the
 same batches. The file holds the training loss of every step and the validation loss at
 every fiftieth; the picture shows the first three, or --curves, in the mean over seeds.
 """
@@ -40,6 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gwt-authors": {"conventions": "authors"},
     "gwt-no-details": {},
 }
+# Whether the bound that a hard matrix needs costs anything on text.
+BOUNDS: dict[str, dict[str, Any]] = {
+    "fira": {},
+    "fira-unbounded": {"entry_limit": None},
+    "subtrack": {},
+    "subtrack-unbounded": {"entry_limit": None},
+}
 EVERY, SMOOTH = 50, 20  # steps between validations, and in a mean of the picture
 COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#997700")
 LABELS = {"adamw": "AdamW", "galore": "GaLore", "gwt": "GWT"}
@@ -57,6 +65,13 @@ def build(name: str, config: Resolved) -> optax.GradientTransformation:
             lro.backproject(scale),
         )
         return optax.chain(bracket, optax.scale_by_learning_rate(rate))
+    if name in BOUNDS:
+        return getattr(lro, config.optimizer)(
+            rate,
+            update_proj_gap=config.update_proj_gap,
+            **optimizers.low_rank(config),
+            **BOUNDS[name],
+        )
     options = {"level": config.level, "scale": scale} | VARIANTS[name]
     return lro.gwt(rate, b1=config.b1, b2=config.b2, layer_axis=0, **options)
 
@@ -66,7 +81,7 @@ def experiment(work: Workload, rates: dict[str, float]) -> Callable[[str, int], 
     evaluated = {*range(EVERY, work.config.steps, EVERY), work.config.steps}
 
     def run(name: str, seed: int) -> dict:
-        base = name if name in RATES else "gwt"
+        base = name if name in RATES else name.split("-")[0]
         config = dataclasses.replace(
             work.config, optimizer=base, lr=rates[name], seed=seed
         )
@@ -165,7 +180,7 @@ def main() -> None:
     parser.add_argument("--picture", type=pathlib.Path, help="PNG to write")
     parser.add_argument("--curves", nargs="*", default=list(RATES), metavar="NAME")
     options = parser.parse_args()
-    names = [*RATES, *VARIANTS]
+    names = [*RATES, *VARIANTS, *BOUNDS]
     given = dict(item.split("=", 1) for item in options.lr)
     if unknown := set(given) - set(names):
         parser.error(f"--lr knows {', '.join(names)}; got {', '.join(unknown)}")
@@ -174,7 +189,7 @@ def main() -> None:
     shared = "preset steps warmup final_lr rank level update_proj_gap scale b1 b2 eps "
     shared += "clip batch_size seq_len eval_tokens"
     settings = work.settings(shared, lr=rates)
-    rates = dict.fromkeys(VARIANTS, rates["gwt"]) | rates
+    rates = dict.fromkeys([*VARIANTS, *BOUNDS], rates["gwt"]) | rates
     runs = run_missing(options, settings, names, experiment(work, rates))
     print(table(runs, names))
     if options.picture:
