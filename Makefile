@@ -28,7 +28,7 @@ LATEST_TESTS ?= tests/activations tests/distributed tests/golden tests/quantizat
     memory.py optax_laws.py optax_suite.py registry.py saved.py split_weights.py \
     static_args.py zeroth_order.py) \
     $(addprefix tests/examples/test_,activations.py checkpoint.py compressed.py \
-    families.py layerwise.py mesh.py model.py plan.py processes.py train.py)
+    layerwise.py mesh.py model.py plan.py processes.py train.py)
 
 CANDIDATES := python3 python3.13 python3.12 python3.11
 # 3.12 before newer ones; on PATH before the version managers' folders.
