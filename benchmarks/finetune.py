@@ -12,8 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
-from examples.finetune.compare import METHODS, METRIC, compare, table
-from examples.finetune.config import FinetuneConfig
+from examples.finetune.compare import METHODS, METRIC, compare, settings, table
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT / "examples/finetune/data/uci_sentences.jsonl"
@@ -38,15 +37,7 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=48)
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
-    config = FinetuneConfig(
-        task="classify",
-        model=flags.model,
-        data=flags.data,
-        epochs=flags.epochs,
-        seq_len=flags.seq_len,
-        eval_every=0,
-        checkpoint_every=0,
-    )
+    config = settings(flags)
     setting = {
         "data": pathlib.Path(flags.data).name,
         "epochs": flags.epochs,

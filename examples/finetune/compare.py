@@ -213,11 +213,9 @@ class CompareConfig:
     """multiplies every method's learning rate"""
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    flags = tyro.cli(
-        CompareConfig, prog="python -m examples.finetune.compare", args=args
-    )
-    config = FinetuneConfig(
+def settings(flags: Any) -> FinetuneConfig:
+    """What all runs share, of flags with model, data, epochs and seq_len."""
+    return FinetuneConfig(
         task="classify",
         model=flags.model,
         data=flags.data,
@@ -226,6 +224,13 @@ def main(args: Sequence[str] | None = None) -> int:
         eval_every=0,
         checkpoint_every=0,
     )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    flags = tyro.cli(
+        CompareConfig, prog="python -m examples.finetune.compare", args=args
+    )
+    config = settings(flags)
     try:
         if unknown := [name for name in flags.methods if name not in METHODS]:
             raise UsageError(
