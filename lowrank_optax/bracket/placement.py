@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,34 +27,55 @@ from lowrank_optax.leaves.matrix import Axes
 from lowrank_optax.leaves.part import transformation
 from lowrank_optax.quantization import is_quantized
 
-# A piece of a state: an array or an encoded one, the position of the parameter that it
-# belongs to, and the axes of that parameter behind its own.
-Piece = tuple[Any, int | None, Axes]
+
+class Seen(NamedTuple):
+    """A basis or a projection: a stack of matrices made of a parameter.
+
+    Attributes:
+      shape: its own.
+      axes: those of the parameter behind its own.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
 
 
-def places_of(
-    piece: Any, axes: Axes, owner: tuple[int, ...], like: Any, projected: bool
-) -> list[Any]:
+class Piece(NamedTuple):
+    """A piece of a state, and what its axes mean.
+
+    Attributes:
+      array: an array or an encoded one, whose arrays lie as the one they stand for.
+      owner: the position of the parameter that it belongs to, None if it is of none.
+      axes: those of its parameter behind its own, or those of ``seen``.
+      seen: the basis or the projection that it is, or that it was made of; it lies as
+        that does.
+    """
+
+    array: Any
+    owner: int | None
+    axes: Axes
+    seen: Seen | None = None
+
+
+def places_of(piece: Piece, owner: tuple[int, ...], like: Any) -> list[Any]:
     """Returns the sharding of every array of a piece of a state.
 
     Args:
-      piece: an array or an encoded one, whose arrays lie as the one they stand for.
-      axes: those of its owner behind its own.
+      piece: the piece.
       owner: the shape of the parameter that it belongs to.
       like: that one's sharding, a ``NamedSharding`` or a ``PartitionSpec``.
-      projected: whether it is projected, so that its matrices may take the mesh axes
-        that they would not keep.
     """
-    piece = unbox_tree(piece)
-    spec = _spec(axes, piece.shape, owner, like)
-    if projected:
-        spec = _spread(spec, piece.shape, like)
-    entries = (*spec, *[None] * (len(piece.shape) - len(spec)))
+    array, seen = unbox_tree(piece.array), piece.seen
+    if seen is not None:
+        spec = _spread(_spec(seen.axes, seen.shape, owner, like), seen.shape, like)
+        owner, like = seen.shape, _with_spec(like, spec)
+    spec = _spec(piece.axes, array.shape, owner, like)
+    entries = (*spec, *[None] * (len(array.shape) - len(spec)))
     # Scales that cannot be cut as their codes are stay whole: by rows, the first step
     # would give them back whole, and be compiled again for that.
     return [
-        _spelled(_shorter(entries, piece.shape, x.shape, like), x.shape, like)
-        for x in jax.tree.leaves(piece)
+        _spelled(_shorter(entries, array.shape, x.shape, like), x.shape, like)
+        for x in jax.tree.leaves(array)
     ]
 
 
@@ -93,16 +114,14 @@ def _places(planner: Planner, params: Any, state: SubspaceState) -> list[Any]:
     # Of several meshes none is known to be the one of the step.
     common = common_place(known) if len({place.mesh for place in known}) == 1 else None
     found = []
-    for piece, owner, axes in of_bracket(planner, plan, state):
-        like, shape, projected = common, (), False
-        if owner is not None:
-            leaf = plan.leaves[owner]
-            like, shape = places[owner], leaf.shape
-            projected = leaf.matrix is not None
+    for piece in of_bracket(planner, plan, state):
+        like, shape = common, ()
+        if piece.owner is not None:
+            like, shape = places[piece.owner], plan.leaves[piece.owner].shape
         if like is None:
-            found += [None] * len(jax.tree.leaves(piece))
+            found += [None] * len(jax.tree.leaves(piece.array))
         else:
-            found += places_of(piece, axes, shape, like, projected)
+            found += places_of(piece, shape, like)
     return found
 
 
@@ -153,21 +172,21 @@ def of_bracket(planner: Planner, plan: Plan, state: SubspaceState) -> list[Piece
     infos = [jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in plan.leaves]
     leaves = plan.leaves_of(bracket, infos)
     low: list[Any] = list(infos)
-    axes = [own_axes(info.shape) for info in infos]
+    seen: list[Seen | None] = [None] * len(infos)
     basis, pending, recovery, sample = [], [], [], []
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, LowLeaf):
             continue
-        batch, stored = leaf.matrix.batch_axes, plan.flat(state.basis)[i]
-        meanings = leaf.projector.axes(leaf.matrix)
-        basis += _meant(stored, i, batch, jax.tree.leaves(meanings))
+        matrix, own = leaf.matrix, own_axes(infos[i].shape)
+        batch, stored = matrix.batch_axes, plan.flat(state.basis)[i]
+        basis += _of_basis(leaf, stored, i)
         pending += _meant(plan.flat(state.pending)[i], i, batch, [Axes()])
         kept = plan.flat(state.recovery_state)[i]
         if leaf.recovery is not None and leaf.recovery.whole:
-            pieces = pieces_of(leaf.recovery.start_whole, infos[i], axes[i])
-            recovery += [(piece, i, found) for piece, _, found in pieces]
+            pieces = pieces_of(leaf.recovery.start_whole, infos[i])
+            recovery += [piece._replace(owner=i) for piece in pieces]
         elif leaf.recovery is not None and leaf.recovery.like_leaf:
-            recovery += _meant(kept, i, axes[i], [Axes()])
+            recovery += _meant(kept, i, own, [Axes()])
         else:
             none = [Axes(((),) * (x.ndim - len(batch))) for x in jax.tree.leaves(kept)]
             recovery += _meant(kept, i, batch, none)
@@ -177,24 +196,21 @@ def of_bracket(planner: Planner, plan: Plan, state: SubspaceState) -> list[Piece
         low[i] = jax.eval_shape(
             functools.partial(planner.low_zeros, leaf), unbox_tree(stored)
         )
-        axes[i] = batch + leaf.matrix.low_axes
+        seen[i] = Seen(low[i].shape, batch + matrix.low_axes)
     # As the inner transformation and `full` see them; boxes hold the same arrays.
     plain = dataclasses.replace(plan, has_boxes=False)
-    numbers = list(range(len(low)))
-    split = [
-        plain.inner_trees(bracket, None, leaves) for leaves in (low, axes, numbers)
-    ]
+    split = [plain.inner_trees(bracket, None, x) for x in (low, list(range(len(low))))]
     inner = []
-    for tx, *trees in zip((bracket.inner, bracket.full), *split, strict=True):
-        if tx is not None:
-            tree, meanings, places = trees
-            positions = jax.tree.leaves(places)
-            found = pieces_of(transformation(tx).init, tree, meanings)
-            inner += [
-                (piece, None if owner is None else positions[owner], behind)
-                for piece, owner, behind in found
-            ]
-    clock = [(state.count, None, Axes()), (state.key, None, Axes(((),)))]
+    for tx, tree, positions in zip((bracket.inner, bracket.full), *split, strict=True):
+        if tx is None:
+            continue
+        numbers = jax.tree.leaves(positions)
+        for piece in pieces_of(transformation(tx).init, tree):
+            if piece.owner is not None:
+                owner = numbers[piece.owner]
+                piece = piece._replace(owner=owner, seen=seen[owner])
+            inner.append(piece)
+    clock = [Piece(state.count, None, Axes()), Piece(state.key, None, Axes(((),)))]
     return [*clock, *basis, *pending, *inner, *recovery, *sample]
 
 
@@ -204,21 +220,40 @@ def _meant(kept: Any, owner: int, first: Axes, meanings: list[Axes]) -> list[Pie
     if not pieces:
         return []
     return [
-        (unbox(piece), owner, first + axes)
+        Piece(unbox(piece), owner, first + axes)
         for piece, axes in zip(pieces, meanings, strict=True)
     ]
 
 
-def pieces_of(init: Any, params: Any, axes: Any) -> list[Piece]:
+def _of_basis(leaf: LowLeaf, stored: Any, owner: int) -> list[Piece]:
+    """Returns the pieces of a leaf's bases, and of what is kept beside them."""
+    matrix, batch = leaf.matrix, leaf.matrix.batch_axes
+    meanings = jax.tree.leaves(leaf.projector.axes(matrix))
+    one = Seen((*matrix.batch_shape, matrix.m, matrix.rank), batch + matrix.basis_axes)
+
+    def place(piece: Piece, meaning: Axes) -> Piece:
+        if meaning.own is not None:
+            own = (tuple(axis + len(batch) for axis in axes) for axes in meaning.own)
+            axes = Axes((*own_axes(matrix.batch_shape), *own))
+            return piece._replace(axes=axes, seen=one)
+        if len(meaning) < 2:
+            return piece
+        shape = piece.array.shape
+        return piece._replace(axes=own_axes(shape), seen=Seen(shape, piece.axes))
+
+    return list(map(place, _meant(stored, owner, batch, meanings), meanings))
+
+
+def pieces_of(init: Any, params: Any) -> list[Piece]:
     """Returns the pieces of ``init(params)`` with their owners and axes."""
-    found = jax.tree.leaves(axes_of_state(init, params, axes))
+    found = jax.tree.leaves(axes_of_state(init, params))
     pairs = jax.tree_util.tree_leaves_with_path(
         jax.eval_shape(init, params), is_leaf=_is_whole
     )
     owner = owners([names_of(path) for path, _ in pairs], params)
     return [
-        (unbox(piece), i, behind)
-        for (_, piece), i, behind in zip(pairs, owner, found, strict=True)
+        Piece(unbox(array), i, behind)
+        for (_, array), i, behind in zip(pairs, owner, found, strict=True)
     ]
 
 
@@ -252,6 +287,7 @@ def _spec(
 ) -> PartitionSpec:
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     names = [*spec, *[None] * (len(owner) - len(spec))]
+    taken = set()
 
     def name(group: tuple[int, ...], size: int) -> Any:
         # Axes merged into one can keep a sharding only of the slowest of them.
@@ -259,7 +295,11 @@ def _spec(
             return None
         # A shorter axis keeps it if the parts are still whole.
         entry, long = names[group[0]], math.prod(owner[axis] for axis in group)
-        return entry if size == long or _divides(sharding, entry, size) else None
+        # Of two with the same axis behind them, as a preconditioner's, one is cut.
+        if group[0] in taken or not (size == long or _divides(sharding, entry, size)):
+            return None
+        taken.add(group[0])
+        return entry
 
     sizes = shape[: len(axes)]
     return PartitionSpec(*map(name, axes, sizes))
@@ -303,12 +343,18 @@ def _spelled(spec: PartitionSpec, shape: tuple[int, ...], like: Any) -> Any:
     To its cache two spellings are two programs. Axes at the end without a name are left
     out, but in the type of an array on an Explicit mesh, which has an entry for each.
     """
-    named = isinstance(like, NamedSharding)
-    mesh = like.mesh if named else jax.sharding.get_abstract_mesh()
+    known = isinstance(like, NamedSharding)
+    mesh = like.mesh if known else jax.sharding.get_abstract_mesh()
     entries = [_entry(mesh_axes(entry)) for entry in spec]
     while entries and entries[-1] is None:
         entries.pop()
     if mesh.explicit_axes:
         entries += [None] * (len(shape) - len(entries))
-    spec = PartitionSpec(*entries)
-    return NamedSharding(mesh, spec, memory_kind=like.memory_kind) if named else spec
+    return _with_spec(like, PartitionSpec(*entries))
+
+
+def _with_spec(like: Any, spec: PartitionSpec) -> Any:
+    """Returns another spec on the same mesh, in the same memory, if they are known."""
+    if not isinstance(like, NamedSharding):
+        return spec
+    return NamedSharding(like.mesh, spec, memory_kind=like.memory_kind)

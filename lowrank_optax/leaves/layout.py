@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from lowrank_optax.leaves.boxes import is_box, unbox
 from lowrank_optax.leaves.matrix import Axes
 from lowrank_optax.quantization import is_quantized
 
 
-def axes_of_state(init: Callable[[Any], Any], params: Any, axes: Any) -> Any:
+def axes_of_state(init: Callable[[Any], Any], params: Any) -> Any:
     """Returns a tree like ``init(params)`` of ``Axes``, found by asking ``init``.
 
     The k-th axes of all parameters are made longer by one. Where an axis of a state
@@ -20,29 +21,34 @@ def axes_of_state(init: Callable[[Any], Any], params: Any, axes: Any) -> Any:
     Args:
       init: the init of any transformation.
       params: its parameters, arrays or ShapeDtypeStructs.
-      axes: a tree like ``params`` of ``Axes``: the meaning of the parameters' axes.
 
     Returns:
       The axes behind every array of the state, or behind the array that an encoded one
-      stands for; ``()`` for an axis that follows none, or more than one.
+      stands for, as numbers of the parameter's own; ``()`` for an axis that follows
+      none, or more than one.
     """
     flat, treedef = jax.tree.flatten(params, is_leaf=is_box)
-    meanings = treedef.flatten_up_to(axes)
     state, structure = _flatten(jax.eval_shape(init, params))
     owner = owners([path for path, _ in state], params)
     behind: list[list[set]] = [[set() for _ in leaf.shape] for _, leaf in state]
-    for k in range(max((len(meaning) for meaning in meanings), default=0)):
-        longer = treedef.unflatten(_longer(leaf, k) for leaf in flat)
-        after = dict(_flatten(jax.eval_shape(init, longer))[0])
+
+    def asked(longer: int | None) -> dict[tuple[str, ...], Any]:
+        tree = treedef.unflatten(_apart(leaf, longer) for leaf in flat)
+        return dict(_flatten(jax.eval_shape(init, tree))[0])
+
+    first = asked(None)
+    for k in range(max((unbox(leaf).ndim for leaf in flat), default=0)):
+        after = asked(k)
         for i, (path, leaf) in enumerate(state):
-            now = after.get(path)
+            before, now = first.get(path), after.get(path)
             # An init that decides by sizes may make another state of the longer axes;
             # arrays without a counterpart there say nothing about this axis.
-            if owner[i] is None or now is None or len(now.shape) != len(leaf.shape):
+            known = owner[i] is not None and before is not None and now is not None
+            if not known or not len(leaf.shape) == len(before.shape) == len(now.shape):
                 continue
             for axis in range(len(leaf.shape)):
-                if now.shape[axis] != leaf.shape[axis]:
-                    behind[i][axis].add(meanings[owner[i]][k])
+                if now.shape[axis] != before.shape[axis]:
+                    behind[i][axis].add((k,))
     return structure.unflatten(
         Axes(next(iter(found)) if len(found) == 1 else () for found in leaf)
         for leaf in behind
@@ -65,12 +71,20 @@ def owners(paths: list[tuple[str, ...]], params: Any) -> list[int | None]:
     return [owner(names) for names in paths]
 
 
-def _longer(leaf: Any, axis: int) -> Any:
-    shape = list(unbox(leaf).shape)
-    if axis < len(shape):
-        shape[axis] += 1
-    # Without its box, which might not bear an array of another shape.
-    return jax.ShapeDtypeStruct(tuple(shape), unbox(leaf).dtype)
+def _apart(leaf: Any, longer: int | None) -> Any:
+    """Returns a leaf with sizes at least two apart, one axis longer by one.
+
+    Their order stays, the earlier of equals before the later: an init that keeps sums
+    over the largest axis, as Optax's Adafactor, keeps them over the same one.
+    """
+    leaf = unbox(leaf)  # without its box, which might not bear an array of other shape
+    shape, least = list(leaf.shape), 0
+    for axis in np.argsort(shape, kind="stable"):
+        shape[axis] = max(shape[axis], least)
+        least = shape[axis] + 2
+    if longer is not None and longer < len(shape):
+        shape[longer] += 1
+    return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
 
 def _flatten(state: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:

@@ -22,7 +22,20 @@ class Axes(tuple):
     """For each axis of an array of the state, the axes of the parameter behind it.
 
     ``()`` where there is none, as for the vectors of a basis. A leaf in a tree.
+
+    Attributes:
+      own: of an array that goes with a basis, for each of its axes those of the basis
+        behind it; None of any other.
     """
+
+    own: "Axes | None" = None
+
+    @classmethod
+    def beside(cls, basis: "Axes", own: "Axes") -> "Axes":
+        """Returns those of an array that goes with a basis."""
+        axes = cls(basis[of[0]] if len(of) == 1 else () for of in own)
+        axes.own = own
+        return axes
 
     def __add__(self, other: tuple) -> "Axes":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the axes of an array with those of both."""

@@ -1,6 +1,7 @@
 """A basis that descends an online PCA loss by an optimizer of its own."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.layout import axes_of_state
-from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.matrix import Axes, Matrix
 from lowrank_optax.leaves.moments import find
 from lowrank_optax.linalg.bases import cholesky_qr, random_start
 from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient
@@ -119,7 +120,10 @@ class online_pca(TrackingProjector):
 
         # Any optimizer may stand here, so its own init is asked which axes it keeps.
         like = jax.ShapeDtypeStruct((matrix.m, matrix.rank), jnp.float32)
-        return OnlineBasis(vectors, axes_of_state(init, like, vectors))
+        own = axes_of_state(init, like)
+        return OnlineBasis(
+            vectors, jax.tree.map(functools.partial(Axes.beside, vectors), own)
+        )
 
     def refresh(self, matrix: Matrix, gradient: Any, stored: OnlineBasis, at: At):
         """Finds the first basis, or makes the basis orthonormal again."""

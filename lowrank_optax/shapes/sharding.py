@@ -8,9 +8,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.bracket.notice import quiet_init
 from lowrank_optax.bracket.placement import (
+    Piece,
     common_place,
     of_bracket,
-    own_axes,
     pieces_of,
     places_of,
 )
@@ -21,7 +21,7 @@ from lowrank_optax.bracket.start import (
     outside_brackets,
 )
 from lowrank_optax.leaves.boxes import is_box, unbox
-from lowrank_optax.leaves.matrix import Axes, path_string
+from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.quantization import is_quantized
 
 
@@ -73,16 +73,15 @@ def state_shardings(
     paths = [path_string(path) for path, _ in flat]
     shardings = _declared(paths, treedef, param_shardings)
     shapes = [unbox(leaf).shape for _, leaf in flat]
-    own = treedef.unflatten(own_axes(shape) for shape in shapes)
     # Brackets become `()`, which has no leaves, so the pieces come in the order in
     # which the walk below meets those outside of brackets.
-    outside = iter(pieces_of(outside_brackets(tx), params, own))
+    outside = iter(pieces_of(outside_brackets(tx), params))
     specs, common = [], common_place(shardings)
 
-    def add(piece: Any, owner: int | None, axes: Axes, projected: bool) -> None:
+    def add(piece: Piece, owner: int | None) -> None:
         like = common if owner is None else shardings[owner]
         shape = () if owner is None else shapes[owner]
-        specs.extend(places_of(piece, axes, shape, like, projected))
+        specs.extend(places_of(piece, shape, like))
 
     state = described(tx, params)
     for node in jax.tree.leaves(state, is_leaf=_is_piece):
@@ -90,11 +89,11 @@ def state_shardings(
             # A bracket behind `optax.masked` or `optax.partition` counts the leaves
             # that it sees, not all.
             places = [paths.index(leaf.path) for leaf in node.plan.leaves]
-            for piece, owner, axes in of_bracket(node.planner, node.plan, node.state):
-                projected = owner is not None and bool(node.plan.leaves[owner].matrix)
-                add(piece, None if owner is None else places[owner], axes, projected)
+            for piece in of_bracket(node.planner, node.plan, node.state):
+                add(piece, None if piece.owner is None else places[piece.owner])
         else:
-            add(*next(outside), projected=False)
+            piece = next(outside)
+            add(piece, piece.owner)
     structure = jax.tree.structure(jax.eval_shape(quiet_init(tx), params))
     return jax.tree.unflatten(structure, specs)
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from lowrank_optax.bracket.placement import places_of
+from lowrank_optax.bracket.placement import Piece, places_of
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.leaves.boxes import is_box, refill, unbox
 from lowrank_optax.leaves.matrix import Axes, Matrix, path_string
@@ -161,7 +161,7 @@ class Tree:
             return count, key, kept
 
         def put(x: Array, axes: Axes, shape: tuple[int, ...], like: Any) -> Array:
-            return jax.device_put(x, places_of(x, axes, shape, like, False)[0])
+            return jax.device_put(x, places_of(Piece(x, None, axes), shape, like)[0])
 
         def of(i: int, arrays: Any) -> Any:
             matrix, place = self.matrices[i], places[i]

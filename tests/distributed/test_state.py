@@ -1,5 +1,7 @@
 """Where `state_shardings` puts an optimizer's state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +158,82 @@ def test_wrapped_in_other_transformations(name):
     basis = optax.tree_utils.tree_get(state, "basis")
     assert same(basis["dense"].sharding.spec, P(("data", "model"), None))
     assert same(basis["layers"]["up"].sharding.spec, P(None, ("data", "model"), None))
+
+
+def factored(momentum=None):
+    return optax.adafactor(1e-2, min_dim_size_to_factor=2, momentum=momentum)
+
+
+def test_sums_over_a_projection_lie_as_it_does():
+    """As Adafactor's: they have the mesh axes that the projection itself was given."""
+    layout = named(auto_mesh(), LAYOUTS["both"])
+    bracket = lro.project(SVD, select=["dense", "up"], layer_axis=0)
+    for inner in (factored(0.9), lro.scale_by_matrix_factored_rms()):
+        tx = lro.chain(bracket, inner, lro.backproject())
+        state = lro.state_shardings(tx, PARAMS, layout)
+        get = functools.partial(optax.tree_utils.tree_get, state)
+        names = ("v_row", "v_col") if get("v_row") else ("row", "col")
+        row, col = map(get, names)
+        # dense [64, 32] is seen as [32, 64] and up [2, 32, 64] as it is, so both
+        # projections, [4, 64] and [2, 4, 64], have all mesh axes on their columns.
+        assert same(row["dense"].spec, P())
+        assert same(col["dense"].spec, P(("model", "data")))
+        assert same(row["layers"]["up"].spec, P())
+        assert same(col["layers"]["up"].spec, P(None, ("model", "data")))
+    # Three columns of a device cannot be cut in two, so the four rows are.
+    params, specs = {"dense": jnp.ones((12, 6))}, {"dense": P("data", "model")}
+    for momentum in (None, 0.9):
+        tx = lro.chain(
+            lro.project(SVD, select="dense"), factored(momentum), lro.backproject()
+        )
+        state = lro.state_shardings(tx, params, named(auto_mesh(), specs))
+        where = optax.tree_utils.tree_get(state, "v_row")["dense"]
+        assert same(where.spec, P("model"))
+        where = optax.tree_utils.tree_get(state, "v_col")["dense"]
+        assert same(where.spec, P("data"))
+
+
+def test_sums_over_a_basis_lie_as_it_does():
+    options = {"layer_axis": 0, "basis_optimizer": factored()}
+    tx = lro.online_subspace_descent(1e-2, RANK, **options)
+    basis = lro.state_shardings(tx, PARAMS, named(auto_mesh(), LAYOUTS["both"])).basis
+    names = ("data", "model")  # of the 32 rows, those of the columns behind
+    for bases, spec in (
+        (basis["dense"], P(names)),
+        (basis["layers"]["up"], P(None, names)),
+    ):
+        assert same(bases.vectors.spec, spec)
+        assert same(bases.optimizer[0].v_col.spec, spec)
+        assert same(bases.optimizer[0].v_row.spec, P())
+
+
+def test_the_sums_of_a_square_matrix_keep_their_axes():
+    """Both axes are the largest; which one Optax sums over, its init has to say."""
+    params, specs = {"w": jnp.ones((64, 64))}, {"w": P("data", "model")}
+    state = lro.state_shardings(factored(), params, named(auto_mesh(), specs))
+    assert same(optax.tree_utils.tree_get(state, "v_row")["w"].spec, P("data"))
+    assert same(optax.tree_utils.tree_get(state, "v_col")["w"].spec, P("model"))
+
+
+def test_an_axis_that_a_state_has_twice_is_cut_once():
+    """As a preconditioner's, ``[m, m]``: a spec that names an axis twice is none."""
+    tx = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda x: jnp.ones((x.shape[0],) * 2), params),
+        lambda updates, state, params=None: (updates, state),
+    )
+    params, specs = {"w": jnp.ones((64, 32))}, {"w": P("data", "model")}
+    state = lro.state_shardings(tx, params, named(auto_mesh(), specs))
+    assert same(state["w"].spec, P("data"))
+
+
+def test_what_is_no_matrix_takes_no_more_axes():
+    """A flag for every matrix of a stack over two axes, ``[4, 8]``, is not cut up."""
+    params, numbers = {"w": jnp.ones((4, 8, 32, 64))}, {"w": DIMENSIONS(2, 3)}
+    tx = galore(projector=SVD, layer_axis=None, weight_dimension_numbers=numbers)
+    layout = named(auto_mesh(), {"w": P(None, None, "data", "model")})
+    state = lro.state_shardings(tx, params, layout)
+    assert same(state.pending["w"].spec, P())
+    assert same(state.basis["w"].spec, P(None, None, ("data", "model")))
 
 
 CONV = {"kernel": jnp.ones((3, 3, 8, 32))}
