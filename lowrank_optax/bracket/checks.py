@@ -71,7 +71,8 @@ def check_state(planner: Planner, plan: Plan, state: SubspaceState) -> None:
             raise ValueError(
                 f"The state was made with leaf {leaf.path!r} projected, and this "
                 f"optimizer keeps it full ({leaf.reason}). Use the options that it was "
-                "made with to go on, or start anew with tx.init(params)."
+                "made with to go on, carry it over with lro.resize_state, or start "
+                "anew with tx.init(params)."
             )
         if leaf.matrix is None:
             continue
@@ -79,7 +80,8 @@ def check_state(planner: Planner, plan: Plan, state: SubspaceState) -> None:
             raise ValueError(
                 f"The state was made with leaf {leaf.path!r} at full size, and this "
                 f"optimizer has rank {leaf.matrix.rank}. Use the options that it was "
-                "made with to go on, or start anew with tx.init(params)."
+                "made with to go on, carry it over with lro.resize_state, or start "
+                "anew with tx.init(params)."
             )
         found = _sizes(basis), _sizes([tree[i] for tree in moments])
         if found != _expected(planner, leaf.matrix, leaf.dtype):
@@ -108,7 +110,8 @@ def _check_rank(planner: Planner, matrix: Matrix, dtype: Any, found: _Sizes) -> 
         raise ValueError(
             f"The state was made with {option.replace('=', ' ')} for leaf "
             f"{matrix.path!r}, and this optimizer has {own[0].replace('=', ' ')}. "
-            f"Use {option} to go on, or start anew with tx.init(params)."
+            f"Use {option} to go on, carry it over with lro.resize_state, or start "
+            "anew with tx.init(params)."
         )
 
 

@@ -125,6 +125,20 @@ def random_start(key: Array, m: int, rank: int, dtype: Any) -> Float[Array, "m r
     return jax.random.normal(key, (m, rank), dtype) / m**0.5
 
 
+def outside(basis: Float[Array, "m r"], columns: int, key: Array) -> Array:
+    """Returns random orthonormal columns that are orthogonal to an orthonormal basis.
+
+    ``columns`` are at most ``m - r``.
+    """
+    drawn = random_start(key, basis.shape[0], columns, basis.dtype)
+    # Twice, as what is left of the first projection is of float32's rounding.
+    for _ in range(2):
+        inside = jnp.matmul(basis.T, drawn, precision=HIGHEST)
+        drawn = drawn - jnp.matmul(basis, inside, precision=HIGHEST)
+        drawn = cholesky_qr(drawn)
+    return drawn
+
+
 def leading_singular_vectors(
     gradient: Float[Array, "m n"], rank: int
 ) -> Float[Array, "m r"]:

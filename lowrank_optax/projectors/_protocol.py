@@ -13,7 +13,9 @@ from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.bases import (
     Rotation,
     block_power,
+    cholesky_qr,
     leading_singular_vectors,
+    outside,
     random_start,
 )
 from lowrank_optax.linalg.products import HIGHEST, Operand, up, wide, wider
@@ -143,6 +145,18 @@ class Projector(Part):
             lambda x: Axes(((),) * x.ndim), jax.eval_shape(lambda: self.start(matrix))
         )
 
+    def adopt(self, matrix: Matrix, basis: Any, at: At, of: "Projector") -> Any:
+        """Returns what is stored of a basis ``[m, s]`` found elsewhere, s <= r.
+
+        Its vectors stay the first ones; ``r - s`` others, orthogonal to them, follow.
+        What is kept beside a basis begins anew. ``of`` is the projector that found it.
+        """
+        del basis, at, of
+        raise ValueError(
+            f"lro.{type(self).__name__} forms its bases by itself, so that it cannot "
+            f"go on from another one (leaf {matrix.path!r})."
+        )
+
     def is_due(self, stored: Any, steps: Array) -> Array:
         """Whether the matrix wants a refresh."""
         del stored
@@ -222,6 +236,16 @@ class BasisProjector(Projector):
     def axes(self, matrix: Matrix) -> Axes:
         """Says that the basis has the matrix' rows, and its own vectors."""
         return matrix.basis_axes
+
+    def adopt(self, matrix: Matrix, basis: Array, at: At, of: Projector) -> Any:
+        """Takes any basis over; new vectors are random ones from its complement."""
+        del of
+        missing = matrix.rank - basis.shape[1]
+        if missing:
+            basis = wide(basis)
+            drawn = outside(cholesky_qr(basis), missing, at.key)
+            basis = jnp.concatenate([basis, drawn], axis=1)
+        return basis.astype(self.basis_dtype or jnp.float32)
 
     def refresh(self, matrix: Matrix, gradient: Any, stored: Array, at: At) -> Array:
         """Computes the basis in float32 and rounds it to the storage dtype."""

@@ -61,6 +61,17 @@ class TwoSided(Projector):
         right = self.right.axes(matrix.seen_from("right"))
         return TwoSidedBasis(self.left.axes(matrix), right)
 
+    def adopt(
+        self, matrix: Matrix, basis: TwoSidedBasis, at: At, of: Projector
+    ) -> TwoSidedBasis:
+        """Takes each side over."""
+        left, right = (of.left, of.right) if isinstance(of, TwoSided) else (of, of)
+        other = matrix.seen_from("right")
+        return TwoSidedBasis(
+            self.left.adopt(matrix, basis.left, at, left),
+            self.right.adopt(other, basis.right, other_key(at), right),
+        )
+
     def for_leaf(self, path: str) -> "TwoSided":
         """Returns the two sides' projectors of the leaf."""
         left, right = self.left.for_leaf(path), self.right.for_leaf(path)

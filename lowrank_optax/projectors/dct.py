@@ -88,6 +88,20 @@ class dct(Projector):
         """Starts from the first r columns: valid, and never used for long."""
         return jnp.arange(matrix.rank, dtype=jnp.int32)
 
+    def adopt(self, matrix: Matrix, basis: Array, at: At, of: Projector) -> Array:
+        """Finds the basis' columns among D's; the others are the first ones left."""
+        del at
+        if not isinstance(of, dct) or of.kind != self.kind:
+            raise ValueError(
+                f"lro.dct(kind={self.kind!r}) chooses among fixed vectors, and those "
+                f"of leaf {matrix.path!r}, of lro.{type(of).__name__}, are others."
+            )
+        seen = jnp.abs(wide(basis).T @ dct_matrix(matrix.m, self.kind, jnp.float32))
+        chosen = jnp.argmax(seen, axis=1).astype(jnp.int32)
+        taken = jnp.zeros(matrix.m, jnp.bool_).at[chosen].set(True)
+        free = jnp.argsort(taken, stable=True)[: matrix.rank - len(chosen)]
+        return jnp.concatenate([chosen, free.astype(jnp.int32)])
+
     def refresh(self, matrix: Matrix, gradient: Any, stored: Array, at: At) -> Array:
         """Chooses the r columns that see most of the gradient."""
         del stored, at

@@ -54,6 +54,11 @@ class Lazy(Wrapped):
         """Says what the projector inside does; the rest is the matrix' own."""
         return LazyBasis(self.projector.axes(matrix), Axes(((),)), Axes())
 
+    def adopt(self, matrix: Matrix, basis: Any, at: At, of: Projector) -> LazyBasis:
+        """As inside; the gap is the common one again."""
+        vectors = self.projector.adopt(matrix, basis, at, of)
+        return self.start(matrix)._replace(vectors=vectors)
+
     def is_due(self, stored: LazyBasis, steps: Array) -> Array:
         """Whether a multiple of the matrix' own gap is reached."""
         return steps % stored.gap == 0

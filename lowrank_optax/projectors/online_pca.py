@@ -17,7 +17,7 @@ from lowrank_optax.leaves.moments import find
 from lowrank_optax.linalg.bases import cholesky_qr, random_start
 from lowrank_optax.linalg.pca import Size, frobenius, pca_gradient, penalty_gradient
 from lowrank_optax.linalg.products import Operand, wide
-from lowrank_optax.projectors._protocol import At, TrackingProjector
+from lowrank_optax.projectors._protocol import At, Projector, TrackingProjector
 from lowrank_optax.quantization import is_quantized
 from lowrank_optax.quantization.rounding import dither, round_to_bfloat16
 
@@ -106,10 +106,16 @@ class online_pca(TrackingProjector):
 
     def start(self, matrix: Matrix) -> OnlineBasis:
         """Starts the basis, and the optimizer on it."""
-        basis = super().start(matrix)
+        return self._started(super().start(matrix))
+
+    def _started(self, basis: Array) -> OnlineBasis:
         # The optimizer sees float32 at every step, also of a basis in bfloat16.
         state = self._optimizer().init(wide(basis))
         return OnlineBasis(basis, _narrowed(state, basis.dtype))
+
+    def adopt(self, matrix: Matrix, basis: Array, at: At, of: Projector) -> OnlineBasis:
+        """Takes a basis over; the optimizer on it starts anew."""
+        return self._started(super().adopt(matrix, basis, at, of))
 
     def axes(self, matrix: Matrix) -> OnlineBasis:
         """Says that of the basis, and of what its optimizer keeps beside it."""

@@ -46,6 +46,10 @@ class QuantizedBasis(Wrapped):
         """Says what the projector inside does, of the array behind each encoded one."""
         return self.projector.axes(matrix)
 
+    def adopt(self, matrix: Matrix, basis: Any, at: At, of: Projector) -> Any:
+        """Encodes what the projector inside takes over."""
+        return self.pack(self.projector.adopt(matrix, basis, at, of))
+
     def refresh(self, matrix: Matrix, gradient: Any, stored: Any, at: At) -> Any:
         """Refreshes the decoded basis; what comes out is not encoded yet."""
         return self.projector.refresh(matrix, gradient, _decoded(stored), at)

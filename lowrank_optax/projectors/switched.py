@@ -9,12 +9,18 @@ from jaxtyping import Array
 
 from lowrank_optax import _checks
 from lowrank_optax.leaves.matrix import Axes, Matrix
-from lowrank_optax.linalg.bases import block_power, cholesky_qr, random_start
+from lowrank_optax.linalg.bases import (
+    block_power,
+    cholesky_qr,
+    outside,
+    random_start,
+)
 from lowrank_optax.linalg.products import HIGHEST, Operand, outer, unit_peak, wide
 from lowrank_optax.projectors._protocol import (
     COLD_SWEEPS,
     At,
     BasisProjector,
+    Projector,
 )
 
 # How much of the old basis goes into the new one before it is orthonormalized: it gives
@@ -146,12 +152,7 @@ class switched(BasisProjector):
         leading = jnp.matmul(basis, vectors[:, :kept], precision=HIGHEST)
         if kept == matrix.rank:
             return leading
-        drawn = random_start(others, matrix.m, matrix.rank - kept, old.dtype)
-        # Twice, as what is left of the first projection is of float32's rounding.
-        for _ in range(2):
-            inside = jnp.matmul(basis.T, drawn, precision=HIGHEST)
-            drawn = drawn - jnp.matmul(basis, inside, precision=HIGHEST)
-            drawn = cholesky_qr(drawn)
+        drawn = outside(basis, matrix.rank - kept, others)
         return jnp.concatenate([leading, drawn], axis=1)
 
     def _kept(self, matrix: Matrix) -> int:
@@ -180,6 +181,13 @@ class switched(BasisProjector):
         """Returns the basis itself."""
         del matrix, at
         return stored.vectors
+
+    def adopt(
+        self, matrix: Matrix, basis: Array, at: At, of: Projector
+    ) -> SwitchedBasis:
+        """Takes a basis over; Q begins anew."""
+        vectors = super().adopt(matrix, basis, at, of)
+        return self.start(matrix)._replace(vectors=vectors)
 
     def align(self, old: SwitchedBasis, new: SwitchedBasis) -> SwitchedBasis:
         """Flips new vectors that point against the old ones, and Q with them."""

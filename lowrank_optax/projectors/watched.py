@@ -49,6 +49,10 @@ class Watched(Wrapped):
         """Says what the projector inside does; the rest is the matrix' own."""
         return WatchedBasis(self.projector.axes(matrix), *(Axes() for _ in range(4)))
 
+    def adopt(self, matrix: Matrix, basis: Any, at: At, of: Projector) -> WatchedBasis:
+        """As inside, without having seen anything."""
+        return self._fresh(self.projector.adopt(matrix, basis, at, of))
+
     @staticmethod
     def _fresh(vectors: Any) -> WatchedBasis:
         number = jnp.zeros([], jnp.float32)

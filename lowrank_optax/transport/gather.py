@@ -54,7 +54,7 @@ class gather_moments(Transport):
             if rotation.right is None:
                 return low
             blocks = low.reshape(-1, rotation.right.shape[-1])
-            return _rows(rotation.right, blocks.T).T.reshape(low.shape)
+            return _rows(rotation.right, blocks.T).T.reshape((low.shape[0], -1))
 
         def filled(field: str, low: Array) -> Array:
             moved = gather(low)
