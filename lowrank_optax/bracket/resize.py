@@ -121,7 +121,8 @@ def resize_state(
       >>> updates, state = large.update(params, state, params)
     """
     old, new = described(old_tx, params), described(new_tx, params)
-    state = restore(state, lambda: quiet_init(old_tx)(params))
+    fresh = jax.eval_shape(quiet_init(old_tx), params)
+    state = restore(state, lambda: jax.tree.map(lambda x: jnp.empty_like(x), fresh))
     state = jax.tree.map(jnp.asarray, state)
     mesh = explicit_mesh(state)
     was = _pieces(old)
@@ -223,7 +224,7 @@ def _resized(
         )
     if _view(before) != _view(after):
         raise ValueError(
-            f"lro.resize_state: leaf {before.path!r} of shape {before.shape} is seen as "
+            f"lro.resize_state: leaf {before.path!r} of {before.shape} is seen as "
             f"matrices {before.m} x {before.n} in the state, and {after.m} x {after.n} "
             "with new_tx. Give new_tx the same axes, or start anew."
         )
