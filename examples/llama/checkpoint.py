@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -251,8 +251,12 @@ class Store:
             say(f"removed what was damaged, for --keep {keep} newer ones: {names}")
 
 
-def find_start(store: Store, identity: dict[str, Any]) -> int | None:
+def find_start(
+    store: Store, identity: dict[str, Any], free: Collection[str] = ()
+) -> int | None:
     """The step to go on from; None when the run has no checkpoint yet.
+
+    What is named in `free` may differ: the state will be carried over.
 
     Raises:
         UsageError: every checkpoint is damaged, or belongs to another configuration.
@@ -275,7 +279,7 @@ def find_start(store: Store, identity: dict[str, Any]) -> int | None:
     differing = [
         f"{name}: checkpoint {saved.get(name)!r}, now {identity.get(name)!r}"
         for name in sorted(saved.keys() | identity.keys())
-        if saved.get(name) != identity.get(name)
+        if saved.get(name) != identity.get(name) and name not in free
     ]
     if differing:
         raise UsageError(

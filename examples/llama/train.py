@@ -27,7 +27,7 @@ import tqdm
 import tyro
 
 import lowrank_optax as lro
-from examples.llama import optimizers
+from examples.llama import optimizers, resize
 from examples.llama.batches import Batch, Position, prefetched, training_batches
 from examples.llama.budget import planned_train, saved_plan, write_plan
 from examples.llama.checkpoint import (
@@ -39,7 +39,7 @@ from examples.llama.checkpoint import (
     verify,
 )
 from examples.llama.choose_steps import choose_steps, laid_out, layers_outermost
-from examples.llama.config import IDENTITY, TrainConfig, UsageError
+from examples.llama.config import IDENTITY, Resolved, TrainConfig, UsageError
 from examples.llama.corpus import Counts
 from examples.llama.logs import open_logs
 from examples.llama.model import ACTIVATIONS, count_params
@@ -96,7 +96,7 @@ class Trainer:
     ):
         use_compilation_cache(config.compilation_cache)
         # The flags. All that can refuse them comes before text is read and tokenized.
-        self.task = make_task(config)
+        self.task, self.resized = make_task(config), resize.asked_for(config)
         print(" | ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
         self.placement = choose_placement(self.task.config, devices)
         self.config = dataclasses.replace(self.task.config, mesh=self.placement.name)
@@ -121,16 +121,18 @@ class Trainer:
     def _make_optimizer(self) -> None:
         """The optimizer for the shapes of the model's parameters; nothing is made."""
         self.abstract_params = self.task.params
+        self.optimizer, self.tx = self._optimizer_of(self.config)
+        # For the metrics alone: the optimizer has the schedule inside.
+        self.learning_rate = jax.jit(optimizers.learning_rate(self.config))
+
+    def _optimizer_of(self, config: Resolved) -> tuple[Any, Any]:
+        """The optimizer that flags name, and the same with clipping and guard."""
         places = self.placement.params(self.abstract_params)
         # On one device nothing is cut, and `--side auto` has nothing to choose by.
         on_mesh = places if self.placement.mesh else None
-        self.optimizer = optimizers.build_optimizer(
-            self.config, on_mesh, self.task.select
-        )
-        optimizers.check_projects(self.config, self.optimizer, self.abstract_params)
-        self.tx = optimizers.guarded(self.config, self.optimizer, self.task.estimate)
-        # For the metrics alone: the optimizer has the schedule inside.
-        self.learning_rate = jax.jit(optimizers.learning_rate(self.config))
+        optimizer = optimizers.build_optimizer(config, on_mesh, self.task.select)
+        optimizers.check_projects(config, optimizer, self.abstract_params)
+        return optimizer, optimizers.guarded(config, optimizer, self.task.estimate)
 
     def _make_steps(self) -> None:
         """Where parameters and state lie, and the compiled steps on them."""
@@ -157,7 +159,9 @@ class Trainer:
         start = None
         if config.resume:
             # One process looks, since a damaged checkpoint is moved on the way.
-            start = found_by_first(lambda: find_start(store, self.identity()))
+            start = found_by_first(
+                lambda: find_start(store, self.identity(), self.resized)
+            )
         self.checkpoints = Checkpoints(store, config.keep)
         self.step, self.position, self.tokens = start or 0, Position(), 0
         meta = None
@@ -200,16 +204,29 @@ class Trainer:
 
     def _restore(self, start: int) -> dict[str, Any]:
         """Takes the state saved at a step, and returns what was noted beside it."""
+        meta, config = self.checkpoints.store.meta(start), self.config
         params = jax.eval_shape(self.weights.store, self.abstract_params)
-        opt_state = jax.eval_shape(self.tx.init, self.abstract_params)
+        saved = resize.as_saved(config, meta["identity"])
+        optimizer, tx, layout = self.optimizer, self.tx, self.layout
+        if saved != config:
+            optimizer, tx = self._optimizer_of(saved)
+            resize.check(tx, self.tx, self.abstract_params)
+            layout = self.placement.layout(self.abstract_params, tx, self.weights)
+        opt_state = jax.eval_shape(tx.init, self.abstract_params)
         abstract = {"params": params, "opt_state": opt_state}
-        places = {"params": self.layout.stored, "opt_state": self.layout.state}
+        places = {"params": self.layout.stored, "opt_state": layout.state}
         # Shapes with shardings: every array is read to where it will lie. Orbax knows
         # nothing of layouts in memory, which come after.
         state = self.checkpoints.restore(start, on_device(abstract, places))
         state = laid_out(state, places)
         self.params, self.opt_state = state["params"], state["opt_state"]
-        meta = self.checkpoints.store.meta(start)
+        if saved != config:
+            self.opt_state = jax.jit(
+                lambda x: lro.resize_state(x, tx, self.tx, self.abstract_params),
+                out_shardings=self.layout.state,
+            )(self.opt_state)
+            args = (saved, config, optimizer, self.optimizer, self.abstract_params)
+            print("state carried over: " + "; ".join(resize.lines(*args)), flush=True)
         try:
             self.position = Position.from_json(meta["position"])
             self.tokens, _ = int(meta["tokens"]), dict(meta["settings"])
