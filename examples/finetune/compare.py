@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import tyro
-
 from examples.finetune.config import FinetuneConfig
 from examples.finetune.tasks import make_task
 from examples.llama import optimizers
+from examples.llama.command_line import parsed
 from examples.llama.config import UsageError
 from examples.llama.model import count_params
 from examples.llama.report import readable_bytes
@@ -26,6 +25,7 @@ from examples.llama.run_folder import say
 from examples.llama.train import Trainer, TrainingStopped
 
 Run = dict[str, Any]
+CODES = {0: "all runs ended", 2: "the command or the data needs mending"}
 METRIC = "accuracy"
 
 
@@ -204,7 +204,7 @@ class CompareConfig:
     data: str
     """labelled rows with a part `test`"""
     methods: tuple[str, ...] = SHORT
-    """names of the table in examples/finetune/compare.py"""
+    """names in the table METHODS of examples/finetune/compare.py, each in quotes"""
     epochs: float = 2.0
     """passes over the rows"""
     seq_len: int = 48
@@ -227,9 +227,7 @@ def settings(flags: Any) -> FinetuneConfig:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    flags = tyro.cli(
-        CompareConfig, prog="python -m examples.finetune.compare", args=args
-    )
+    flags = parsed(CompareConfig, "python -m examples.finetune.compare", args, CODES)
     config = settings(flags)
     try:
         if unknown := [name for name in flags.methods if name not in METHODS]:

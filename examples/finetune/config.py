@@ -30,25 +30,30 @@ _ESTIMATE = ("gradient_rank", "gradient_eps")
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """Fine-tune a pretrained model with a low-rank optimizer or with LoRA."""
+    """Fine-tune a pretrained model with a low-rank optimizer or with LoRA.
+
+    In brackets: a flag's value when it is left out; what goes by the model's width is a
+    place to begin a search from. --no-FLAG turns a switch off. The flags below
+    "finetune" are the trainer's. The page docs/finetuning.md has whole commands.
+    """
 
     task: str = "sft"
     """sft: learn the answers of conversations; classify: learn labels of texts"""
     model: str = ""
     """folder of the model, as transformers saves one: config.json, safetensors and
-    tokenizer.json"""
+    tokenizer.json; empty: required"""
     data: str = ""
     """rows, .jsonl or .tsv: conversations (messages, conversations, or prompt and
     response), or texts with labels (as in GLUE's files). A field split holds rows out
-    (dev, test); without one a tenth is, by a hash of its text"""
+    (dev, test); without one a tenth is, by a hash of its text; empty: required"""
     val_data: str = ""
     """rows to validate on; empty: those held out of --data"""
     text_key: str = ""
     """classify: fields of the text, or of both texts with a comma; empty: the usual
     ones, such as text, sentence or sentence1,sentence2"""
     label_key: str = ""
-    """classify: field of the label; empty: the usual ones, such as label. Of the name
-    score it is a number, not a class"""
+    """classify: field of the label; one named score is a number, not a class; empty:
+    the usual ones, such as label"""
     epochs: float = 3.0
     """passes over the rows, if --steps is left out"""
 
@@ -66,7 +71,8 @@ class FinetuneConfig(TrainConfig):
     with commas, such as attn or q,v; empty: the optimizer's own choice"""
 
     adapter: str = ""
-    """lora: two small factors beside every target are trained, the layers are frozen"""
+    """lora: two small factors beside every target are trained, the layers are frozen;
+    empty: none"""
     lora_rank: int = 8
     """columns of the first factor"""
     lora_alpha: float = 16.0
@@ -90,9 +96,62 @@ class FinetuneConfig(TrainConfig):
     answer_tokens: int = 48
     """sft: longest answer, tokens"""
     export: str = ""
-    """folder to write the model to at the end, adapters merged, for transformers"""
+    """folder to write the model to at the end, adapters merged, for transformers;
+    empty: none"""
     final_lr: float = 0.0
     """learning rate at the end of the cosine, as a fraction of the peak"""
+
+    # The trainer's, with what `recipe` below makes of them.
+    steps: int | None = None
+    """length of the run and its learning-rate schedule, optimizer steps; left out: by
+    --epochs"""
+    batch_size: int | None = None
+    """rows per optimizer step, all micro-batches together; left out: 16, classify 32"""
+    eval_every: int | None = None
+    """steps between two validations; 0: only at the end; left out: an epoch's"""
+    eval_batch_size: int | None = None
+    """rows per validation batch; the scores do not depend on it; left out:
+    --batch-size, classify 64"""
+    packing: str | None = None
+    """padded: a document, a row, cut to --seq-len; packed: end to end; left out:
+    packed, classify padded"""
+    seq_len: int | None = None
+    """length of a row, tokens; left out: 512, classify 128, or what the model has"""
+    param_dtype: str | None = None
+    """of parameters in a step, and gradients: float32 or bfloat16; left out: bfloat16
+    where the model has it, else float32"""
+    compute_dtype: str | None = None
+    """of activations and matrix products: float32 or bfloat16; left out: as for
+    --param-dtype"""
+    state_dtype: str | None = None
+    """of moments and bases: float32 or bfloat16; left out: as --param-dtype"""
+    lr: float | None = None
+    """peak learning rate, per step; left out: 1 / (3 width), with --adapter four times
+    that, times the method's factor"""
+    warmup: int | None = None
+    """steps of its linear rise from 0; left out: a tenth of --steps"""
+    b1: float | None = None
+    """decay of the first moment, per step; left out: the method's own, mostly 0.9"""
+    b2: float | None = None
+    """decay of the second moment, per step; left out: the method's own, mostly 0.999"""
+    clip: float | None = None
+    """largest global norm of the gradient; 0: no clipping; left out: 1, with --gradient
+    other than backward 0"""
+    rank: int | None = None
+    """of the projection, columns; left out: width / 16, at most 128"""
+    update_proj_gap: int | None = None
+    """steps between two refreshes of the projection; left out: 100, or the method's own
+    where it is not GaLore's"""
+    scale: float | None = None
+    """factor on the update of projected matrices; left out: the method's own, 0.25 for
+    galore"""
+    micro_batches: int | None = None
+    """parts that the rows of one step are computed in, one after another; left out:
+    1"""
+    checkpoint_every: int | None = None
+    """steps between two checkpoints; 0: only at the end; left out: an epoch's"""
+    run_dir: str = ""
+    """folder of the run; empty: runs/MODEL-TASK-OPTIMIZER, numbered when taken"""
 
     preset: Text = ""
     init_from: Text = ""
@@ -109,7 +168,7 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning(FinetuneConfig, Resolved):
+class Tuning(Resolved, FinetuneConfig):
     """The same with nothing left out."""
 
 

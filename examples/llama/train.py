@@ -24,7 +24,6 @@ if __name__ == "__main__":  # what follows takes seconds to load
 import jax
 import optax
 import tqdm
-import tyro
 
 import lowrank_optax as lro
 from examples.llama import optimizers, resize
@@ -39,7 +38,14 @@ from examples.llama.checkpoint import (
     verify,
 )
 from examples.llama.choose_steps import choose_steps, laid_out, layers_outermost
-from examples.llama.config import IDENTITY, Resolved, TrainConfig, UsageError
+from examples.llama.command_line import TRAINING, parsed
+from examples.llama.config import (
+    IDENTITY,
+    Resolved,
+    TrainConfig,
+    UsageError,
+    resolve,
+)
 from examples.llama.corpus import Counts
 from examples.llama.logs import open_logs
 from examples.llama.model import ACTIVATIONS, count_params
@@ -488,7 +494,17 @@ def train(config: TrainConfig, make_task: Callable[[Any], Task] = Pretraining) -
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    config = tyro.cli(TrainConfig, prog="python -m examples.llama.train", args=args)
+    try:
+        config = parsed(
+            TrainConfig,
+            "python -m examples.llama.train",
+            args,
+            TRAINING,
+            lambda config: dataclasses.asdict(resolve(config)[0]),
+        )
+    except UsageError as error:  # beside --help
+        say(f"error: {error}")
+        return 2
     return run_command(config, Pretraining)
 
 

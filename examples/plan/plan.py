@@ -1,8 +1,4 @@
-"""`report` says whether a run fits: `python -m examples.plan --help`; nothing is made.
-
-Exit codes: 0 it fits; 1 it does not, with what would; 2 the command needs mending. With
---compile the compiler decides, without it the estimate.
-"""
+"""`report` says whether a run fits, from shapes: `python -m examples.plan --help`."""
 
 import contextlib
 import dataclasses
@@ -13,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optax
-import tyro
 
 import lowrank_optax as lro
 from examples.llama import optimizers
+from examples.llama.command_line import parsed
 from examples.llama.config import (
     NO_SIDE,
     Resolved,
@@ -40,19 +36,30 @@ NO_RANK = ("adamw", "adamw_8bit", "adamw_4bit", "apollo_mini", "gwt")
 MARGIN = 0.9
 
 
+# With --compile the compiler decides, without it the estimate.
+CODES = {
+    0: "it fits",
+    1: "it does not; what would is printed",
+    2: "the command needs mending",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(TrainConfig):
     """Say whether a training run fits on a TPU slice or on GPUs, before renting it.
 
-    The flags are the trainer's, with its defaults, and those below.
+    In brackets: a flag's value when it is left out, here with --preset {preset} and
+    --optimizer {optimizer}; give others beside --help for theirs. --no-FLAG turns a
+    switch off. The flags below "plan" are the trainer's, with its values.
     """
 
     topology: str = ""
     """a TPU and its extent (v5e:16x16, v4:4x4x8, v5p:2x2x2, v6e:4x4), or a GPU and a
-    number (h100:8, rtx4090:1, a100-40:4); empty: v5e:16x16, or one device that has
+    number (h100:8, rtx4090:1, a100-40:4); empty: v5e:16x16, or one device of
     --memory"""
     memory: str = ""
-    """of one device, in place of the data sheet's: 24GB, 22.5GiB or bytes"""
+    """of one device, in place of the data sheet's: 24GB, 22.5GiB or bytes; empty:
+    the data sheet's"""
     compile: bool = False
     """also compile the step with the TPU's compiler (extra tpu; minutes)"""
 
@@ -268,8 +275,14 @@ def report(plan: PlanConfig) -> bool:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    plan = tyro.cli(PlanConfig, prog="python -m examples.plan", args=args)
     try:
+        plan = parsed(
+            PlanConfig,
+            "python -m examples.plan",
+            args,
+            CODES,
+            lambda plan: vars(plan) | vars(plan_run(plan).config),
+        )
         return 0 if report(plan) else 1
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -260,27 +260,6 @@ def test_mistakes_are_one_line_and_exit_with_2(
     assert not (folders / "run").exists()
 
 
-def test_help_has_the_flags_of_fine_tuning(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for flag in (
-        "--model",
-        "--adapter",
-        "--lora-rank",
-        "--weights",
-        "--resume",
-        "--mesh",
-    ):
-        assert flag in text
-    for flag in ("--preset", "--corpus", "--layerwise", "--activation-budget"):
-        assert flag not in text
-    # Every flag of its own is described, and those of the trainer keep their words.
-    assert "conversations (messages" in text and "peak learning rate" in text
-
-
 @pytest.mark.whole
 def test_on_a_mesh_as_on_one_device(tmp_path, monkeypatch):
     """Frozen parameters lie in parts, too."""

@@ -225,19 +225,6 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         assert choose_run_dir(again) == path
 
 
-def test_help_explains_every_flag(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for name in TrainConfig.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in text
-        assert f"    {name}: " in (ROOT / "examples/llama/config.py").read_text()
-    for unit in ("optimizer steps", "length of a row, tokens", "rows per optimizer"):
-        assert unit in text
-
-
 def test_sigterm_saves_and_exits_with_0(shards, tmp_path):
     program = [sys.executable, "-m", "examples.llama.train", "--data", shards]
     flags = "--steps 100000 --seq-len 16 --batch-size 2 --eval-tokens 100".split()
