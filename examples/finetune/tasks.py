@@ -25,7 +25,7 @@ from examples.llama.batches import Batch
 from examples.llama.config import UsageError
 from examples.llama.corpus import Counts
 from examples.llama.model import Params
-from examples.llama.report import Evaluation, evaluate
+from examples.llama.report import Evaluation, entropy, evaluate
 from examples.llama.step import Losses, row_sums, token_losses
 
 Measure = Callable[[Batch], Any]
@@ -35,6 +35,7 @@ class _Task:
     """What both tasks have: a pretrained model, and rows that are in memory."""
 
     unit: str
+    loss_unit: str
     config: Tuning
     prepared: Model
     measure: Callable[..., Any] | None = None
@@ -123,6 +124,9 @@ class _Task:
             config.gradient, config.gradient_rank, config.gradient_eps, config.seed
         )
 
+    def baseline(self) -> tuple[str, float] | None:
+        return None
+
     def read(self, run_dir: pathlib.Path) -> None:
         del run_dir  # all was read for the length of the schedule
 
@@ -201,7 +205,7 @@ class Learned(Evaluation):
 class Instructions(_Task):
     """The answers of conversations."""
 
-    unit = "tokens"
+    unit, loss_unit = "tokens", "nats per token"
 
     @property
     def losses(self) -> Losses:
@@ -365,6 +369,12 @@ class Classification(_Task):
 
     unit = "rows"
 
+    def baseline(self) -> tuple[str, float]:
+        labels = np.asarray([row.label for row in self.examples["dev"].items])
+        if self.columns.real:
+            return "variance of the validation's numbers", float(labels.var())
+        return "entropy of the validation's labels", entropy(labels)
+
     @property
     def losses(self) -> Losses:
         return self.classifier.losses
@@ -375,6 +385,7 @@ class Classification(_Task):
             rows[0], config.text_key, config.label_key, config.data
         )
         self.columns = columns
+        self.loss_unit = "squared error" if columns.real else "nats per row"
         self.held_out(rows, columns.text)
         train = self.data_rows["train"]
         self.classes: list[str] = []

@@ -26,6 +26,7 @@ import lowrank_optax as lro
 from examples.llama.batches import Batch, Cursor, Rows, as_batch
 from examples.llama.config import Resolved
 from examples.llama.model import Params, count_params
+from examples.llama.picture import About, draw
 from examples.llama.placement import whole_axes
 from examples.llama.processes import is_first
 from examples.llama.run_folder import (
@@ -120,6 +121,7 @@ class Evaluation:
     loss: float
     tokens: int
     compat_loss: float = math.nan  # as GaLore's script reports it
+    per: str = "token"  # which may be a byte
 
     @property
     def perplexity(self) -> float:
@@ -132,7 +134,7 @@ class Evaluation:
     @property
     def brief(self) -> str:
         """For the line of a validation between steps."""
-        return f"validation perplexity {self.perplexity:.3f}"
+        return f"validation perplexity {self.perplexity:.3f} per {self.per}"
 
     def line(self) -> dict[str, Any]:
         """For the metrics."""
@@ -197,6 +199,13 @@ def unigram_perplexity(
     return perplexity(float((seen * losses).sum() / max(seen.sum(), 1)))
 
 
+def entropy(symbols: Iterable[int]) -> float:
+    """Of their frequencies, in nats: the least loss of knowing nothing else."""
+    _, counts = np.unique(np.fromiter(symbols, np.int64), return_counts=True)
+    share = counts / max(counts.sum(), 1)
+    return float(-(share * np.log(share)).sum())
+
+
 def unigram(rows: Rows, validation: Sequence[Any], vocab_size: int) -> float:
     """The perplexity of knowing only how frequent each token of the text is."""
     block, _ = rows.block(Cursor())
@@ -256,8 +265,11 @@ class Metrics:
             # The last line may be there in part.
             self._held, self._again = None, len(self.lines) + _PATIENCE
 
-    def close(self) -> list[pathlib.Path]:
-        """Writes the CSV and the picture; returns the files."""
+    def close(self, about: Callable[[], About] = About) -> list[pathlib.Path]:
+        """Writes the CSV and the picture; returns the files.
+
+        `about` says what the picture has beside the lines.
+        """
         for log in self.others:
             with not_vital(f"{type(log).__name__} was not closed"):
                 log.close()
@@ -274,7 +286,7 @@ class Metrics:
                 writer.writerows(self.lines)
         picture = self.path.with_name("loss.png")
         with not_vital(f"{picture.name} was not written"):
-            _plot(self.lines, picture)
+            draw(self.lines, picture, about())
         return [path for path in (self.path, table, picture) if path.is_file()]
 
 
@@ -312,31 +324,6 @@ def _parse(text: bytes) -> dict[str, Any]:
     if type(line.get("step")) is not int or not text.endswith(b"\n"):
         raise ValueError("a line without a step, or cut by a kill")
     return line
-
-
-def _plot(lines: list[dict[str, Any]], path: pathlib.Path) -> None:
-    # Without pyplot, which keeps figures and may look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for key, label, style in [
-        ("loss", "training", "-"),
-        ("val_loss", "validation", "o-"),
-    ]:
-        points = [
-            (line["step"], line[key]) for line in lines if line.get(key) is not None
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per token")
-    if axes.lines:
-        axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def finite(number: float) -> float | None:

@@ -1,5 +1,7 @@
 """`Task` is what a `Trainer` trains and on what; `Pretraining` is a LLaMA on text."""
 
+import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,10 +18,22 @@ from examples.llama.corpus import load_corpora
 from examples.llama.model import ModelConfig, Params, abstract_model
 from examples.llama.placement import drawn
 from examples.llama.processes import found_by_first, is_first
-from examples.llama.report import Evaluation, eval_batches, evaluate, unigram
+from examples.llama.report import (
+    Evaluation,
+    entropy,
+    eval_batches,
+    evaluate,
+    unigram,
+)
 from examples.llama.run_folder import write_whole
 from examples.llama.step import Losses, token_losses
-from examples.llama.tokenizer import BPETokenizer, Tokenizer, load_tokenizer, of_folder
+from examples.llama.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    of_folder,
+)
 
 
 class Task(Protocol):
@@ -65,6 +79,15 @@ class Task(Protocol):
     @property
     def unit(self) -> str:
         """What the loss is a mean of."""
+        ...
+
+    @property
+    def loss_unit(self) -> str:
+        """Of the loss, such as nats per byte."""
+        ...
+
+    def baseline(self) -> tuple[str, float] | None:
+        """The validation loss of something simple, and what that is; None: nothing."""
         ...
 
     def read(self, run_dir: pathlib.Path) -> None:
@@ -156,6 +179,20 @@ class Pretraining:
                 "files, or --val-data"
             )
 
+    @property
+    def symbol(self) -> str:
+        """What the model predicts."""
+        return "byte" if isinstance(self.tokenizer, ByteTokenizer) else "token"
+
+    @property
+    def loss_unit(self) -> str:
+        return f"nats per {self.symbol}"
+
+    def baseline(self) -> tuple[str, float]:
+        targets = itertools.chain.from_iterable(row[1:] for row in self.validation)
+        name = f"entropy of the validation text's {self.symbol} frequencies"
+        return name, entropy(targets)
+
     def rows(self, training: bool) -> Rows:
         config = self.config
         return Rows(
@@ -202,18 +239,19 @@ class Pretraining:
     ) -> Evaluation | None:
         config = self.config
         batches = eval_batches(self.validation, config.eval_batch_size, config.seq_len)
-        return evaluate(lambda _, batch: run(batch), {}, batches, should_stop)
+        found = evaluate(lambda _, batch: run(batch), {}, batches, should_stop)
+        return found and dataclasses.replace(found, per=self.symbol)
 
     def closing(self, result: Evaluation, trainer: Any) -> list[tuple[str, str]]:
         del trainer
-        kind = "byte" if self.config.tokenizer == "bytes" else "token"
         guess = unigram(self.rows(True), self.validation, self.model.vocab_size)
         rows = [
             (
                 "validation perplexity",
-                f"{result.perplexity:.3f} over {result.tokens:,} tokens",
+                f"{result.perplexity:.3f} per {result.per}, over "
+                f"{result.tokens:,} of them",
             ),
-            (f"{kind}-unigram perplexity", f"{guess:.3f} on the same tokens"),
+            (f"{self.symbol}-unigram perplexity", f"{guess:.3f} on the same"),
         ]
         if self.config.galore_compat:
             compat = f"{result.compat_perplexity:.3f}"

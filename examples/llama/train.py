@@ -49,7 +49,9 @@ from examples.llama.config import (
 from examples.llama.corpus import Counts
 from examples.llama.logs import open_logs
 from examples.llama.model import ACTIVATIONS, count_params
+from examples.llama.picture import About
 from examples.llama.placement import choose_placement, started
+from examples.llama.presets import parameters
 from examples.llama.processes import (
     any_of,
     found_by_first,
@@ -388,7 +390,39 @@ class Trainer:
         """Completes the running save and writes the reports; returns the files."""
         with self._held:
             self.checkpoints.close()
-            return self.metrics.close()
+            return self.metrics.close(self.about)
+
+    def about(self) -> About:
+        """What the picture has beside the metrics."""
+        config, unit = self.config, self.task.loss_unit
+        rank = f", rank {config.rank}" if "rank" in parameters(config.optimizer) else ""
+        of = unit.removeprefix("nats per ")
+        return About(
+            f"{config.preset} with {config.optimizer}{rank}, peak learning rate "
+            f"{config.lr:g} ({self.run_dir.name})",
+            unit,
+            of if of in ("byte", "token") else "",
+            self.task.baseline(),
+            self.memory(),
+        )
+
+    def memory(self) -> list[tuple[str, int]]:
+        """Bytes of what lies in memory, beside AdamW's state."""
+        rows = [
+            (f"weights, {self.config.weights}", lro.bytes_per_device(self.params)),
+            (f"optimizer state, {self.config.optimizer}", self.state_bytes()),
+        ]
+        if self.config.optimizer != "adamw":
+            rows.append(("optimizer state, adamw", self.adamw_bytes()))
+        # Nobody counted where plans are made again and again, or no step was made.
+        peak = self.peak_bytes
+        return rows + ([("a step, by the compiler", peak)] if peak else [])
+
+    def state_bytes(self) -> int:
+        return optimizers.state_bytes(self.optimizer, self.abstract_params)
+
+    def adamw_bytes(self) -> int:
+        return optimizers.state_bytes(optax.adamw(1e-3), self.abstract_params)
 
     def check_saved(self) -> None:
         """Raises unless the present state is on the disk."""
@@ -433,27 +467,19 @@ def summary(
 ) -> str:
     """The closing table, with the task's own rows."""
     config, params = trainer.config, trainer.abstract_params
-    state = optimizers.state_bytes(trainer.optimizer, params)
-    adamw = optimizers.state_bytes(optax.adamw(1e-3), params)
-    weights = lro.bytes_per_device(trainer.params)
     frozen, unit = count_params(trainer.frozen), trainer.task.unit
+    memory = [(name, readable_bytes(held)) for name, held in trainer.memory()]
+    share = trainer.state_bytes() / trainer.adamw_bytes()
     rows = [
         ("model", f"{config.preset}, {count_params(params) + frozen:,} parameters"),
         *([("trained", f"{count_params(params):,}")] if frozen else []),
-        (f"weights, {config.weights}", readable_bytes(weights)),
-        (
-            f"optimizer state, {config.optimizer}",
-            f"{readable_bytes(state)} ({state / adamw:.0%} of AdamW's)",
-        ),
-        ("optimizer state, adamw", readable_bytes(adamw)),
-        ("a step, by the compiler", readable_bytes(trainer.peak_bytes)),
+        *memory,
+        ("state beside AdamW's", f"{share:.0%}"),
         (f"steps, {unit}", f"{trainer.step:,}, {trainer.tokens:,}"),
         ("speed", f"{trainer.tokens_per_second():,.0f} {unit}/s"),
         ("time", f"{seconds:.0f} s"),
         *closing,
     ]
-    if not trainer.peak_bytes:  # planned again and again, or no step was made
-        rows = [row for row in rows if row[0] != "a step, by the compiler"]
     saved = trainer.checkpoints.store.steps()
     names = [path.name for path in files] + (["checkpoints"] if saved else [])
     rows.append(("files", f"{trainer.run_dir}: {', '.join(names)}"))

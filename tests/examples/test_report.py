@@ -1,14 +1,17 @@
 """The log of a run: it never stops one, and loses nothing that can be kept."""
 
 import json
+import math
 import os
 import resource
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.llama.report import Metrics
+from examples.llama.picture import About, draw, round_numbers, smoothed
+from examples.llama.report import Metrics, entropy
 
 LINES = [{"step": step, "loss": 1.0} for step in range(1, 11)]
 
@@ -102,3 +105,64 @@ def test_values_that_cannot_be_drawn(tmp_path, capsys):
     log.add({"step": 2, "loss": 10**400})
     assert [path.name for path in log.close()] == ["metrics.jsonl", "metrics.csv"]
     assert "loss.png was not written" in capsys.readouterr().err
+
+
+# --- the picture -------------------------------------------------------------------
+
+
+def test_picture_says_what_ran_and_in_which_units(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    lines = [
+        {
+            "step": n,
+            "loss": 6.0 / n,
+            "tokens": 100 * n,
+            "seconds": 0.5 if n > 1 else 9.0,
+        }
+        for n in range(1, 81)
+    ]
+    lines += [{"step": 40, "val_loss": 0.2}, {"step": 60, "loss": None}]
+    baseline = ("entropy of bytes", 3.0)
+    memory = [("state, galore", 2**20), ("state, adamw", 3 * 2**20)]
+    about = About("a run", "nats per byte", "byte", baseline, memory)
+    draw(lines, tmp_path / "loss.png", about)
+    (figure,) = drawn
+    loss, speed, bars = figure.axes
+    assert figure.get_suptitle() == "a run"
+    assert loss.get_ylabel() == "loss, nats per byte"
+    assert loss.child_axes[0].get_ylabel() == "perplexity per byte"
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert labels == [
+        "training, mean of 5 steps around each", "validation", "entropy of bytes: 3.00"
+    ]  # fmt: skip
+    # Without the step that compiled.
+    assert "bytes per second, median 200" == speed.get_title()
+    assert speed.lines[0].get_xdata()[0] == 2
+    assert bars.get_title() == "memory, MiB"
+    assert [bar.get_width() for bar in bars.patches] == [3, 1]
+    assert "without dropout" in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 1.0}]])
+def test_a_run_that_hardly_began_has_a_picture(tmp_path, lines):
+    draw(lines, tmp_path / "loss.png", About())
+    assert (tmp_path / "loss.png").stat().st_size
+
+
+def test_smoothing_does_not_lag():
+    line = np.arange(10.0)
+    np.testing.assert_allclose(smoothed(line, 2), line)
+    np.testing.assert_allclose(smoothed(np.array([0.0, 3.0, 0.0]), 1), [0, 1, 0])
+
+
+def test_round_numbers():
+    assert round_numbers(4.0, 31.0) == [5, 7, 10, 15, 20, 30]
+    assert round_numbers(3.0, 900.0) == [5, 10, 20, 50, 100, 200, 500]
+
+
+def test_entropy_of_frequencies():
+    assert entropy([1, 1, 2, 2]) == pytest.approx(math.log(2))
+    assert entropy([3]) == 0 and entropy([]) == 0
