@@ -75,7 +75,7 @@ class Chat:
     """`render(messages)`, and `prompt(messages)` for an answer to come."""
 
     def __init__(self, template: str = PLAIN, special: dict[str, str] | None = None):
-        self.special = special or {}
+        self.template, self.special = template, special or {}
         try:
             self._template = _environment().from_string(template)
         except jinja2.TemplateError as error:

@@ -17,7 +17,7 @@ from examples.llama.model import Params
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _continue(
+def continued(
     definition: Any,
     params: Params,
     tokens: jax.Array,
@@ -63,7 +63,7 @@ class Answers:
         ]
         text = chat.render(asked).text
         self.mark = text[text.rfind("b") + 1 :].strip()
-        self.stops = sorted(_end_ids(folder, tokenizer, chat) | self._mark_ids())
+        self.stops = sorted(end_ids(folder, tokenizer, chat) | self._mark_ids())
 
     def _mark_ids(self) -> set[int]:
         ids = self.tokenizer.encode(self.mark, add_special_tokens=False).ids
@@ -80,13 +80,13 @@ class Answers:
         row[: len(ids)] = ids
         limit = min(len(ids) + tokens, length)
         stops = jnp.asarray(self.stops or [-1], jnp.int32)
-        row, end = _continue(self.definition, params, row, len(ids), limit, stops)
+        row, end = continued(self.definition, params, row, len(ids), limit, stops)
         found = [int(i) for i in row[len(ids) : int(end)] if int(i) not in self.stops]
         text = self.tokenizer.decode(found)
         return text.split(self.mark)[0].strip() if self.mark else text.strip()
 
 
-def _end_ids(
+def end_ids(
     folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, chat: Chat
 ) -> set[int]:
     """The tokens by which generation ends, as the model's files say."""
