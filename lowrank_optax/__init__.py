@@ -11,6 +11,7 @@ from lowrank_optax.bracket.chain import backproject as backproject
 from lowrank_optax.bracket.chain import behind as behind
 from lowrank_optax.bracket.chain import chain as chain
 from lowrank_optax.bracket.chain import project as project
+from lowrank_optax.bracket.energy import captured_energy as captured_energy
 from lowrank_optax.bracket.resize import resize_state as resize_state
 from lowrank_optax.bracket.selection import ConcludedAxesWarning as ConcludedAxesWarning
 from lowrank_optax.bracket.selection import NotProjectedWarning as NotProjectedWarning

@@ -74,6 +74,8 @@ def choose_steps(
         task.losses,
         task.measure,
         estimated=task.estimate is not None,
+        # For who draws it: it costs one more projection a step.
+        watched=bool(config.log_to) and optimizers.projects(optimizer, params),
     )
 
 

@@ -2,7 +2,9 @@
 
 Both are optional (the extra `logging`) and in the run's folder. What is told: every
 number of a line of metrics.jsonl, and beside it tokens per second and, of devices that
-say so, the most memory that was ever in use.
+say so, the most memory that was ever in use. Where there are logs, a step of a method
+that projects says what share of the gradient's energy its bases hold, too (not with
+--layerwise, --compressed or an estimated gradient, which have no whole one).
 """
 
 import os

@@ -132,6 +132,14 @@ def correction_of(path: str, leaf: Any) -> str:
     return "int16" if "norm" in path else "int8"
 
 
+def projects(optimizer: optax.GradientTransformation, params: Any) -> bool:
+    """Whether any matrix is projected."""
+    try:
+        return bool(lro.selection_report(optimizer, params).projected)
+    except ValueError:  # no bracket
+        return False
+
+
 def check_projects(
     config: Resolved, optimizer: optax.GradientTransformation, params: Any
 ) -> None:

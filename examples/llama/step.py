@@ -135,6 +135,7 @@ def make_steps(
     losses: Losses = token_losses,
     measure: Callable[..., Any] | None = None,
     estimated: bool = False,
+    watched: bool = False,
 ) -> Steps:
     """Compiled steps of a model under an optimizer with the guard outermost.
 
@@ -144,6 +145,7 @@ def make_steps(
     `measure(definition, params, batch)` says of every row; left out: the sums of its
     losses. With `estimated` there is no backward pass: `tx` begins, behind the guard,
     with what makes a gradient of `loss_fn`, and leaves loss and norm in its state.
+    With `watched` the metrics say what share of the gradient the bases of `tx` hold.
     """
     on_mesh = layout.wrap if layout else None
     use = layout.use if layout else lambda params: params
@@ -179,7 +181,10 @@ def make_steps(
             # the second moments: they count as not finite, and as a skipped step.
             grads = jax.tree.map(lambda g: jnp.where(norm < jnp.inf, g, jnp.nan), grads)
             updates, opt_state = tx.update(grads, opt_state, params)
-        return applied(stored, updates, opt_state, batch, key, loss, norm)
+        more = {}
+        if watched:
+            more["captured_energy"] = captured_energy(tx, grads, opt_state, params)
+        return applied(stored, updates, opt_state, batch, key, loss, norm, more)
 
     def estimate(
         stored: Any, params: Any, opt_state: Any, batch: Any, key: Any, frozen: Any
@@ -192,7 +197,7 @@ def make_steps(
         update: Any = optax.with_extra_args_support(tx).update
         updates, opt_state = update(nothing, opt_state, params, loss_fn=loss_fn)
         seen = opt_state.inner_state[0]
-        return applied(stored, updates, opt_state, batch, key, seen.loss, seen.norm)
+        return applied(stored, updates, opt_state, batch, key, seen.loss, seen.norm, {})
 
     def applied(
         stored: Any,
@@ -202,8 +207,9 @@ def make_steps(
         key: Any,
         loss: Any,
         norm: Any,
+        more: dict[str, Any],
     ) -> tuple[Any, Any, Any]:
-        metrics = {
+        metrics = more | {
             "loss": loss,
             "grad_norm": norm,
             "tokens": jnp.sum(batch["mask"]),
@@ -224,6 +230,14 @@ def make_steps(
         jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
         jax.jit(evaluate, out_shardings=layout.rest if layout else None),
     )
+
+
+def captured_energy(
+    tx: optax.GradientTransformation, grads: Params, opt_state: Any, params: Params
+) -> jax.Array:
+    """The share of a gradient's energy in its basis, the mean over all matrices."""
+    shares = lro.captured_energy(tx, grads, opt_state, params)
+    return jnp.mean(jnp.concatenate([x.ravel() for x in shares.values()]))
 
 
 def composed(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:

@@ -331,6 +331,7 @@ class Trainer:
                 "epoch": epoch,
                 "skipped": values["skipped"],
                 "seconds": round(seconds, 4),
+                **{k: finite(values[k]) for k in ("captured_energy",) if k in values},
             }
         )
         # After the metrics, whose last line then shows the step that ended the run.

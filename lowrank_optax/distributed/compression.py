@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowrank_optax.bracket.found import bracket_states, described_brackets, leaf_of
 from lowrank_optax.bracket.leaf import LowLeaf
 from lowrank_optax.bracket.plan import LeafPlan, low_leaf
 from lowrank_optax.bracket.planner import Planner
@@ -18,7 +19,6 @@ from lowrank_optax.bracket.subspace import clock_of
 from lowrank_optax.leaves.boxes import is_box, unbox
 from lowrank_optax.leaves.matrix import Matrix, path_string
 from lowrank_optax.linalg.products import Operand, gram, wide
-from lowrank_optax.shapes.report import described_brackets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,31 +161,15 @@ class Compression:
 
     def channels(self, state: Any) -> dict[str, Channel]:
         """Returns the channel of every compressed leaf in this state, by path."""
-        found = jax.tree.leaves(state, is_leaf=_is_bracket)
-        states = [node for node in found if _is_bracket(node)]
-        if len(states) != len(self._brackets):
-            raise ValueError(
-                f"Expected the state of this optimizer, with {len(self._brackets)} "
-                f"low-rank bracket(s) in it; got one with {len(states)}. Pass what "
-                "tx.init(params) or tx.update(...) returned."
-            )
+        states = bracket_states(self._brackets, state)
         return {
             path: _channel(self._brackets[k], states[k], position)
             for path, (k, position) in self._where.items()
         }
 
 
-def _is_bracket(node: Any) -> bool:
-    return isinstance(node, SubspaceState)
-
-
 def _channel(found: Described, state: SubspaceState, position: int) -> Channel:
-    plan, bracket = found.plan, found.planner.bracket
-    (matrix,) = (matrix for i, matrix in plan.matrices() if i == position)
-    dtype, shift = plan.leaves[position].dtype, plan.shifts[position]
-    leaf = low_leaf(bracket, matrix, dtype, shift=shift)
-    stored = plan.arrays(state.basis)[position]
-    pending = plan.flat(state.pending)[position]
+    leaf, stored, pending = leaf_of(found, state, position)
     return Channel(leaf, clock_of(state), stored, pending)
 
 

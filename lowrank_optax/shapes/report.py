@@ -5,9 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
+from lowrank_optax.bracket.found import described_brackets
 from lowrank_optax.bracket.plan import LeafPlan
 from lowrank_optax.bracket.start import Described, described
 from lowrank_optax.shapes.memory import state_bytes
@@ -118,12 +118,6 @@ def selection_report(tx: optax.GradientTransformation, params: Any) -> Selection
     ]
     used, adamw = (state_bytes(each, params).total for each in (tx, optax.adamw(1e-3)))
     return SelectionReport(tuple(rows), used, adamw)
-
-
-def described_brackets(state: Any) -> list[Described]:
-    """Returns the brackets in a described state, in its order."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Described))
-    return [node for node in nodes if isinstance(node, Described)]
 
 
 def _side_costs(bracket: Described, leaf: LeafPlan) -> dict[str, SideCost]:

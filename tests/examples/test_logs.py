@@ -3,11 +3,15 @@
 import sys
 import types
 
+import jax
+import optax
 import pytest
 
+from examples.llama import optimizers
 from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.logs import open_logs
 from examples.llama.report import Metrics
+from examples.llama.train import Trainer
 
 
 class Writer(list):
@@ -59,6 +63,35 @@ def test_every_number_and_the_speed(tmp_path, monkeypatch):
             (2, "seconds", 0.5),
             (2, "tokens_per_second", 40.0),
         ]
+
+
+@pytest.mark.whole
+def test_the_share_of_the_gradient_that_bases_hold(
+    micro_preset, shards, tmp_path, monkeypatch
+):
+    """At every step of a method that projects."""
+    writer = Writer()
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    config = TrainConfig(
+        preset="micro",
+        data=shards,
+        steps=3,
+        rank=4,
+        eval_every=0,
+        checkpoint_every=0,
+        log_to=("tensorboard",),
+        run_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    trainer = Trainer(config, jax.devices()[:1])
+    trainer.run(lambda: False)
+    trainer.close()
+    *shares, at_the_end = [x.get("captured_energy") for x in trainer.metrics.lines]
+    assert at_the_end is None and all(0.1 < share < 1 for share in shares)
+    drawn = [value for _, name, value in writer if name == "captured_energy"]
+    assert drawn == shares
+    assert not optimizers.projects(optax.adamw(1e-3), trainer.params)
 
 
 def test_a_log_that_fails_is_a_line_and_the_run_goes_on(tmp_path, capsys):
