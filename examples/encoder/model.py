@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from examples.llama.model import Drawn, Embed, Linear, Params
+from examples.llama import model as llama
+from examples.llama.model import Drawn, Embed, Linear, Params, Wrap
+from lowrank_optax import activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,3 +225,24 @@ def init_params(config: EncoderConfig, seed: int) -> Params:
         return nnx.to_pure_dict(nnx.state(Encoder(config, nnx.Rngs(seed))))
 
     return jax.jit(draw)()
+
+
+# The tags that a layer has in common with a decoder's: there is no gate.
+_ROLES = {
+    "q": "query_key",
+    "k": "query_key",
+    "v": "value",
+    "attn": "value",
+    "up": "feed_forward",
+    "h": "residual",
+}
+
+
+def adacc(layer: Callable) -> Callable:
+    """What matrix products made and the residual stream, in 4 and 8 bits."""
+    policy = activations.transformer_policy(_ROLES)
+    return activations.compressed_checkpoint(layer, policy)
+
+
+# What a layer keeps for its backward pass, as for a decoder.
+ACTIVATIONS: dict[str, Wrap | None] = {**llama.ACTIVATIONS, "adacc": adacc}

@@ -159,11 +159,7 @@ class FinetuneConfig(TrainConfig):
     tokenizer: Text = "bpe"
     cache_dir: Text = ""
     eval_tokens: Annotated[int, *Hidden] = 1
-    layerwise: Annotated[bool, *Hidden] = False
     compressed: Annotated[bool, *Hidden] = False
-    activation_budget: Text = ""
-    activation_error: Annotated[float, *Hidden] = 0.05
-    replan_every: Annotated[int, *Hidden] = 500
     galore_compat: Annotated[bool, *Hidden] = False
 
 
@@ -233,5 +229,24 @@ def check(config: FinetuneConfig) -> None:
             raise UsageError(f"{flag} must be above 0; got {getattr(config, name)}")
     if config.adapter and config.layers == "frozen":
         raise UsageError("--adapter trains beside frozen layers; leave out --layers")
+    _check_next_token(config)
     if not 0 <= config.answers <= 1000:
         raise UsageError(f"--answers must be from 0 to 1000; got {config.answers}")
+
+
+def _check_next_token(config: FinetuneConfig) -> None:
+    """Raises where steps that are made for pretraining cannot have what is asked."""
+    whole = config.task == "sft" and not config.adapter
+    whole = whole and config.gradient == "backward"
+    if config.activation_budget and not (whole and config.layers != "frozen"):
+        raise UsageError(
+            "--activation-budget plans for layers that are trained by the loss of the "
+            "next token: --task sft without --adapter, --gradient and frozen --layers; "
+            "elsewhere give an --activation-policy"
+        )
+    frozen = "frozen" in (config.embeddings, config.head, config.layers)
+    if config.layerwise and (frozen or not whole):
+        raise UsageError(
+            "--layerwise updates all parts of a model by the loss of the next token: "
+            "--task sft without --adapter, --gradient and frozen parts"
+        )

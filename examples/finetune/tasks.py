@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.encoder import model as encoder
 from examples.finetune import instructions, labelled, metrics
 from examples.finetune.chat import conversation, load_chat
 from examples.finetune.config import FinetuneConfig, Tuning, check, settled
@@ -21,10 +22,11 @@ from examples.finetune.export import check_free, export
 from examples.finetune.files import Row, fingerprint, read_rows, split
 from examples.finetune.generate import Answers
 from examples.finetune.models import Model, Pretrained, load_pretrained
+from examples.llama import model as llama
 from examples.llama.batches import Batch
 from examples.llama.config import UsageError
 from examples.llama.corpus import Counts
-from examples.llama.model import Params
+from examples.llama.model import Params, Wrap
 from examples.llama.report import Evaluation, entropy, evaluate
 from examples.llama.step import Losses, row_sums, token_losses
 
@@ -110,6 +112,11 @@ class _Task:
     @property
     def frozen(self) -> Params:
         return self.prepared.frozen
+
+    @property
+    def activations(self) -> Mapping[str, Wrap | None]:
+        kind = encoder if self.pretrained.encoder else llama
+        return kind.ACTIVATIONS
 
     @property
     def select(self) -> Any:

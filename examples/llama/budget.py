@@ -18,6 +18,7 @@ from examples.llama.config import Resolved, UsageError
 from examples.llama.model import ModelConfig, Wrap, abstract_model
 from examples.llama.placement import AXES, ROWS
 from examples.llama.run_folder import not_vital, write_whole
+from examples.llama.step import joined
 from lowrank_optax import activations
 
 # What a device calls itself -> its profile; the first that fits.
@@ -201,13 +202,16 @@ def planned_train(
     plan_from_shapes(one, model, hardware)
     layers = find_layers(one, model)
 
-    def errors(stored: Any, opt_state: Any, batch: Any, *key: Any) -> Any:
-        del opt_state, key
-        return layers.errors(load(stored), jax.tree.map(lambda x: x[0], batch))
+    # Both are given what the step is given.
+    def whole(stored: Any, *rest: Any) -> Any:
+        _, _, _, frozen = (*rest, None, None, None, None)[:4]
+        return joined(load(stored), frozen or {})
 
-    def sample(stored: Any, *rest: Any) -> Any:
-        del rest
-        return layers.args(load(stored))
+    def errors(*args: Any) -> Any:
+        return layers.errors(whole(*args), jax.tree.map(lambda x: x[0], args[2]))
+
+    def sample(*args: Any) -> Any:
+        return layers.args(whole(*args))
 
     return activations.AdaptivePlanner(
         lambda plan: build(wrap_with(plan)),

@@ -16,7 +16,13 @@ from jax.sharding import Mesh, PartitionSpec
 import lowrank_optax as lro
 from examples.llama import optimizers
 from examples.llama.config import SENDS, Resolved, UsageError
-from examples.llama.model import ModelConfig, Params, Wrap, abstract_model
+from examples.llama.model import (
+    ModelConfig,
+    Params,
+    Wrap,
+    abstract_model,
+    find_segments,
+)
 from examples.llama.step import (
     PLAIN,
     Layout,
@@ -129,11 +135,6 @@ def make_layerwise_steps(
     of `optimizers.guarded` around it, so a plain run's checkpoint goes on; only that
     state counts skipped steps.
     """
-    if config.tied:
-        raise UsageError(
-            "--layerwise: this model's head is its embedding, whose gradient comes "
-            "from both ends of the backward pass; leave --layerwise out"
-        )
     definition, abstract = abstract_model(config)
     layer = nnx.split(nnx.merge(definition, abstract).layers)[0]
     wrap = composed(layout.wrap if layout else None, wrap_layer)
@@ -143,17 +144,29 @@ def make_layerwise_steps(
         """The model with some parts real and the rest shapes."""
         return nnx.merge(definition, {**abstract, **params})
 
-    def embed(own: Any, batch: Any) -> jax.Array:
-        return part(use({"embed": own})).enter(batch["tokens"])
+    def embed(own: Any, batch: Any) -> dict[str, jax.Array]:
+        x = {"hidden": part(use({"embed": own})).enter(batch["tokens"])}
+        if "segments" in batch:
+            # As real numbers, since all that goes through the layers comes back as a
+            # cotangent, and integers have none.
+            x["segments"] = batch["segments"].astype(jnp.float32)
+        return x
 
-    def block(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
-        return nnx.merge(layer, own)(x), None
+    def block(own: Any, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        documents = None
+        if "segments" in x:
+            documents = find_segments(x["segments"].astype(jnp.int32))
 
-    wrapped = wrap(block) if wrap else block
+        def one(hidden: jax.Array, own: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(layer, own)(hidden, documents), None
 
-    def head(own: Any, x: jax.Array, batch: Any) -> jax.Array:
-        model = part(own)
-        logits = model.logits(model.norm(x))
+        hidden, _ = (wrap(one) if wrap else one)(x["hidden"], own)
+        return x | {"hidden": hidden}
+
+    def head(own: Any, x: Any, batch: Any, *table: Any) -> jax.Array:
+        tied = {"embed": table[0]} if table else {}
+        model = part(own | use(tied))
+        logits = model.logits(model.norm(x["hidden"]))
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, batch["targets"]
         )
@@ -165,13 +178,14 @@ def make_layerwise_steps(
         batch = batch | {"weight": mask * (count / jnp.maximum(jnp.sum(mask), 1))}
         return layerwise.train_step(
             embed,
-            lambda own, x: wrapped(x, own)[0],
+            block,
             head,
             tx,
             clip_norm=clip_norm,
             skip_nonfinite=skip_nonfinite,
             micro_batches=count if count > 1 else None,
-            head_names=("norm", "lm_head"),
+            head_names=("norm",) if config.tied else ("norm", "lm_head"),
+            tied=config.tied,
         )(params, state, batch if count > 1 else jax.tree.map(lambda x: x[0], batch))
 
     def train(stored: Any, opt_state: Any, batch: Any, key: Any = None) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +15,13 @@ from examples.convert import read_model
 from examples.llama.batches import Batch, Rows, Source, validation_rows
 from examples.llama.config import Resolved, TrainConfig, UsageError, resolve
 from examples.llama.corpus import load_corpora
-from examples.llama.model import ModelConfig, Params, abstract_model
+from examples.llama.model import (
+    ACTIVATIONS,
+    ModelConfig,
+    Params,
+    Wrap,
+    abstract_model,
+)
 from examples.llama.placement import drawn
 from examples.llama.processes import found_by_first, is_first
 from examples.llama.report import (
@@ -64,6 +70,11 @@ class Task(Protocol):
     @property
     def measure(self) -> Callable[..., Any] | None:
         """Of a definition, parameters and a batch, by rows; None: the losses' sums."""
+        ...
+
+    @property
+    def activations(self) -> Mapping[str, Wrap | None]:
+        """What a layer keeps for its backward pass, by `--activation-policy`."""
         ...
 
     @property
@@ -151,6 +162,7 @@ class Pretraining:
         self.definition, self.params = abstract_model(self.model)
         self.frozen: Params = {}
         self.losses: Losses = token_losses
+        self.activations: Mapping[str, Wrap | None] = ACTIVATIONS
         self.measure: Callable[..., Any] | None = None
         self.select: Any = None
 

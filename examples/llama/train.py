@@ -48,7 +48,7 @@ from examples.llama.config import (
 )
 from examples.llama.corpus import Counts
 from examples.llama.logs import open_logs
-from examples.llama.model import ACTIVATIONS, count_params
+from examples.llama.model import count_params
 from examples.llama.picture import About
 from examples.llama.placement import choose_placement, started
 from examples.llama.presets import parameters
@@ -155,7 +155,7 @@ class Trainer:
         self.make_steps = functools.partial(
             choose_steps, self.task, self.optimizer, self.weights, self.layout
         )
-        self.steps = self.make_steps(ACTIVATIONS[config.activation_policy])
+        self.steps = self.make_steps(self.task.activations[config.activation_policy])
         self.compiled, self.timed_seconds, self.timed_tokens = False, 0.0, 0
         self.peak_bytes = 0
 

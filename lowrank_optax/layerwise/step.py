@@ -26,7 +26,7 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, Array]]]
 def train_step(
     embed: Callable[[Any, Any], Any],
     block: Callable[[Any, Any], Any],
-    head: Callable[[Any, Any, Any], Array],
+    head: Callable[..., Array],
     tx: optax.GradientTransformation,
     *,
     clip_norm: float | None = None,
@@ -34,6 +34,7 @@ def train_step(
     skip_nonfinite: bool = False,
     micro_batches: int | None = None,
     head_names: tuple[str, ...] | None = None,
+    tied: bool = False,
 ) -> Step:
     """Returns a training step that updates each layer inside the backward pass.
 
@@ -64,6 +65,9 @@ def train_step(
         update, so that of one layer is still all there is.
       head_names: names of the head's parts in ``params`` where there is no ``"head"``;
         ``head`` is given a dict of them.
+      tied: the head reads the embedding, too, ``head(h, x, batch, params["embed"])``.
+        The embedding's gradient is the sum of both, so what comes from the head is kept
+        until the layers are done.
 
     Returns:
       ``step(params, state, batch) -> (params, state, metrics)`` with state as in
@@ -127,8 +131,10 @@ def train_step(
         del batch
         return block(part, x)
 
-    def last(part: Any, x: Any, batch: Any) -> Array:
-        return head(part if head_names is not None else part["head"], x, batch)
+    def last(read: Any, x: Any, batch: Any) -> Array:
+        part, *table = read
+        own = part if head_names is not None else part["head"]
+        return head(own, x, batch, *table)
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, dict[str, Array]]:
         layers = count_layers(params, names)
@@ -139,6 +145,7 @@ def train_step(
         _check_micro_batches(batch, micro_batches)
         given = parts_of(params)
         head_params = {name: given[name] for name in names}
+        read = (head_params, given["embed"]) if tied else (head_params,)
 
         def layer(x: Any, p: Any) -> tuple[Any, Any]:
             # All that is kept of a block is its input: the backward pass runs it again.
@@ -146,17 +153,18 @@ def train_step(
 
         x = run(first, given["embed"], None, batch)
         x, inputs = jax.lax.scan(layer, x, given["layers"])
-        like = jax.eval_shape(functools.partial(run, last), head_params, x, batch)
+        like = jax.eval_shape(functools.partial(run, last), read, x, batch)
         # The cotangent of a mean: a share of 1 for each micro-batch's loss
         share = jnp.full(like.shape, 1 / max(like.size, 1), like.dtype)
-        losses, head_grad, cotangent = pull(last, head_params, x, batch, share)
+        losses, (head_grad, *tied_grad), cotangent = pull(last, read, x, batch, share)
 
         def backward(stack: Any, i: Array, cotangent: Any) -> tuple[Any, Any]:
             p, x = _at(stack, i), _at(inputs, i)
             return pull(middle, p, x, batch, cotangent)[1:]
 
         def bottom(cotangent: Any) -> Any:
-            return pull(first, given["embed"], None, batch, cotangent)[1]
+            grad = pull(first, given["embed"], None, batch, cotangent)[1]
+            return jax.tree.map(lambda *uses: sum(uses[1:], uses[0]), grad, *tied_grad)
 
         norm, gain = None, None
         ahead = clip_norm is not None and clip_by == "global"
