@@ -84,6 +84,7 @@ class Codec:
     # Without annotations, so that these are no fields of the dataclasses below.
     has_zeros = False  # whether blocks differ in the code of 0.0
     stochastic = False  # whether encode can round at random
+    subtractive = False  # whether decode can take off what was added to round
     scale_dtype = jnp.float32
 
     @property
@@ -197,12 +198,28 @@ class Codec:
         scales = scales.astype(self.scale_dtype)
         return (codes, scales, zeros) if self.has_zeros else (codes, scales)
 
-    def decode(self, encoded: Encoded, shape: Sequence[int]) -> Array:
+    def decode(
+        self, encoded: Encoded, shape: Sequence[int], draws: Any = None
+    ) -> Array:
         """Returns the array of this shape, in float32.
 
+        Args:
+          encoded: what ``encode`` made of it.
+          shape: that of the array.
+          draws: those that it was rounded with, if the codec is ``subtractive``. They
+            are taken off again: the error is then uniform within half a step, with half
+            the variance of rounding at random, and as free of bias. A zero, which
+            rounds to zero whatever is drawn, comes back as such an error.
+
         Raises:
-          ValueError: if the codes are not those of an array of this shape.
+          ValueError: if the codes are not those of an array of this shape, or if there
+            are draws and the codec has uneven steps.
         """
+        if draws is not None and not self.subtractive:
+            raise ValueError(
+                f"{type(self).__name__} has uneven steps and cannot take `draws` off "
+                "again; decode without them, or use quantization.symmetric()."
+            )
         shape, encoded = tuple(shape), jax.tree.map(jnp.asarray, encoded)
         if encoded.codes.shape != self.code_shape(shape):
             raise ValueError(
@@ -211,23 +228,34 @@ class Codec:
             )
         axes = _axes_of(encoded.codes)
         if axes is None:
-            return self._array(encoded, shape)
+            return self._array(encoded, shape, draws)
         mesh = jax.typeof(encoded.codes).sharding.mesh
         if self.bits != 8:
             axes = _rows_of(mesh, axes, encoded.codes.ndim - 1, shape)
         place = NamedSharding(mesh, PartitionSpec(*axes))
-        return with_auto_axes(mesh, place, lambda e: self._array(e, shape), encoded)
+        return with_auto_axes(
+            mesh, place, lambda e, d: self._array(e, shape, d), encoded, draws
+        )
 
     @_at_once(0, 2)
-    def _array(self, encoded: Encoded, shape: tuple[int, ...]) -> Array:
+    def _array(
+        self, encoded: Encoded, shape: tuple[int, ...], draws: Any = None
+    ) -> Array:
         rows = self.cut.row_shape(shape)
         codes, n = encoded.codes, rows[-1]
         if self.bits == 4:
             sizes = [size for _, size in self.cut.pieces(n)]
             pieces = zip(self.cut.split(codes, n, self._width), sizes, strict=True)
             codes = self.cut.join([unpack(*piece) for piece in pieces])
-        spread = self._spread(encoded.scales, encoded.zeros, n)
-        return self.value(codes.reshape(rows), *spread).reshape(shape)
+        spread, codes = (
+            self._spread(encoded.scales, encoded.zeros, n),
+            codes.reshape(rows),
+        )
+        if draws is not None:
+            # x was rounded to floor(x) + [u < x - floor(x)] = floor(x + 1 - u), which
+            # lies between x - u and x + 1 - u.
+            codes = codes.astype(jnp.float32) + (draws.reshape(rows) - 0.5)
+        return self.value(codes, *spread).reshape(shape)
 
     def _spread(self, scales: Array, zeros: Any, n: int) -> tuple[Array, Any]:
         """Returns scale and zero of every entry of rows of n."""

@@ -69,10 +69,10 @@ class QuantizedArray(metaclass=_Kind):
         """The dtype that it is decoded to."""
         return jnp.dtype(jnp.float32)
 
-    def decode(self) -> Array:
-        """Returns the array, in float32."""
+    def decode(self, draws: Any = None) -> Array:
+        """Returns the array, in float32; ``draws`` as in ``Codec.decode``."""
         encoded = Encoded(self.codes, self.scales, self.zeros)
-        return self.codec.decode(encoded, self.shape)
+        return self.codec.decode(encoded, self.shape, draws)
 
     def encode(self, x: Array, key: Any = None) -> "QuantizedArray":
         """Returns another array of the same shape and codec."""

@@ -66,6 +66,7 @@ class symmetric(Codec):
     keep_nonzero: bool | None = None
 
     stochastic = True
+    subtractive = True
     scale_dtype = jnp.bfloat16
 
     def __post_init__(self):

@@ -71,7 +71,8 @@ def quantize_state(
         is stored is the moment, and changes of less than half a level add up. In four
         bits, rounded to the nearest, a momentum does not decay: 5 % of 7 levels is
         less than half of one. The numbers follow from the step and the leaf's path, in
-        a bracket also from its key.
+        a bracket also from its key; so the next step can make them again, and take them
+        off where levels are even (``Codec.decode``), which halves the variance.
 
     Returns:
       The transformation. Its updates have the gradients' dtypes. Leaves without
@@ -155,7 +156,13 @@ def quantize_state(
         seeds = _seeds(state, extra_args) if stochastic else None
 
         def step(updates, state, params, leaf=None):
-            loaded = _decoded(state, updates)
+            loaded = state
+            if seeds is not None:
+                # Those of the step before, which rounded what is decoded now.
+                key, count, layer = seeds
+                drawn = functools.partial(_draws, key, count - 1, layer, leaf)
+                loaded = _undithered(state, updates, drawn)
+            loaded = _decoded(loaded, updates)
             out, new = inner.update(updates, loaded, params, **extra_args)
             draws = None if seeds is None else functools.partial(_draws, *seeds, leaf)
             return out, store(new, state, draws)
@@ -278,6 +285,29 @@ def _boxed(leaf: Any, array: Any) -> Any:
     rows = array.ndim == unbox(leaf).ndim
     axes = tuple((axis,) if rows else () for axis in range(array.ndim))
     return rebox(leaf, array, axes)
+
+
+def _undithered(state: Any, updates: Any, draws: Any) -> Any:
+    """Decodes the moments of which codecs can take off the draws."""
+    boxes, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+    flat = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_box)
+    paths, moments = [path for path, _ in flat], _moments.find(state)
+
+    def decoded(to: Any, path: Any, box: Any, leaf: Any) -> Any:
+        if not (is_quantized(leaf) and leaf.codec.subtractive):
+            return leaf
+        whole = unbox_tree(leaf)
+        return refill(box, whole.decode(draws((*to, *path), whole.shape)))
+
+    groups = []
+    for i, group in enumerate(moments.groups):
+        columns = {}
+        for name, tree in group.items():
+            to = (jax.tree_util.SequenceKey(i), jax.tree_util.DictKey(name))
+            leaves = zip(paths, boxes, treedef.flatten_up_to(tree), strict=True)
+            columns[name] = treedef.unflatten(decoded(to, *each) for each in leaves)
+        groups.append(columns)
+    return moments.rebuild(tuple(groups))
 
 
 def _decoded(state: Any, updates: Any) -> Any:
