@@ -71,6 +71,8 @@ def methods(rank: int) -> dict[str, optax.GradientTransformation]:
         "muon": lro.muon(1e-3, layer_axis=0),
         "muon, 8 bits": lro.muon(1e-3, bits=8, layer_axis=0),
         "muon, 4 bits": lro.muon(1e-3, bits=4, layer_axis=0),
+        "even_muon": lro.even_muon(1e-3, layer_axis=0),
+        "even_muon, 4 bits": lro.even_muon(1e-3, bits=4, layer_axis=0),
     }
     # A method without a row above has its plain one.
     listed = {name.partition(",")[0] for name in rows}
@@ -150,6 +152,10 @@ COMPARED: dict[str, tuple[Any, Counted]] = {
     "`optax.adamw`": (jnp.bfloat16, lambda rank: optax.adamw(1e-3)),
     "`optax.contrib.muon`": (jnp.bfloat16, muon),
     "`optax.adafactor`": (jnp.bfloat16, lambda rank: optax.adafactor(1e-3)),
+    "`lro.even_muon`": (
+        jnp.bfloat16,
+        lambda rank: lro.even_muon(1e-3, layer_axis=0),
+    ),
     "`lro.adamw_8bit`": (jnp.bfloat16, lambda rank: lro.adamw_8bit(1e-3)),
     "`lro.galore`": (
         jnp.bfloat16,

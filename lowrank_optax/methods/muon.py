@@ -33,6 +33,13 @@ _PRESETS = {
 }
 
 
+def coefficients_of(ns_coeffs: Any) -> Any:
+    """Returns the coefficients of a preset, or those that were given."""
+    if isinstance(ns_coeffs, str):
+        return _PRESETS[_checks.choice("ns_coeffs", ns_coeffs, _PRESETS)]
+    return ns_coeffs
+
+
 class _Options(has.Decay, has.Matrices): ...
 
 
@@ -130,9 +137,7 @@ def muon(
       * ``adaptive`` and other ``preconditioning`` are not built.
     """
     its = Recipe(**options)
-    coefficients = ns_coeffs
-    if isinstance(ns_coeffs, str):
-        coefficients = _PRESETS[_checks.choice("ns_coeffs", ns_coeffs, _PRESETS)]
+    coefficients = coefficients_of(ns_coeffs)
     _checks.choice("bits", bits, (None, 8, 4))
     if fraction is None:
         mean = made(momentum, beta, nesterov)
