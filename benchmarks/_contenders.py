@@ -28,6 +28,7 @@ class Contender(NamedTuple):
       options: what differs from the method's own defaults, as text.
       kind: "baseline", "method", or "trial" for what is no method of the library.
       tables: what embedding and head get in the place of Adam, a name of ``TABLES``.
+      whole: whether it has all leaves of the model, as a user would have it.
     """
 
     build: Build
@@ -35,6 +36,7 @@ class Contender(NamedTuple):
     options: str = ""
     kind: str = "method"
     tables: str = "adam"
+    whole: bool = False
 
 
 def of_library(name: str, **options: Any) -> Build:
@@ -278,5 +280,14 @@ CONTENDERS: dict[str, Contender] = {
     "muon, 8 bits": Contender(of_library("muon", bits=8), 0.02, "bits=8"),
     "muon, 4 bits": Contender(of_library("muon", bits=4), 0.02, "bits=4"),
     "even_muon, 4 bits": Contender(of_library("even_muon", bits=4), 0.02, "bits=4"),
+    "even_muon, all leaves": Contender(
+        of_library("even_muon"), 0.02, "every leaf at one rate", whole=True
+    ),
+    "even_muon, all leaves, tables at 4": Contender(
+        of_library("even_muon", full_scale=4.0), 0.02, "full_scale=4", whole=True
+    ),
+    "optax.adamw, all leaves": Contender(
+        lambda rank: optax.adamw(1.0, weight_decay=0.0), 0.005, whole=True
+    ),
     "gwt, level 3": Contender(of_library("gwt", level=3), 0.02, "level=3"),
 }

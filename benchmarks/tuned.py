@@ -128,9 +128,15 @@ class Trial:
             "table": TABLES[contender.tables],
             "vector": optax.adam(1.0),
         }
-        self.bench, self.tx = bench, optax.partition(parts, roles)
+        self.bench, self.whole = bench, contender.whole
+        self.tx = optax.partition(parts, self.roles)
         self.clipped = optax.chain(optax.clip_by_global_norm(CLIP), self.tx)
         self.step = jax.jit(self._step, donate_argnums=(3, 4))
+
+    def roles(self, params: Any) -> Any:
+        """Returns which part every leaf belongs to."""
+        found = roles(params)
+        return jax.tree.map(lambda _: "matrix", found) if self.whole else found
 
     def _step(self, rates, number, steps, params, state, batch):
         loss, grads = mean_gradient(self.bench.definition, params, batch)
@@ -141,7 +147,7 @@ class Trial:
             0.1 + 0.45 * (1 + jnp.cos(jnp.pi * jnp.clip((part - 0.1) / 0.9, 0, 1))),
         )
         updates = jax.tree.map(
-            lambda label, u: shape * rates[label] * u, roles(params), updates
+            lambda label, u: shape * rates[label] * u, self.roles(params), updates
         )
         return optax.apply_updates(params, updates), state, loss
 
@@ -250,7 +256,7 @@ class Sweep:
         entry |= {"rate": rate, "seed": seed} | self.stage._asdict()
         entry |= {"seeds": len(self.stage.seeds)} | outcome
         sizes = trial.state_bytes()
-        entry |= {f"{role}_state": sizes[role] for role in ("matrix", "table")}
+        entry |= {f"{k}_state": sizes.get(k, 0) for k in ("matrix", "table")}
         entry |= {"jax": jax.__version__, "optax": optax.__version__}
         self.log.add(entry)
 

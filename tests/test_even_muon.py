@@ -104,13 +104,14 @@ def test_a_step_is_the_formula(bits, transposed):
         before = np.float64(mu["w"].decode())
 
 
-@pytest.mark.parametrize("preset", ["tiny", "60m", "350m", "1b", "7b"])
+# At 128 wide, the numbers for rows and columns are 3 % too many.
+@pytest.mark.parametrize("preset", ["60m", "350m", "1b", "7b"])
 def test_at_most_an_eighth_of_adamw(preset):
     params = abstract_model(PRESETS[preset].model)[1]
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    for bits, share in ((8, 1 / 8), (4, 1 / 9)):
+    for bits, share in ((8, 1 / 8), (4, 1 / 13)):
         tx = lro.even_muon(1e-3, bits=bits, layer_axis=0)
-        assert lro.state_bytes(tx, params).total <= 8 * size * share * 1.02
+        assert lro.state_bytes(tx, params).total <= 8 * size * share
 
 
 def test_bytes():
@@ -123,7 +124,16 @@ def test_bytes():
     for bits, sizes in found.items():
         kept = n * bits // 8 + 2 * n // 128 + 4 * 2 * (64 + 128)
         assert sizes.by_parameter["w"] == kept
-        assert sizes.by_parameter["embed"] == table + 8 * table // 64
+        coded = table // 2 + 2 * table // 64
+        assert sizes.by_parameter["embed"] == coded + 4 * (4096 + 64)
+
+
+def test_matrices_are_chosen_whatever_full_leaves_would_take():
+    """No low rank is meant to save: Adafactor's state is smaller than any momentum."""
+    params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(5)}
+    for tx in (lro.even_muon(1.0), lro.muon(1.0, full=lro.scale_by_column_sgd())):
+        report = lro.selection_report(tx, params)
+        assert [row.path for row in report.rows if row.matrix] == ["w"]
 
 
 # --- rounding at random, taken off again ---------------------------------------------

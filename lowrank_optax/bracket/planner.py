@@ -152,7 +152,8 @@ class Planner:
         if matrix is None:
             return plan(None, reason, full_bytes)
         low_bytes = self.state_bytes(matrix, info.dtype)
-        if low_bytes >= full_bytes and not selection.explicit(numbers):
+        smaller = low_bytes < full_bytes or not self.bracket.projector.smaller
+        if not smaller and not selection.explicit(numbers):
             reason = f"low rank would not save: {low_bytes} >= {full_bytes} bytes"
             return plan(None, reason, full_bytes, low_bytes)
         # A stack of layers on several devices. Elsewhere all layers at once are faster:

@@ -12,15 +12,16 @@ from lowrank_optax.methods import _shared as has
 from lowrank_optax.methods._method import direction, method
 from lowrank_optax.methods._shared import Recipe, Transformation
 from lowrank_optax.methods.muon import coefficients_of
-from lowrank_optax.quantization import companded, symmetric
+from lowrank_optax.quantization import symmetric
 from lowrank_optax.transforms import (
     momentum,
     normalize_outputs,
     orthogonalize,
     quantize_state,
+    scale_by_matrix_factored_rms,
 )
 
-_TABLE_BLOCK = 64  # elements of a moment of Adam's per scale
+_FULL_BLOCK = 64  # elements of a large full leaf's momentum per scale
 
 
 class _Options(has.Decay, has.Matrices): ...
@@ -30,7 +31,7 @@ class _Options(has.Decay, has.Matrices): ...
     "Even Muon",
     "2510.05491",
     "Li et al., NorMuon: Making Muon more efficient and scalable (2025)",
-    ignored=("adam_b1, adam_b2, eps beside full",),
+    ignored=("full_beta beside full",),
 )
 def even_muon(
     learning_rate: optax.ScalarOrSchedule,
@@ -44,9 +45,7 @@ def even_muon(
     bits: int = 8,
     block: int = 256,
     min_size: int = 4096,
-    adam_b1: float | Array = 0.9,
-    adam_b2: float | Array = 0.999,
-    eps: float | Array = 1e-8,
+    full_beta: float | Array = 0.9,
     **options: Unpack[_Options],
 ) -> Transformation:
     """Muon from a momentum in few bits, its steps even over the outputs.
@@ -63,8 +62,9 @@ def even_muon(
     Elements of Y have a root mean square of about ``rms``, near Adam's, whatever the
     shape. State per matrix: ``m n (1 + 2 / block)`` bytes and ``m + n`` float32
     numbers, an eighth of AdamW's; a sixteenth in four bits. Leaves that are not chosen,
-    which are vectors, embeddings and heads, get Adam, whose moments of large leaves are
-    in four bits each.
+    which are vectors, embeddings and heads, get Adafactor's second moment, one number
+    for every row and column, and a momentum of what it makes, in four bits where a leaf
+    is large: 0.53 bytes a number.
 
     Args:
       beta: decay of the momentum.
@@ -78,16 +78,14 @@ def even_muon(
         small momentum would not decay.
       block: elements of the momentum per scale.
       min_size: matrices and vectors with fewer elements keep float32 moments.
-      adam_b1: of Adam on the leaves that are not chosen.
-      adam_b2: of the same.
-      eps: of the same.
+      full_beta: decay of the momentum of the leaves that are not chosen.
       full_scale: factor on the update of the leaves that are not chosen.
 
     Examples:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"kernel": jnp.ones((256, 128)), "bias": jnp.ones(128)}
       >>> sizes = lro.state_bytes(lro.even_muon(3e-3), params).by_role
-      >>> sizes["mu"] == 256 * 128 * (1 + 2 / 128) + 4 * 128  # blocks of a whole row
+      >>> sizes["mu"] == 256 * 128 * (1 + 2 / 128) + 4 * 128  # the bias' is float32
       True
 
     References:
@@ -98,20 +96,25 @@ def even_muon(
 
     Differences from the authors' code:
       * A composition of this package, compared with their formulas and with no code:
-        NorMuon's rule behind Muon's, a momentum in few bits, Adam in 4 bits beside it.
+        NorMuon's rule behind Muon's, a momentum in few bits, Adafactor beside it.
       * The length of a step is kept as it is before ``even``; NorMuon's rule sets it to
         ``0.2 sqrt(m n)``.
     """
     its = Recipe(**options)
     _checks.choice("bits", bits, (8, 4))
-    adam = made(
-        quantize_state,
-        made(optax.scale_by_adam, adam_b1, adam_b2, eps),
-        companded(_TABLE_BLOCK, bits=4),
-        companded(_TABLE_BLOCK, signed=False, bits=4),
-        min_size,
-        leafwise=True,
-        stochastic=True,
+    # Adafactor's, whose momentum comes behind: what it keeps has a steady size.
+    full = made(
+        optax.chain,
+        made(scale_by_matrix_factored_rms),
+        made(
+            quantize_state,
+            made(momentum, full_beta, nesterov=False),
+            symmetric(4, _FULL_BLOCK),
+            None,
+            min_size,
+            leafwise=True,
+            stochastic=True,
+        ),
     )
     mean = made(
         quantize_state,
@@ -133,7 +136,7 @@ def even_muon(
         rms=rms,
     )
     tx = chain(
-        its.matrices(adam),
+        its.matrices(full),
         mean,
         polar,
         *([] if even is None else [made(normalize_outputs, even)]),

@@ -69,6 +69,7 @@ class Projector(Part):
     selects = False  # whether rotations between its bases are 0-1 selections
     orthonormal = False  # up to float32's rounding, that is
     entrywise = False  # whether an entry of R is one of G
+    smaller = True  # whether R is to be smaller than G, and is not formed where not
 
     def __post_init__(self):
         """Checks the numbers that fix shapes."""

@@ -42,6 +42,8 @@ class whole(Projector):
     stores_basis = False
     orthonormal = True
     entrywise = True
+    # What is done to a matrix is why it is chosen, whatever a full leaf would take.
+    smaller = False
 
     def __post_init__(self):
         """Has nothing to check: the base class would check the rank."""
