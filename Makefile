@@ -51,7 +51,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
 	    awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
-train: $(VENV)/.examples  ## train a small LLaMA on real text with GaLore
+train: $(VENV)/.examples  ## train a small LLaMA on real text with Even Muon
 	$(PYTHON) -m examples.llama.train $(TRAIN_ARGS)
 
 finetune: $(VENV)/.examples $(ENCODER)/model.safetensors  ## fine-tune a small real encoder by eight methods

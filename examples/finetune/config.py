@@ -54,6 +54,8 @@ class FinetuneConfig(TrainConfig):
     label_key: str = ""
     """classify: field of the label; one named score is a number, not a class; empty:
     the usual ones, such as label"""
+    optimizer: str = "galore"
+    """name of a method; --optimizer list prints all, a line each"""
     epochs: float = 3.0
     """passes over the rows, if --steps is left out"""
 

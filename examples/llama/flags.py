@@ -79,7 +79,7 @@ class Model:
 class Optimizer:
     """The method and its numbers."""
 
-    optimizer: str = "galore"
+    optimizer: str = "even_muon"
     """name of a method; --optimizer list prints all, a line each"""
     lr: float | None = None
     """peak learning rate, per step: GaLore's, times the method's factor"""
