@@ -57,7 +57,8 @@ def method_defaults(optimizer: str) -> dict[str, Any]:
 # 0.003, 2.93 with 0.01, 2.95 with 0.03. LDAdam: there 2.59, 2.54 and 2.76; its paper
 # has 0.001. FRUGAL and SCALE step one to four times as far as AdamW (the table of step
 # sizes in docs/choosing.md), and were not searched; nor were those at 1, nor SinkGD and
-# RACS, which have their papers' 0.02.
+# RACS, which have their papers' 0.02. Even Muon ends at 1.71, 1.46 and 1.44 nats with
+# 0.005, 0.01 and 0.02 after 200 steps of the whole recipe.
 RATES = {
     "adamw": 0.3,
     "adamw_8bit": 0.3,
