@@ -179,7 +179,6 @@ def of_bracket(planner: Planner, plan: Plan, state: SubspaceState) -> list[Piece
             continue
         matrix, own = leaf.matrix, own_axes(infos[i].shape)
         batch, stored = matrix.batch_axes, plan.flat(state.basis)[i]
-        basis += _of_basis(leaf, stored, i)
         pending += _meant(plan.flat(state.pending)[i], i, batch, [Axes()])
         kept = plan.flat(state.recovery_state)[i]
         if leaf.recovery is not None and leaf.recovery.whole:
@@ -197,6 +196,7 @@ def of_bracket(planner: Planner, plan: Plan, state: SubspaceState) -> list[Piece
             functools.partial(planner.low_zeros, leaf), unbox_tree(stored)
         )
         seen[i] = Seen(low[i].shape, batch + matrix.low_axes)
+        basis += _of_basis(leaf, stored, i, seen[i])
     # As the inner transformation and `full` see them; boxes hold the same arrays.
     plain = dataclasses.replace(plan, has_boxes=False)
     split = [plain.inner_trees(bracket, None, x) for x in (low, list(range(len(low))))]
@@ -225,21 +225,22 @@ def _meant(kept: Any, owner: int, first: Axes, meanings: list[Axes]) -> list[Pie
     ]
 
 
-def _of_basis(leaf: LowLeaf, stored: Any, owner: int) -> list[Piece]:
+def _of_basis(leaf: LowLeaf, stored: Any, owner: int, low: Seen) -> list[Piece]:
     """Returns the pieces of a leaf's bases, and of what is kept beside them."""
     matrix, batch = leaf.matrix, leaf.matrix.batch_axes
     meanings = jax.tree.leaves(leaf.projector.axes(matrix))
-    one = Seen((*matrix.batch_shape, matrix.m, matrix.rank), batch + matrix.basis_axes)
+    bases = (*matrix.batch_shape, matrix.m, matrix.rank)
+    seen = {"basis": Seen(bases, batch + matrix.basis_axes), "projection": low}
 
     def place(piece: Piece, meaning: Axes) -> Piece:
-        if meaning.own is not None:
-            own = (tuple(axis + len(batch) for axis in axes) for axes in meaning.own)
-            axes = Axes((*own_axes(matrix.batch_shape), *own))
-            return piece._replace(axes=axes, seen=one)
-        if len(meaning) < 2:
-            return piece
         shape = piece.array.shape
-        return piece._replace(axes=own_axes(shape), seen=Seen(shape, piece.axes))
+        if meaning.of in seen:
+            own = [tuple(axis + len(batch) for axis in group) for group in meaning]
+            axes = own_axes(matrix.batch_shape) + tuple(own)
+            return piece._replace(axes=axes, seen=seen[meaning.of])
+        if len(meaning) == 2:  # a basis itself
+            return piece._replace(axes=own_axes(shape), seen=Seen(shape, piece.axes))
+        return piece
 
     return list(map(place, _meant(stored, owner, batch, meanings), meanings))
 

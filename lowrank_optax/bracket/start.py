@@ -162,6 +162,7 @@ def box_basis(leaf: Any, stored: Any, door: LowLeaf) -> Any:
     def box(x: Any, axes: Axes) -> Any:
         # Codes and scales have other axes than the array that they stand for, and the
         # names of its axes would be wrong on them.
+        axes = door.matrix.behind(axes)
         return x if is_quantized(x) or not any(axes) else rebox(leaf, x, batch + axes)
 
     axes = door.projector.axes(door.matrix)

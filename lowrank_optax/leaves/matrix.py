@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,18 +25,18 @@ class Axes(tuple):
     ``()`` where there is none, as for the vectors of a basis. A leaf in a tree.
 
     Attributes:
-      own: of an array that goes with a basis, for each of its axes those of the basis
-        behind it; None of any other.
+      of: "parameter", or what else the axes are those of: one "basis" ``[m, r]`` or one
+        "projection" ``[r, n]``. The array then lies as that does.
     """
 
-    own: "Axes | None" = None
+    of: str = "parameter"
 
     @classmethod
-    def beside(cls, basis: "Axes", own: "Axes") -> "Axes":
-        """Returns those of an array that goes with a basis."""
-        axes = cls(basis[of[0]] if len(of) == 1 else () for of in own)
-        axes.own = own
-        return axes
+    def of_a(cls, of: str, axes: Iterable[tuple[int, ...]]) -> "Axes":
+        """Returns the axes of a basis or a projection behind those of an array."""
+        found = cls(axes)
+        found.of = of
+        return found
 
     def __add__(self, other: tuple) -> "Axes":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the axes of an array with those of both."""
@@ -136,6 +137,13 @@ class Matrix:
         """For each axis of one projection ``[r, n]`` the stored axes behind it."""
         kept = self.shared if self.side == "both" else self._kept
         return Axes((self._projected if self.block else (), kept))
+
+    def behind(self, axes: Axes) -> Axes:
+        """Returns the stored axes behind those of any array kept with a basis."""
+        if axes.of == "parameter":
+            return axes
+        own = self.basis_axes if axes.of == "basis" else self.low_axes
+        return Axes(own[group[0]] if len(group) == 1 else () for group in axes)
 
     @functools.cached_property
     def _projected(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.matrix import Axes, Matrix
 from lowrank_optax.linalg.bases import Rotation
 from lowrank_optax.linalg.products import Operand, back_by_blocks, by_blocks
 from lowrank_optax.projectors._protocol import At, Projector
@@ -59,7 +59,7 @@ class TwoSided(Projector):
     def axes(self, matrix: Matrix) -> TwoSidedBasis:
         """Says the same of both sides."""
         right = self.right.axes(matrix.seen_from("right"))
-        return TwoSidedBasis(self.left.axes(matrix), right)
+        return TwoSidedBasis(self.left.axes(matrix), jax.tree.map(_of_columns, right))
 
     def adopt(
         self, matrix: Matrix, basis: TwoSidedBasis, at: At, of: Projector
@@ -138,3 +138,10 @@ def two_sided(projector: Projector) -> Projector:
 def other_key(at: At) -> At:
     # From one key both sides of a square matrix would draw the same numbers.
     return at._replace(key=jax.random.fold_in(at.key, 1))
+
+
+def _of_columns(axes: Axes) -> Axes:
+    """Returns what an array of the right side has of the projection ``[r, q]``."""
+    if axes.of != "projection":
+        return axes
+    return Axes.of_a(axes.of, (tuple(1 - axis for axis in group) for group in axes))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.matrix import Axes, Matrix
 from lowrank_optax.linalg.bases import Rotation
 from lowrank_optax.linalg.dct import KINDS, dct_columns, dct_matrix
 from lowrank_optax.linalg.products import Operand, unit_peak, wide
@@ -87,6 +87,11 @@ class dct(Projector):
     def start(self, matrix: Matrix) -> Array:
         """Starts from the first r columns: valid, and never used for long."""
         return jnp.arange(matrix.rank, dtype=jnp.int32)
+
+    def axes(self, matrix: Matrix) -> Axes:
+        """Says that there is a number for every row of the projection."""
+        del matrix
+        return Axes.of_a("projection", [(0,)])
 
     def adopt(self, matrix: Matrix, basis: Array, at: At, of: Projector) -> Array:
         """Finds the basis' columns among D's; the others are the first ones left."""

@@ -126,10 +126,8 @@ class online_pca(TrackingProjector):
 
         # Any optimizer may stand here, so its own init is asked which axes it keeps.
         like = jax.ShapeDtypeStruct((matrix.m, matrix.rank), jnp.float32)
-        own = axes_of_state(init, like)
-        return OnlineBasis(
-            vectors, jax.tree.map(functools.partial(Axes.beside, vectors), own)
-        )
+        own = functools.partial(Axes.of_a, "basis")
+        return OnlineBasis(vectors, jax.tree.map(own, axes_of_state(init, like)))
 
     def refresh(self, matrix: Matrix, gradient: Any, stored: OnlineBasis, at: At):
         """Finds the first basis, or makes the basis orthonormal again."""

@@ -207,6 +207,14 @@ def test_sums_over_a_basis_lie_as_it_does():
         assert same(bases.optimizer[0].v_row.spec, P())
 
 
+def test_numbers_of_columns_lie_as_the_rows_of_the_projection():
+    params, specs = {"dense": jnp.ones((12, 6))}, {"dense": P("data", "model")}
+    tx = lro.dct_adamw(1e-2, RANK)
+    state = lro.state_shardings(tx, params, named(auto_mesh(), specs))
+    assert same(optax.tree_utils.tree_get(state, "basis")["dense"].spec, P("model"))
+    assert same(mu_of(state)["dense"].spec, P("model", "data"))
+
+
 def test_the_sums_of_a_square_matrix_keep_their_axes():
     """Both axes are the largest; which one Optax sums over, its init has to say."""
     params, specs = {"w": jnp.ones((64, 64))}, {"w": P("data", "model")}
