@@ -29,6 +29,7 @@ from examples.llama.step import (
     Steps,
     abstract_batch,
     composed,
+    from_afar,
     make_steps,
     token_losses,
 )
@@ -50,7 +51,7 @@ def choose_steps(
     Raises:
         UsageError: the optimizer cannot be stepped so; nothing is computed yet.
     """
-    on_mesh = layout if layout.mesh else None
+    on_mesh = layout if layout.mesh or layout.near else None
     config, params = task.config, task.params
     tx = optimizers.guarded(config, optimizer, task.estimate)
     if config.layerwise:
@@ -216,7 +217,7 @@ def make_layerwise_steps(
 
     out = (layout.stored, layout.state, layout.rest) if layout else None
     return Steps(
-        jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
+        jax.jit(from_afar(train, layout), donate_argnums=(0, 1), out_shardings=out),
         make_steps(definition, tx, layout=layout).evaluate,
     )
 
@@ -232,6 +233,8 @@ def layers_outermost(
     A TPU pads the last two axes, and its compiler may lay layers inside to pad less.
     """
     shapes = jax.eval_shape(weights.store, params), jax.eval_shape(tx.init, params)
+    if layout.near is not None:  # the host's memory has no tiles to pad
+        return layout
     if {device.platform for device in layout.rest.device_set} <= PADDING:
         stored, state = layerwise.formats(shapes, (layout.stored, layout.state))
         return layout._replace(stored=stored, state=state)
@@ -317,6 +320,6 @@ def make_compressed_steps(
 
     out = (layout.stored, layout.state, layout.rest) if layout else None
     return Steps(
-        jax.jit(step, donate_argnums=(0, 1), out_shardings=out),
+        jax.jit(from_afar(step, layout), donate_argnums=(0, 1), out_shardings=out),
         make_steps(definition, tx, weights, layout=layout).evaluate,
     )

@@ -53,6 +53,7 @@ Kind = TypeVar("Kind", bound=Resolved)
 SIDES = ("short", "long", "left", "right", "auto")
 LOGS = ("tensorboard", "wandb")
 WEIGHTS = ("plain", "stochastic-bf16", "int8", "split")  # of `lro.weight_storage`
+STATE_MEMORY = ("device", "pinned_host")
 AS_STORED = ("plain", "split")  # a step reads them as they are
 
 # Methods that read no whole gradient between refreshes; dct_adamw has one at every
@@ -163,6 +164,7 @@ def _check(config: Resolved, model: Any) -> None:
         "param_dtype": ("float32", "bfloat16"),
         "state_dtype": ("float32", "bfloat16"),
         "compute_dtype": ("float32", "bfloat16"),
+        "state_memory": STATE_MEMORY,
         "weights": WEIGHTS,
         "activation_policy": tuple(ACTIVATIONS),
         "side": ("", *SIDES),

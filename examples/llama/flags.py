@@ -128,6 +128,9 @@ class Memory:
     """parameters between steps: plain (in --param-dtype), stochastic-bf16 (rounded at
     random), int8 (the layers' matrices as 8-bit codes, rounded at random) or split
     (bfloat16, and what it lacks to float32 in a byte of the state)"""
+    state_memory: str = "device"
+    """where the optimizer's state lies between steps: device, or pinned_host, the
+    host's memory, from which every step takes it and brings it back"""
     activation_policy: str = "none"
     """what a layer keeps for its backward pass: none (no policy: all), full (its input;
     the rest is recomputed), names (what matrix products made) or adacc (the same in 4

@@ -259,6 +259,7 @@ class Placement:
 
     mesh: Mesh | None
     device: Any
+    state_memory: str = "device"
 
     @property
     def name(self) -> str:
@@ -276,6 +277,19 @@ class Placement:
         self, params: Any, tx: optax.GradientTransformation, weights: lro.WeightStorage
     ) -> Layout:
         """Shardings of all that a step keeps; `params` are arrays or shapes."""
+        layout = self._on_devices(params, tx, weights)
+        if self.state_memory == "device":
+            return layout
+        # A state follows its parameters into their memory, and counters stay.
+        mesh = self.mesh or make_mesh(dict.fromkeys(AXES, 1), [self.device])
+        near = param_shardings(mesh, params)
+        far = jax.tree.map(lambda x: x.with_memory_kind(self.state_memory), near)
+        near, far = (lro.state_shardings(tx, params, each) for each in (near, far))
+        return layout._replace(state=far, near=near)
+
+    def _on_devices(
+        self, params: Any, tx: optax.GradientTransformation, weights: lro.WeightStorage
+    ) -> Layout:
         stored = jax.eval_shape(weights.store, params)
         place = self.params(params)
         if self.mesh is None:
@@ -332,7 +346,9 @@ def choose_placement(
     """
     devices = list(jax.devices() if devices is None else devices)
     rows = config.batch_size // config.micro_batches
-    one_device = Placement(None, devices[0])
+    memory = config.state_memory
+    check_memory(memory, devices[0])
+    one_device = Placement(None, devices[0], memory)
     # Only a run of one process may leave devices unused.
     free = not config.mesh and not config.compressed and jax.process_count() == 1
     if free and rows % len(devices):
@@ -352,7 +368,17 @@ def choose_placement(
     check_rows(mesh, rows)
     for line in cut_heads(mesh, config.key_heads):
         print(line, flush=True)
-    return Placement(mesh, devices[0])
+    return Placement(mesh, devices[0], memory)
+
+
+def check_memory(kind: str, device: Any) -> None:
+    """Raises if a device cannot keep anything in such a memory."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if kind not in ("device", *kinds):
+        raise UsageError(
+            f"--state-memory {kind}: device {device} reaches {', '.join(kinds)} alone; "
+            "leave it out"
+        )
 
 
 def fresh_state(

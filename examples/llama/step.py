@@ -38,7 +38,7 @@ class Layout(NamedTuple):
     `params` are those of the parameters and their gradients, `stored` of what is kept
     of them between steps, `state` of the optimizer's state, `rest` of all else. The
     forward pass is that of `use(params)`, with each layer in `wrap`. `mesh` is None on
-    one device.
+    one device. `near` is where a step has the state, if it lies elsewhere in between.
     """
 
     params: Any
@@ -48,6 +48,18 @@ class Layout(NamedTuple):
     wrap: Wrap | None = None
     use: Callable[[Params], Params] = lambda params: params
     mesh: Mesh | None = None
+    near: Any = None
+
+    def fetched(self, opt_state: Any) -> Any:
+        """The state where a step can compute with it."""
+        return opt_state if self.near is None else jax.device_put(opt_state, self.near)
+
+
+def from_afar(train: Callable[..., Any], layout: Layout | None) -> Callable[..., Any]:
+    """The same step on a state that may lie in another memory."""
+    if layout is None:
+        return train
+    return lambda stored, opt_state, *of: train(stored, layout.fetched(opt_state), *of)
 
 
 def token_losses(
@@ -173,7 +185,7 @@ def make_steps(
             )
             # Gradients lie where their parameters do; nothing else says so to the
             # compiler.
-            if layout is not None:
+            if layout is not None and layout.mesh is not None:
                 grads = jax.lax.with_sharding_constraint(grads, layout.params)
         norm = optax.tree.norm(grads)
         with jax.named_scope(OPTIMIZER):
@@ -227,7 +239,7 @@ def make_steps(
         return row_sums(losses(definition, params, batch, on_mesh), batch)
 
     return Steps(
-        jax.jit(train, donate_argnums=(0, 1), out_shardings=out),
+        jax.jit(from_afar(train, layout), donate_argnums=(0, 1), out_shardings=out),
         jax.jit(evaluate, out_shardings=layout.rest if layout else None),
     )
 

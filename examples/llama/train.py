@@ -230,7 +230,9 @@ class Trainer:
         self.params, self.opt_state = state["params"], state["opt_state"]
         if saved != config:
             self.opt_state = jax.jit(
-                lambda x: lro.resize_state(x, tx, self.tx, self.abstract_params),
+                lambda x: lro.resize_state(
+                    layout.fetched(x), tx, self.tx, self.abstract_params
+                ),
                 out_shardings=self.layout.state,
             )(self.opt_state)
             args = (saved, config, optimizer, self.optimizer, self.abstract_params)
