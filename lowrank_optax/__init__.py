@@ -138,6 +138,8 @@ from lowrank_optax.shapes.collectives import collectives as collectives
 from lowrank_optax.shapes.memory import StateBytes as StateBytes
 from lowrank_optax.shapes.memory import bytes_per_device as bytes_per_device
 from lowrank_optax.shapes.memory import state_bytes as state_bytes
+from lowrank_optax.shapes.ranks import EnergyRanks as EnergyRanks
+from lowrank_optax.shapes.ranks import rank_by_energy as rank_by_energy
 from lowrank_optax.shapes.report import SelectionReport as SelectionReport
 from lowrank_optax.shapes.report import selection_report as selection_report
 from lowrank_optax.shapes.sharding import state_shardings as state_shardings
