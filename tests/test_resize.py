@@ -2,12 +2,15 @@
 
 import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from lowrank_optax import quantization
@@ -27,7 +30,7 @@ def shapes(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-def resized(old, new, params=SHAPES):
+def resized(old, new, params=SHAPES) -> Any:
     """From shapes alone: nothing is compiled."""
     state = jax.eval_shape(old.init, params)
     return jax.eval_shape(lambda s: lro.resize_state(s, old, new, params), state)
@@ -38,7 +41,7 @@ def galore(rank=4, **options):
     return lro.galore(1e-2, **{**size, "layer_axis": 0, **options})
 
 
-def stepped(tx, params=PARAMS, steps=2):
+def stepped(tx, params=PARAMS, steps=2) -> Any:
     """A state that has seen gradients of a falling spectrum."""
     draw = np.random.default_rng(0)
 
@@ -293,3 +296,29 @@ def test_a_state_of_another_optimizer_is_refused():
         jax.eval_shape(
             lambda s: lro.resize_state(s, galore(4), galore(8), SHAPES), state
         )
+
+
+@pytest.mark.variant
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_state_that_lies_on_a_mesh(kind):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices()[:2])
+    place = {"kernel": NamedSharding(mesh, P(None, "x"))}
+    params = {"kernel": jnp.ones((16, 12))}
+    old, new = galore(3, layer_axis=None), galore(5, layer_axis=None)
+    state = stepped(old, params)
+    expected = lro.resize_state(state, old, new, params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, place)
+        was, places = (lro.state_shardings(tx, params, place) for tx in (old, new))
+        state = jax.device_put(state, was)
+        resize = jax.jit(
+            lambda s, p: lro.resize_state(s, old, new, p), out_shardings=places
+        )
+        found = resize(state, params)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, expected
+        )
+        assert jax.tree.map(lambda x: x.sharding, found) == places
+        jax.eval_shape(new.update, params, found, params)
+        eager = lro.resize_state(state, old, new, params)
+        assert shapes(eager) == shapes(found)

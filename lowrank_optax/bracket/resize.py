@@ -89,8 +89,8 @@ def resize_state(
 
     Counters, keys, accumulations, a recovery's state and injected hyperparameters stay.
     What a projector keeps beside its vectors (the gaps of ``lro.lazy``, the optimizer
-    of ``lro.online_pca``) begins anew where the projector is another. A new dtype or
-    codec rounds once, to the nearest.
+    of ``lro.online_pca``) begins anew where anything of the projector changes. A new
+    dtype or codec rounds once, to the nearest.
 
     Args:
       state: a state of ``old_tx``.
