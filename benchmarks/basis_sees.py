@@ -87,15 +87,18 @@ def keep_basis(rows: int) -> optax.GradientTransformationExtraArgs:
     """A stage that changes nothing, and keeps the basis that the bracket shows it."""
 
     def update(
-        updates: Any, state: Seen, params: Any = None, *, subspace: Any, **extra: Any
-    ) -> tuple[Any, Seen]:
+        updates: Any, state: Any, params: Any = None, *, subspace: Any, **extra: Any
+    ) -> tuple[Any, Any]:
         del state, params, extra
         # A random projection's columns are not orthonormal.
         return updates, Seen(jnp.linalg.qr(subspace.basis)[0])
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: Seen(jnp.zeros((rows, RANK))), update
-    )
+    def init(params: Any) -> Any:
+        del params
+        return Seen(jnp.zeros((rows, RANK)))
+
+    whole: Any = update  # which asks for the extra argument by its name
+    return optax.GradientTransformationExtraArgs(init, whole)
 
 
 def bases(projector: lro.Projector, gradients: jax.Array) -> jax.Array:

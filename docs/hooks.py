@@ -1,13 +1,19 @@
-"""What mkdocs calls while it builds the site: pages and navigation of the methods.
+"""What mkdocs calls while it builds the site: what is not written by hand.
 
-Everything that lists methods is written here, from ``lro.METHODS``. The README's list
-is not built, so ``python docs/hooks.py`` writes it.
+Everything that lists methods comes from ``lro.METHODS``, the notebooks' pages from the
+notebooks, and pictures are put in for both themes. The README's list is not built, so
+``python docs/hooks.py`` writes it.
 """
 
+import json
 import pathlib
 import re
+import sys
 
 import lowrank_optax as lro
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # mkdocs loads a lone file
+from docs import notebooks
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 CARDS = pathlib.Path(__file__).parent / "methods"
@@ -18,6 +24,19 @@ KINDS = {
     "fixed": "A subspace that is given",
     "none": "No subspace",
 }
+# What the picture of a kind shows, for whoever does not see it.
+SHOWN = {
+    "found": "At each of two refreshes a gradient's columns, drawn as points, are "
+    "projected onto a line that is found anew along them",
+    "moved": "A gradient's columns, drawn as points, are projected onto a line that "
+    "turns a little towards them at a refresh",
+    "fixed": "A gradient's columns, drawn as points, are projected onto a line that "
+    "was given without looking at them",
+    "none": "A gradient's columns, drawn as points, stay as they are; what the "
+    "optimizer keeps of them lies on a coarse grid",
+}
+PICTURE = re.compile(r"!\[([^\]]+)\]\((\S*/pictures/[\w-]+)\.svg\)")
+STATES = pathlib.Path(__file__).parent / "results/state_memory.json"
 BEGIN, END = "<!-- methods: python docs/hooks.py -->", "<!-- end of the methods -->"
 
 
@@ -30,7 +49,19 @@ def on_config(config):
         if "Methods" in entry:
             grouped = [{title: cards} for title, cards in groups.items()]
             entry["Methods"] = [{"All methods": entry["Methods"]}, *grouped]
+        if "Guides" in entry:
+            entry["Guides"].append({"Notebooks": notebooks.navigation()})
     return config
+
+
+def on_files(files, config, **kwargs):
+    """Adds the pages of the notebooks."""
+    from mkdocs.structure.files import File
+
+    del kwargs
+    for name, content in notebooks.pages():
+        files.append(File.generated(config, name, content=content))
+    return files
 
 
 def kind(method):
@@ -45,10 +76,44 @@ def kind(method):
     return found[1]
 
 
-def on_page_markdown(markdown, **kwargs):
-    """Puts the tables in their places."""
+def on_page_markdown(markdown, page, **kwargs):
+    """Puts tables and pictures in their places."""
     del kwargs
-    return filled(markdown)
+    folder, _, name = page.file.src_uri.removesuffix(".md").rpartition("/")
+    if folder == "methods" and name in lro.METHODS:
+        markdown = card(markdown, lro.METHODS[name])
+    return in_both_themes(filled(markdown))
+
+
+def in_both_themes(markdown):
+    """Every picture that has a dark one beside it, with that one."""
+    both = r"![\1](\2.svg#only-light)![\1](\2-dark.svg#only-dark)"
+    return PICTURE.sub(both, markdown)
+
+
+def card(markdown, method):
+    """The card with its kind's picture, and the method's bytes beside Adam's."""
+    found = kind(method)
+    picture = f"![{SHOWN[found]}.](../assets/pictures/kind-{found}.svg)"
+    before, heading, rest = markdown.partition("\n## ")
+    return f"{before}\n{picture}\n\n{held(method.name)}\n{heading}{rest}"
+
+
+def held(name):
+    """A method's state in words."""
+    states = json.loads(STATES.read_text(encoding="utf-8"))["state"]
+    key = next(key for key in states["7b"] if key.split(",")[0] == name)
+    own, adamw = (
+        [f"{states[size][row] / 1e9:.1f}" for size in ("1b", "7b")]
+        for row in (key, "adamw")
+    )
+    label = key.partition(", ")[2]
+    how = f" ({label})" if label else ""
+    return (
+        f"State of a LLaMA in bfloat16{how}: {own[0]} GB at 1B, {own[1]} at 7B; "
+        f"`optax.adamw` keeps {adamw[0]} and {adamw[1]} "
+        "([all sizes](../memory.md))."
+    )
 
 
 def filled(markdown):
