@@ -39,22 +39,10 @@ MATRICES = {
     "down": (INTERMEDIATE, HIDDEN),
 }
 COLUMNS = (
-    "optimizer",
-    "state MiB",
+    "optimizer", "with apply ms", "with apply / galore", "state MiB", "temp MiB",
+    "plain ms", "plain / galore", "mean / adamw", "refresh ms", "refresh / plain",
     "compile s",
-    "cold ms",
-    "plain ms",
-    "refresh ms",
-    "mean ms",
-    "mean/adamw",
-    "mean/contrib",
-    "refresh/plain",
-    "temp MiB",
-    "temp/largest",
-    "with apply ms",
-    "plain/galore",
-    "apply/galore",
-)
+)  # fmt: skip
 GALORE = "lro.galore power"
 
 
@@ -96,27 +84,22 @@ def run(which: str, shapes, options: argparse.Namespace) -> dict:
 def table(result: dict) -> str:
     """Formats one tree's rows, with their ratios, as Markdown."""
     rows = {row["optimizer"]: row for row in result["rows"]}
-    mean = {name: row["mean_ms"] for name, row in rows.items()}
-    galore = rows.get(GALORE, {})
+    galore, adamw = rows.get(GALORE, {}), rows.get("optax.adamw", {})
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in result["rows"]:
         temp = row["temp_bytes"]
         cells = (
             row["optimizer"],
-            f"{row['state_bytes'] / 2**20:.1f}",
-            f"{row['compile_s']:.1f}",
-            f"{row['cold_ms']:.0f}",
-            f"{row['plain_ms']:.1f}",
-            f"{row['refresh_ms']:.0f}",
-            f"{row['mean_ms']:.1f}",
-            _ratio(row["mean_ms"], mean.get("optax.adamw")),
-            _ratio(row["mean_ms"], mean.get("optax.contrib.galore")),
-            _ratio(row["refresh_ms"], row["plain_ms"]),
-            "-" if temp is None else f"{temp / 2**20:.1f}",
-            "-" if temp is None else _ratio(temp, result["largest_bytes"]),
             f"{row['applied_ms']:.1f}" if row["applied_ms"] else "-",
-            _ratio(row["plain_ms"], galore.get("plain_ms")),
             _ratio(row["applied_ms"], galore.get("applied_ms")),
+            f"{row['state_bytes'] / 2**20:.1f}",
+            "-" if temp is None else f"{temp / 2**20:.1f}",
+            f"{row['plain_ms']:.1f}",
+            _ratio(row["plain_ms"], galore.get("plain_ms")),
+            _ratio(row["mean_ms"], adamw.get("mean_ms")),
+            f"{row['refresh_ms']:.0f}",
+            _ratio(row["refresh_ms"], row["plain_ms"]),
+            f"{row['compile_s']:.1f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

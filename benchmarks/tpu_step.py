@@ -168,9 +168,9 @@ def _largest_gather(items: Any) -> int:
 def table(rows: dict[str, Any]) -> str:
     """Formats the rows of one slice as a Markdown table."""
     head = (
-        "optimizer", "state", "of it layers", "temp", "total", "estimate / compiled",
-        "update alone: temp", "program", "compile s (CPU s)", "optimizer sends",
-        "and in a refresh",
+        "optimizer", "total", "state", "of it layers", "temp", "optimizer sends",
+        "sends in a refresh", "estimate / compiled", "update alone: temp", "program",
+        "compile s (CPU s)",
     )  # fmt: skip
     lines = [head, ("---",) * len(head)]
     for name, row in rows.items():
@@ -181,16 +181,16 @@ def table(rows: dict[str, Any]) -> str:
         fresh = sum(b for op, (_, b) in sends.items() if "refresh" in op)
         lines.append((
             name,
+            f"{row['total_bytes'] / MIB:.0f}",
             f"{row['state_bytes'] / MIB:.0f}",
             f"{row['layer_state_bytes'] / MIB:.0f}",
             f"{row['temp_bytes'] / MIB:.0f}",
-            f"{row['total_bytes'] / MIB:.0f}",
+            f"{plain / MIB:.1f}",
+            f"{fresh / MIB:.0f}",
             f"{row['estimate_bytes'] / row['total_bytes']:.3f}",
             f"{row['update']['temp_bytes'] / MIB:.0f}",
             f"{row['program_bytes'] / MIB:.0f}",
             f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f})",
-            f"{plain / MIB:.1f}",
-            f"{fresh / MIB:.0f}",
         ))  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
