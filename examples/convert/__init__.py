@@ -1,5 +1,6 @@
 """Weights of Hugging Face's transformers into these examples' models, and back."""
 
-from examples.convert.folder import read_model, write_model
+from examples.convert.reading import read_model
+from examples.convert.writing import write_model
 
 __all__ = ["read_model", "write_model"]

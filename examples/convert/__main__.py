@@ -15,11 +15,13 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from examples.convert.folder import DTYPES, check_dtype, load_model, write_model
+from examples.convert.files import DTYPES, check_dtype
 from examples.convert.gguf_file import read_gguf
 from examples.convert.names import flat, listed
+from examples.convert.reading import load_model
 from examples.convert.run import read_run, write_tokenizer
 from examples.convert.stacked import ABOUT, read_stacked, write_stacked
+from examples.convert.writing import write_model
 from examples.llama.command_line import parsed
 from examples.llama.config import UsageError
 from examples.llama.model import ModelConfig, Params, count_params

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from examples.convert.configs import Config
-from examples.convert.folder import check_leaves, copy_companions, new_folder, read_json
+from examples.convert.files import copy_companions, new_folder, read_json
 from examples.convert.names import flat, nested
 from examples.convert.tensors import Tensor, open_tensors, write_tensors
+from examples.convert.writing import check_leaves
 from examples.encoder.model import EncoderConfig
 from examples.llama.config import UsageError
 from examples.llama.model import ModelConfig, Params

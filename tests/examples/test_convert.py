@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from examples.convert import __main__ as command
 from examples.convert import read_model, write_model
 from examples.convert.configs import read_config, same_model
-from examples.convert.folder import INDEX, SINGLE, load_model
+from examples.convert.files import INDEX, SINGLE
 from examples.convert.gguf_file import read_gguf
 from examples.convert.names import flat, nested, shapes, slots
+from examples.convert.reading import load_model
 from examples.convert.stacked import read_stacked
 from examples.convert.tensors import (
     DTYPES,

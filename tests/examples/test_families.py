@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from examples.convert.configs import read_config, same_model, write_config
-from examples.convert.folder import load_model
+from examples.convert.reading import load_model
 from examples.convert.tensors import Tensor, write_tensors
 from examples.encoder import model as encoder
 from examples.llama import model as decoder

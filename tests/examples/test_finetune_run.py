@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from examples.convert import read_model
-from examples.convert.folder import load_model
+from examples.convert.reading import load_model
 from examples.finetune.__main__ import main
 from examples.finetune.config import FinetuneConfig
 from examples.finetune.tasks import make_task
@@ -247,6 +247,12 @@ CLASSIFY = "--task classify --model encoder --data labels.jsonl"
         (f"{CLASSIFY} --text-key words", "has no texts among its fields.*--text-key"),
         (f"{CLASSIFY} --pooling last", "--pooling last: encoder is an encoder"),
         (f"{CLASSIFY} --val-data gone", "--val-data gone: there is no such file"),
+        (f"{CLASSIFY} --layerwise", "--layerwise updates all parts .*: --task sft"),
+        (f"{SFT} --layerwise --adapter lora", "--task sft without --adapter, --grad"),
+        (f"{SFT} --layerwise --embeddings frozen", "--gradient and frozen parts"),
+        (f"{SFT} --layerwise --weights int8", "--weights int8 turns all of them"),
+        (f"{SFT} --activation-budget 9% --layers frozen", "give an --activation-pol"),
+        (f"{CLASSIFY} --activation-budget 9%", "by the loss of the next token"),
     ],
     ids=lambda value: str(value)[-30:],
 )
@@ -258,6 +264,93 @@ def test_mistakes_are_one_line_and_exit_with_2(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match("error: ", line) and re.search(message, line)
     assert not (folders / "run").exists()
+
+
+def trained(flags: FinetuneConfig, **more) -> tuple[list[float], Trainer]:
+    """The losses of a run without evaluations, and its trainer."""
+    options = {"eval_every": 0, "checkpoint_every": 0, "answers": 0} | more
+    trainer = Trainer(
+        dataclasses.replace(flags, **options), jax.devices()[:1], make_task
+    )
+    try:
+        trainer.run(lambda: False)
+    finally:
+        trainer.close()
+    return [x["loss"] for x in trainer.metrics.lines if "loss" in x], trainer
+
+
+@pytest.mark.whole
+def test_packed_rows_of_a_tied_model_layer_by_layer(tmp_path, monkeypatch):
+    """The head's part of the embedding's gradient, and documents kept apart."""
+    monkeypatch.chdir(tmp_path)
+    flags = FinetuneConfig(
+        task="sft",
+        model=write_decoder(tmp_path / "model"),
+        data=conversations(tmp_path),
+        optimizer="galore",
+        rank=4,
+        lr=0.02,
+        seq_len=64,  # three conversations a row
+        batch_size=4,
+        steps=3,
+    )
+    plain, _ = trained(flags, run_dir="plain")
+    layers, trainer = trained(flags, run_dir="layers", layerwise=True, micro_batches=2)
+    # Sums in another order.
+    np.testing.assert_allclose(layers, plain, rtol=2e-5)
+    rows = next(training_batches(trainer.task.rows(True), 4, Position()))[0]
+    assert rows["segments"].max() == 3
+    # The one goes on where the other was.
+    config = dataclasses.replace(flags, run_dir="plain", layerwise=True, resume=True)
+    assert main(_as_flags(config, steps=4)) == 0
+    assert metrics(tmp_path / "plain")[-2]["step"] == 4
+
+
+def _as_flags(config: FinetuneConfig, **more) -> list[str]:
+    names = "task model data optimizer rank lr seq_len batch_size run_dir".split()
+    values = {name: getattr(config, name) for name in names} | more
+    found = [x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    return [*found, "--layerwise", "--resume", "--answers", "0"]
+
+
+@pytest.mark.whole
+def test_few_bits_and_a_budget_of_activations(tmp_path, monkeypatch):
+    """What the trainer has for pretraining: near the plain run, and not the same."""
+    monkeypatch.chdir(tmp_path)
+    chat, labels = conversations(tmp_path), labelled(tmp_path)
+    sft = FinetuneConfig(
+        task="sft",
+        model=write_decoder(tmp_path / "decoder"),
+        data=chat,
+        optimizer="galore",
+        rank=4,
+        lr=0.02,
+        seq_len=32,
+        batch_size=4,
+        steps=3,
+        embeddings="frozen",
+    )
+    plain, _ = trained(sft, run_dir="plain")
+    for name, more, rtol in (
+        ("split", {"weights": "split", "compute_dtype": "float32"}, 0.01),
+        ("int8", {"weights": "int8"}, 0.03),
+        ("budget", {"activation_budget": "40%"}, 1e-5),  # planned behind these steps
+    ):
+        found, trainer = trained(sft, run_dir=name, **more)
+        np.testing.assert_allclose(found, plain, rtol=rtol, err_msg=name)
+        assert trainer.planner is None or trainer.planner.plan.segments, name
+    classify = dataclasses.replace(
+        sft,
+        task="classify",
+        model=write_encoder(tmp_path / "encoder"),
+        data=labels,
+        batch_size=6,
+        seq_len=16,
+    )
+    whole, _ = trained(classify, run_dir="whole")
+    compressed, _ = trained(classify, run_dir="few", activation_policy="adacc")
+    np.testing.assert_allclose(compressed, whole, rtol=0.05)
+    assert compressed != whole
 
 
 @pytest.mark.whole
