@@ -307,6 +307,37 @@ def test_clips_by_the_exact_norm():
     np.testing.assert_allclose(ours[2], plain[2], rtol=0, atol=1e-6)
 
 
+def test_a_head_that_reads_the_embedding():
+    """Both uses are in its gradient, and in the norm to clip by."""
+
+    def tied(p, x, batch, e):
+        return head({"kernel": e["table"].T * p["gain"]}, x, batch)
+
+    def loss(params, batch):
+        x = embed(params["embed"], batch)
+        x, _ = jax.lax.scan(lambda x, p: (block(p, x), None), x, params["layers"])
+        return tied(params["head"], x, batch, params["embed"])
+
+    tx = optax.chain(optax.identity(), optax.adam(1e-2, eps=1e-4))
+    step = lro.layerwise.train_step(
+        embed, block, tied, tx, clip_norm=0.5, micro_batches=2, tied=True
+    )
+    ours, plain = (make_params() | {"head": {"gain": jnp.ones(VOCAB)}} for _ in "ab")
+    state, clip = tx.init(ours), optax.clip_by_global_norm(0.5)
+    other, step, gradient = state, jax.jit(step), jax.jit(jax.grad(loss))
+    for batch in batches(3):
+        ours, state, metrics = step(ours, state, batch.reshape(2, 2, -1))
+        grads = gradient(plain, batch)
+        np.testing.assert_allclose(
+            metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5
+        )
+        assert metrics["grad_norm"] > 0.5
+        updates, other = tx.update(clip.update(grads, ())[0], other, plain)
+        plain = optax.apply_updates(plain, updates)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
 def test_skips_a_step_that_is_not_finite():
     tx = OPTIMIZERS["adamw"]()
     params = make_params()

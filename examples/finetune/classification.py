@@ -119,7 +119,11 @@ class Classification(FinetuneTask):
     def read_data(self) -> None:
         config, rows = self.config, read_rows(self.config.data)
         columns = labelled.find_columns(
-            rows[0], config.text_key, config.label_key, config.data
+            rows[0],
+            config.text_key,
+            config.label_key,
+            config.data,
+            tuple(config.unlabelled.split(",")),
         )
         self.columns = columns
         self.loss_unit = "squared error" if columns.real else "nats per row"

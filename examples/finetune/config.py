@@ -54,6 +54,9 @@ class FinetuneConfig(TrainConfig):
     label_key: str = ""
     """classify: field of the label; one named score is a number, not a class; empty:
     the usual ones, such as label"""
+    unlabelled: str = "-1,-"
+    """classify: labels that say that there is none, with commas, as in GLUE; empty:
+    all are classes, for sets in which -1 is one"""
     optimizer: str = "galore"
     """name of a method; --optimizer list prints all, a line each"""
     epochs: float = 3.0

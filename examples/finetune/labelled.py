@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -25,6 +24,7 @@ _TEXTS = (
 )
 _LABELS = ("label", "gold_label", "Quality", "is_duplicate", "labels", "score")
 REAL = "score"  # the one that is a number, not a class
+UNLABELLED = ("-1", "-")  # what GLUE and SNLI write where there is no label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Columns:
 
     texts: tuple[str, ...]
     label: str
+    unlabelled: tuple[str, ...] = UNLABELLED
 
     @property
     def real(self) -> bool:
@@ -41,8 +42,24 @@ class Columns:
     def text(self, row: Row) -> str:
         return "\n".join(str(row.get(name, "")) for name in self.texts)
 
+    def word(self, row: Row) -> str:
+        """A label as text; "" for none."""
+        value = row.get(self.label)
+        if isinstance(value, bool):
+            return str(int(value))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        word = "" if value is None else str(value).strip()
+        return "" if word in self.unlabelled else word
 
-def find_columns(row: Row, text: str, label: str, name: str) -> Columns:
+
+def find_columns(
+    row: Row,
+    text: str,
+    label: str,
+    name: str,
+    unlabelled: tuple[str, ...] = UNLABELLED,
+) -> Columns:
     """The columns that flags name, else those of the field's usual names.
 
     Raises:
@@ -60,7 +77,7 @@ def find_columns(row: Row, text: str, label: str, name: str) -> Columns:
         raise UsageError(
             f"{name} has no labels among its fields: {_fields(row)}; say --label-key"
         )
-    return Columns(texts, found)
+    return Columns(texts, found, unlabelled)
 
 
 def _fields(row: Row) -> str:
@@ -82,7 +99,7 @@ def find_classes(rows: Sequence[Row], columns: Columns, name: str) -> list[str]:
     Raises:
         UsageError: there are fewer than two.
     """
-    found = {_word(row.get(columns.label)) for row in rows} - {""}
+    found = {columns.word(row) for row in rows} - {""}
     if len(found) < 2:
         raise UsageError(
             f"{name} has no labels to tell apart: {columns.label} is "
@@ -94,16 +111,6 @@ def find_classes(rows: Sequence[Row], columns: Columns, name: str) -> list[str]:
         )
     numbers = all(word.lstrip("-").isdecimal() for word in found)
     return sorted(found, key=int) if numbers else sorted(found)
-
-
-def _word(value: Any) -> str:
-    """A label as text; "" for none, which GLUE writes as -1 or "-"."""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    word = "" if value is None else str(value).strip()
-    return "" if word in ("-1", "-") else word
 
 
 def read_labelled(
@@ -130,9 +137,7 @@ def read_labelled(
         if not all(text.strip() for text in texts):
             counts["without a text"] += 1
             continue
-        label = _label(
-            row.get(columns.label), columns, numbers, f"{name}: row {number}"
-        )
+        label = _label(row, columns, numbers, f"{name}: row {number}")
         if label is None:
             counts["without a label"] += 1
             continue
@@ -154,16 +159,17 @@ def read_labelled(
 
 
 def _label(
-    value: Any, columns: Columns, numbers: dict[str, int], where: str
+    row: Row, columns: Columns, numbers: dict[str, int], where: str
 ) -> float | None:
     if not columns.real:
-        word = _word(value)
+        word = columns.word(row)
         if word and word not in numbers:
             raise UsageError(
                 f"{where}: label {word!r} is not among those to train on: "
                 f"{', '.join(numbers)}"
             )
         return numbers.get(word)
+    value = row.get(columns.label)
     try:
         real = math.nan if value is None else float(value)
     except (TypeError, ValueError) as error:

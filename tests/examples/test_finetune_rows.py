@@ -189,6 +189,13 @@ def test_labels_and_what_is_left_out():
         "without a label": 1,
         "cut to --seq-len": 1,
     }
+    # Where -1 is a class, as in sentiments from -1 to 1, a flag says so.
+    columns = labelled.find_columns(rows[0], "", "", "data", ("",))
+    assert labelled.find_classes(rows, columns, "data") == ["-1", "2", "10"]
+    _, more = labelled.read_labelled(
+        rows, columns, ["-1", "2", "10"], TOKENS, 16, "data"
+    )
+    assert more["read"] == 4 and "without a label" not in more
     batch = labelled.as_batch(found, 4, 16)
     assert batch["real"].sum(axis=1).tolist() == [2, 1, 16, 0]
     assert batch["mask"][:, 0].tolist() == [1, 1, 1, 0]

