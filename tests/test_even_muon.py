@@ -115,17 +115,17 @@ def test_at_most_an_eighth_of_adamw(preset):
 
 
 def test_bytes():
-    params = {"w": jnp.zeros((2, 64, 128)), "embed": jnp.zeros((4096, 64))}
+    params = {"w": jnp.zeros((2, 64, 128)), "embed": jnp.zeros((4096, 128))}
     found = {
         bits: lro.state_bytes(lro.even_muon(1.0, bits=bits, layer_axis=0), params)
         for bits in (8, 4)
     }
-    n, table = 2 * 64 * 128, 4096 * 64
+    n, table = 2 * 64 * 128, 4096 * 128
     for bits, sizes in found.items():
         kept = n * bits // 8 + 2 * n // 128 + 4 * 2 * (64 + 128)
         assert sizes.by_parameter["w"] == kept
         coded = table // 2 + 2 * table // 64
-        assert sizes.by_parameter["embed"] == coded + 4 * (4096 + 64)
+        assert sizes.by_parameter["embed"] == coded + 4 * (4096 + 128)
 
 
 def test_matrices_are_chosen_whatever_full_leaves_would_take():
@@ -134,6 +134,18 @@ def test_matrices_are_chosen_whatever_full_leaves_would_take():
     for tx in (lro.even_muon(1.0), lro.muon(1.0, full=lro.scale_by_column_sgd())):
         report = lro.selection_report(tx, params)
         assert [row.path for row in report.rows if row.matrix] == ["w"]
+
+
+def test_gains_of_stacked_norms_are_no_matrix():
+    """Each has a second moment of its own, as on a layer by itself."""
+    tx = lro.scale_by_matrix_factored_rms(min_dim=4)
+    gains, table = normal(0, 3, 8), normal(1, 6, 8)
+    ((one, other), state) = steps(tx, [(gains, table)])
+    np.testing.assert_allclose(one, jnp.sign(gains), rtol=1e-6)
+    assert not np.allclose(other, jnp.sign(table), atol=0.1)
+    assert [x.shape for x in jax.tree.leaves((state.row, state.col))] == [
+        (3, 8), (6,), (8,)
+    ]  # fmt: skip
 
 
 # --- rounding at random, taken off again ---------------------------------------------

@@ -105,7 +105,8 @@ def even_muon(
     # Adafactor's, whose momentum comes behind: what it keeps has a steady size.
     full = made(
         optax.chain,
-        made(scale_by_matrix_factored_rms),
+        # The gains of stacked norms are no matrix: 128 as in Optax.
+        made(scale_by_matrix_factored_rms, min_dim=128),
         made(
             quantize_state,
             made(momentum, full_beta, nesterov=False),

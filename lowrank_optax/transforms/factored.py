@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowrank_optax import _checks
 from lowrank_optax.leaves.boxes import is_box, rebox, refill, unbox
 from lowrank_optax.leaves.stand_in import hidden
 
@@ -17,7 +18,7 @@ class MatrixFactoredRmsState(NamedTuple):
     Attributes:
       count: steps taken.
       row: running mean over columns, ``[..., r]``; the whole second moment of
-        leaves with fewer than two axes.
+        leaves with fewer than two axes, or shorter ones than ``min_dim``.
       col: running mean over rows, ``[..., n]``; ``MaskedNode`` on such leaves.
     """
 
@@ -27,7 +28,9 @@ class MatrixFactoredRmsState(NamedTuple):
 
 
 def scale_by_matrix_factored_rms(
-    decay_rate: float | Array = 0.8, eps: float | Array = 1e-30
+    decay_rate: float | Array = 0.8,
+    eps: float | Array = 1e-30,
+    min_dim: int = 1,
 ) -> optax.GradientTransformation:
     r"""Adafactor's factored second moment over the last two axes of every leaf.
 
@@ -38,14 +41,19 @@ def scale_by_matrix_factored_rms(
         U   = R / sqrt(row / mean(row)) / sqrt(col)
 
     ``optax.scale_by_factored_rms`` factors over the two LARGEST axes, which mixes
-    the layers of a stack, and not at all below 128.
+    the layers of a stack.
 
     Args:
       decay_rate: exponent of the decay.
       eps: added to the squared gradient.
+      min_dim: a leaf of which one of these axes is shorter keeps its whole second
+        moment, as vectors do: stacks of vectors are no matrices. Optax has 128.
 
     Returns:
       The transformation.
+
+    Raises:
+      TypeError: if ``min_dim`` is not a Python int.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -58,12 +66,16 @@ def scale_by_matrix_factored_rms(
     References:
       Shazeer and Stern, Adafactor (2018), https://arxiv.org/abs/1804.04235
     """
+    _checks.positive_int("min_dim", min_dim)
+
+    def whole(x: Any) -> bool:
+        return x.ndim < 2 or min(x.shape[-2:]) < min_dim
 
     def init(params: Any) -> MatrixFactoredRmsState:
         def row(leaf):
             p = unbox(leaf)
             axes = tuple((i,) for i in range(p.ndim))
-            if p.ndim < 2:
+            if whole(p):
                 return rebox(leaf, jnp.zeros_like(p), axes)
             # As sums have it: sharded like the parameter, and each device's own if that
             # is.
@@ -71,7 +83,7 @@ def scale_by_matrix_factored_rms(
 
         def col(leaf):
             p = unbox(leaf)
-            if p.ndim < 2:
+            if whole(p):
                 return optax.MaskedNode()
             axes = tuple((i,) for i in (*range(p.ndim - 2), p.ndim - 1))
             return rebox(leaf, jnp.zeros_like(jnp.sum(p, -2), dtype=p.dtype), axes)
@@ -91,7 +103,7 @@ def scale_by_matrix_factored_rms(
         def one(update, row, col):
             # With eps a row of zeros is divided by a number that is not zero.
             squared = update * update + eps
-            if update.ndim < 2:
+            if whole(update):
                 row = decay * row + (1 - decay) * squared
                 return update * jax.lax.rsqrt(row), row, col
             row = decay * row + (1 - decay) * jnp.mean(squared, axis=-1)

@@ -66,8 +66,9 @@ def normalize_outputs(
       >>> tx = lro.normalize_outputs()
       >>> g = {"w": jnp.array([[3.0, 0.1], [3.0, -0.1]])}
       >>> updates, _ = tx.update(g, tx.init(g))
-      >>> updates["w"].round(3).tolist()
-      [[2.122, 2.122], [2.122, -2.122]]
+      >>> print(updates["w"].round(2))
+      [[ 2.12  2.12]
+       [ 2.12 -2.12]]
 
     References:
       Li et al., NorMuon: Making Muon more efficient and scalable (2025),

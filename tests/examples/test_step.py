@@ -155,6 +155,7 @@ NUMBERS = {
     # and factors, one momentum, a number for every row and column, or nothing
     "lora_pre": lambda m, n, r: 2 * r * (m + n),
     "muon": lambda m, n, r: m * n,
+    "even_muon": lambda m, n, r: m * n + m + n,
     "racs": lambda m, n, r: m + n + 1,
     "sinkgd": lambda m, n, r: 0,
     # and one moment only
@@ -169,6 +170,9 @@ NUMBERS = {
 FULL = {
     name: 2 * 2 * 264 * 32 + 8 * (264 + 2 * 32) for name in ("galore_8bit", "q_galore")
 }
+# Half a byte a number, scales for every 64 of a row, and whole second moments, as these
+# tables are narrow.
+FULL["even_muon"] = 264 * 32 + 2 * (264 + 5 * 32) + 2 * 4 * 264 * 32
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
