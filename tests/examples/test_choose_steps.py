@@ -19,7 +19,7 @@ from examples.llama.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("micro_preset")
 # Adam divides by roots of 1e-12 or less without it, and makes much of rounding.
-COMMON = {"preset": "micro", "eps": 1e-4, "warmup": 1}
+COMMON = {"preset": "micro", "optimizer": "galore", "eps": 1e-4, "warmup": 1}
 
 
 def losses(lines):

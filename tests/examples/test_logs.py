@@ -75,6 +75,7 @@ def test_the_share_of_the_gradient_that_bases_hold(
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
     config = TrainConfig(
         preset="micro",
+        optimizer="galore",
         data=shards,
         steps=3,
         rank=4,

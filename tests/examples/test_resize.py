@@ -17,7 +17,8 @@ def command(micro_preset, shards, tmp_path, monkeypatch):
 
     def run(run_dir, *flags):
         common = ["--preset", "micro", "--data", shards, "--eval-every", "0"]
-        return train.main([*common, "--run-dir", run_dir, "--lr", "0.003", *flags])
+        common += ["--optimizer", "galore", "--lr", "0.003"]
+        return train.main([*common, "--run-dir", run_dir, *flags])
 
     return run
 

@@ -19,6 +19,7 @@ def config(micro_preset, shards, tmp_path, monkeypatch):
 
     def make(run_dir, **flags):
         common = {"preset": "micro", "data": shards, "eval_every": 0}
+        common |= {"optimizer": "galore"}
         return TrainConfig(**common | {"run_dir": str(tmp_path / run_dir)} | flags)
 
     return make

@@ -71,7 +71,7 @@ def test_micro_batches_equal_one_big_batch(definition, params, batch):
 
 def settings(micro_preset, **flags):
     del micro_preset
-    return resolve(TrainConfig(preset="micro", **flags))[0]
+    return resolve(TrainConfig(**{"preset": "micro", "optimizer": "galore"} | flags))[0]
 
 
 def poison(params):

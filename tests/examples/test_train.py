@@ -67,7 +67,7 @@ def test_resume_is_bit_for_bit_and_survives_damage(command, tmp_path, capsys):
     assert re.match(rf"device \d+ x .* \| jax {jax.__version__} \| lowrank_opt", table)
     assert re.search(r"corpus .*\.json\.gz: 3 shards, hash [0-9a-f]{16} of", table)
     assert "step 1: compiling" in table
-    assert "optimizer state, galore" in table
+    assert "optimizer state, even_muon" in table
     assert "byte-unigram perplexity" in table
     whole = tmp_path / "whole"
     for name in ("metrics.jsonl", "metrics.csv", "loss.png", "config.json"):
@@ -216,9 +216,9 @@ def test_what_the_caller_can_mend_exits_with_2(
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fresh, again = TrainConfig(), TrainConfig(resume=True)
-    assert str(choose_run_dir(fresh)) == "runs/tiny-galore"
-    assert str(choose_run_dir(again)) == "runs/tiny-galore"
-    for expected in ("runs/tiny-galore", "runs/tiny-galore-2", "runs/tiny-galore-3"):
+    assert str(choose_run_dir(fresh)) == "runs/tiny-even_muon"
+    assert str(choose_run_dir(again)) == "runs/tiny-even_muon"
+    for expected in ("runs/tiny-even_muon", "runs/tiny-even_muon-2", "runs/tiny-even_muon-3"):
         path = choose_run_dir(fresh)
         assert str(path) == expected
         path.mkdir(parents=True)
