@@ -29,7 +29,7 @@ from tests.runs import EVERY, end, fingerprint, last_step, launch
 # One of every kind of state.
 METHODS = (
     "galore galore_8bit q_galore apollo ldadam subtrack online_subspace_descent gwt "
-    "adamw_8bit sumo"
+    "adamw_8bit sumo even_muon"
 ).split()
 PER_SERIES = 5
 PATIENCE = 900.0

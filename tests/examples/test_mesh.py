@@ -212,7 +212,8 @@ def test_losses_agree_with_an_odd_width(monkeypatch, batches):
 
 
 def sides(mesh, devices, **flags):
-    config, model = resolve(TrainConfig(preset="micro", mesh=mesh, **flags))
+    flags |= {"preset": "micro", "optimizer": "galore", "mesh": mesh}
+    config, model = resolve(TrainConfig(**flags))
     placement = choose_placement(config, jax.devices()[:devices])
     params = abstract_model(model)[1]
     places = placement.params(params) if placement.mesh else None

@@ -40,7 +40,7 @@ def step(self, item, bar):
     plain(self, item, bar)
 
 train.Trainer._step = step
-sys.exit(train.main(["--preset", "micro", *sys.argv[1:]]))
+sys.exit(train.main(["--preset", "micro", "--optimizer", "galore", *sys.argv[1:]]))
 """
 
 

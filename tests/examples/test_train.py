@@ -218,7 +218,11 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
     fresh, again = TrainConfig(), TrainConfig(resume=True)
     assert str(choose_run_dir(fresh)) == "runs/tiny-even_muon"
     assert str(choose_run_dir(again)) == "runs/tiny-even_muon"
-    for expected in ("runs/tiny-even_muon", "runs/tiny-even_muon-2", "runs/tiny-even_muon-3"):
+    for expected in (
+        "runs/tiny-even_muon",
+        "runs/tiny-even_muon-2",
+        "runs/tiny-even_muon-3",
+    ):
         path = choose_run_dir(fresh)
         assert str(path) == expected
         path.mkdir(parents=True)
