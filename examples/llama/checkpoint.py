@@ -276,15 +276,16 @@ def find_start(
             )
         return None
     saved = store.meta(step)["identity"]
-    differing = [
-        f"{name}: checkpoint {saved.get(name)!r}, now {identity.get(name)!r}"
-        for name in sorted(saved.keys() | identity.keys())
-        if saved.get(name) != identity.get(name) and name not in free
-    ]
-    if differing:
+    names = sorted(saved.keys() | identity.keys())
+    differing = [name for name in names if saved.get(name) != identity.get(name)]
+    if not {*differing} <= {*free}:
+        found = "; ".join(
+            f"{name}: checkpoint {saved.get(name)!r}, now {identity.get(name)!r}"
+            for name in differing
+        )
         raise UsageError(
             f"checkpoint {store.folder / str(step)} is of another configuration "
-            f"({'; '.join(differing)}); nothing was changed"
+            f"({found}); nothing was changed"
         )
     for bad, problem in problems.items():
         say(
