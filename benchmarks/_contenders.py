@@ -48,7 +48,8 @@ def of_library(name: str, **options: Any) -> Build:
         given: dict[str, Any] = {"layer_axis": 0, "update_proj_gap": 50, "heads": 4}
         if "rank" in taken and taken["rank"].default != 1:
             given["rank"] = rank
-        if "min_size" in taken and repr(taken["min_size"].default) == "4096":
+        encodes = "min_size" in taken and repr(taken["min_size"].default) == "4096"
+        if encodes and (name != "muon" or "bits" in options):
             given["min_size"] = 0  # else moments as small as these are not encoded
         given = {key: value for key, value in given.items() if key in taken}
         return factory(1.0, **(given | options))
@@ -255,6 +256,22 @@ TRIALS = {
     "even muon, Haar means, 8 bits": Contender(
         _behind(_in_bracket(lambda rank: lro.wavelet(1), 0.3)), 0.04
     ),
+    "even muon, Haar means, 8 bits, rest 0.1": Contender(
+        _behind(_in_bracket(lambda rank: lro.wavelet(1), 0.1)), 0.04
+    ),
+    "even muon, Haar means, 8 bits, rest 1": Contender(
+        _behind(_in_bracket(lambda rank: lro.wavelet(1), 1.0)), 0.04
+    ),
+    "even muon, Haar means of 4, 8 bits": Contender(
+        _behind(_in_bracket(lambda rank: lro.wavelet(2), 0.3)), 0.04
+    ),
+    "even muon, Haar means of 4, 8 bits, rest 0.1": Contender(
+        _behind(_in_bracket(lambda rank: lro.wavelet(2), 0.1)), 0.04
+    ),
+    "even muon, Haar means of 8, 8 bits": Contender(
+        _behind(_in_bracket(lambda rank: lro.wavelet(3), 0.3)), 0.04
+    ),
+    "even muon, no momentum": Contender(_behind(lambda rank: optax.identity()), 0.04),
     "even muon, rank r, 8 bits": Contender(
         _behind(_in_bracket(lambda rank: lro.power(rank, 50), 0.3)), 0.04
     ),
@@ -280,6 +297,12 @@ CONTENDERS: dict[str, Contender] = {
     "muon, 8 bits": Contender(of_library("muon", bits=8), 0.02, "bits=8"),
     "muon, 4 bits": Contender(of_library("muon", bits=4), 0.02, "bits=4"),
     "even_muon, 4 bits": Contender(of_library("even_muon", bits=4), 0.02, "bits=4"),
+    "even_muon, beta 0.9": Contender(
+        of_library("even_muon", beta=0.9), 0.02, "beta=0.9"
+    ),
+    "even_muon, beta 0.8": Contender(
+        of_library("even_muon", beta=0.8), 0.02, "beta=0.8"
+    ),
     "even_muon, all leaves": Contender(
         of_library("even_muon"), 0.02, "every leaf at one rate", whole=True
     ),

@@ -41,9 +41,12 @@ def rows(log: Log, stage: str) -> list[Row]:
     """Returns what a stage found, the best first."""
     found, adamw = [], log.find(name="optax.adamw")[0]
     for name in CONTENDERS:
-        runs = log.find(stage=stage, name=name, rate=best_rate(log, name))
+        runs = log.find(stage=stage, name=name)
         if not runs:
             continue
+        # Of several rates, the better one.
+        rate = min(runs, key=loss_of)["rate"]
+        runs = [r for r in runs if r["rate"] == rate]
         losses = tuple(loss_of(r) for r in sorted(runs, key=lambda r: r["seed"]))
         whole = log.find(stage=stage, name="optax.adamw") or [adamw]
         share = runs[0]["matrix_state"] / whole[0]["matrix_state"]

@@ -11,7 +11,8 @@ stopped and goes on. The stages::
     wide      the search once more on the tiny model, twice as wide and deep, to see
               whether a rate carries over
     confirm   the tiny model, three seeds, at the best rate of the search
-    long      the same for many more steps, the baselines and the best methods
+    long      the small model for ten times the steps, at the best rate of the search
+              and at half of it, as long runs like lower ones
 
 The matrices of the layers get the method. Embedding, head and norms get Adam in every
 row, at a rate of their own, that of AdamW's best, so that rows differ in the treatment
@@ -22,6 +23,7 @@ warm up over a tenth of the steps and end at a tenth of their peak on a cosine.
 import argparse
 import dataclasses
 import fnmatch
+import itertools
 import json
 import math
 import os
@@ -65,7 +67,7 @@ STAGES = {
     "tables": Stage(64, 2, 8, 200, (0,)),
     "wide": Stage(128, 4, 8, 200, (0,)),
     "confirm": Stage(128, 4, 8, 300, (0, 1, 2)),
-    "long": Stage(128, 4, 8, 2000, (0,)),
+    "long": Stage(64, 2, 8, 2000, (0,)),
 }
 
 
@@ -282,7 +284,8 @@ class Sweep:
         if rate is None:
             print(f"{name}: no bracketed rate yet", file=sys.stderr)
             return
-        for seed in self.stage.seeds:
+        rates = (rate, rate / 2) if self.name == "long" else (rate,)
+        for seed, rate in itertools.product(self.stage.seeds, rates):
             if not self.log.find(stage=self.name, name=name, rate=rate, seed=seed):
                 self.run(name, CONTENDERS[name], rate, seed)
 
