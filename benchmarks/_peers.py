@@ -134,11 +134,21 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
     def galore(form: Any, **options: Any) -> Callable[[Any], Any]:
         return low_rank(lro.galore, projector=form(rank, gap), **options)
 
-    def gwt(**options: Any) -> Callable[[Any], Any]:
-        options = {"layer_axis": 0, "select": SELECT, **options}
-        return lambda params: JaxPeer(lro.gwt(LEARNING_RATE, **options), params)
-
     contrib = optax.contrib.galore(LEARNING_RATE, rank, gap, 0.25)
+
+    def whole(method: Any, **options: Any) -> Callable[[Any], Any]:
+        options = {"layer_axis": 0, "select": SELECT, **options}
+        return lambda params: JaxPeer(method(LEARNING_RATE, **options), params)
+
+    def muon(params: Any) -> Any:
+        def numbers(params: Any) -> Any:
+            first = jax.tree.leaves(params)[0].ndim - 2
+            axes = optax.contrib.MuonDimensionNumbers(first, first + 1)
+            return jax.tree.map(lambda _: axes, params)
+
+        tx = optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=numbers)
+        return JaxPeer(tx, params)
+
     named: dict[str, Callable[[Any], Any]] = {
         "optax.adamw": lambda params: JaxPeer(optax.adamw(LEARNING_RATE), params),
         "optax.contrib.galore": lambda params: JaxPeer(contrib, params),
@@ -161,9 +171,13 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "lro.adamw_8bit": lambda params: JaxPeer(lro.adamw_8bit(LEARNING_RATE), params),
         "lro.galore_8bit": low_rank(lro.galore_8bit, update_proj_gap=gap),
         "lro.q_galore": low_rank(lro.q_galore, update_proj_gap=gap),
-        "lro.gwt": gwt(),
-        "lro.gwt unbounded": gwt(detail_clip=jnp.inf),
-        "lro.gwt db2": gwt(wavelet="db2"),
+        "lro.gwt": whole(lro.gwt),
+        "lro.gwt unbounded": whole(lro.gwt, detail_clip=jnp.inf),
+        "lro.gwt db2": whole(lro.gwt, wavelet="db2"),
+        "optax.contrib.muon": muon,
+        "lro.muon": whole(lro.muon),
+        "lro.even_muon": whole(lro.even_muon),
+        "lro.even_muon 4 bits": whole(lro.even_muon, bits=4),
         # No inner optimizer at all: what the two products cost, a floor for the rest.
         "lro products alone": galore(lro.power, base_optimizer=optax.identity()),
     }

@@ -3,7 +3,7 @@
 Each row is a process of its own, since a device tells the peak of its memory once per
 process, and is written to the JSON as soon as it is there: the script may be stopped at
 any time, and goes on with what is missing. ``--minutes`` bounds the whole. What is left
-of them goes into runs of the 60M preset, AdamW against GaLore, each for half of it.
+of them goes into runs of the 60M preset, AdamW against Even Muon, each for half of it.
 Without a GPU, ``--dry-run`` takes shapes of a few numbers, so that every line is run.
 """
 
@@ -40,11 +40,13 @@ def _low(method: Callable[..., Any]) -> Make:
 
 ROWS: dict[str, Make] = {
     "optax.adamw": lambda rank: optax.adamw(RATE),
+    "even_muon": lambda rank: lro.even_muon(RATE, layer_axis=0),
     "galore": _low(lro.galore),
     "subtrack": _low(lro.subtrack),
     "gwt": lambda rank: lro.gwt(RATE, layer_axis=0),
     "galore_8bit": _low(lro.galore_8bit),
     "adamw_8bit": lambda rank: lro.adamw_8bit(RATE),
+    "muon, 8-bit": lambda rank: lro.muon(RATE, bits=8, layer_axis=0),
     "optax.contrib.muon": lambda rank: optax.contrib.muon(RATE),
     "optax.adafactor": lambda rank: optax.adafactor(RATE),
     "optax.contrib.galore": lambda rank: optax.contrib.galore(RATE, rank=rank),
@@ -198,7 +200,7 @@ def main() -> None:
             rows[key] = json.loads(said)
             save()
             print(f"{key}: {rows[key]['bare_ms']:.2f} ms", flush=True)
-    for optimizer in ("adamw", "galore"):
+    for optimizer in ("adamw", "even_muon"):
         left = end - time.monotonic()
         share = left / 2 if optimizer == "adamw" else left
         if optimizer not in found.setdefault("losses", {}) and share > 20:
