@@ -126,6 +126,17 @@ def test_what_has_no_bracket_or_another_state():
         )
 
 
+def test_gradients_of_another_tree():
+    tx, params = projected(lro.svd(R)), tree(0)
+    state = tx.init(params)
+    for gradients, message in (
+        ({"layers": params["layers"]}, r"\(20, 12\) for leaf 'tall', found none"),
+        (params | {"tall": params["bias"]}, r"found one of the shape \(20,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lro.captured_energy(tx, gradients, state, params)
+
+
 def test_on_an_explicit_mesh_and_for_a_masked_bracket():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     tx = optax.masked(

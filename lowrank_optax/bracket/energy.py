@@ -11,6 +11,7 @@ from jaxtyping import Array
 from lowrank_optax._meshes import explicit_mesh, with_auto_axes
 from lowrank_optax.bracket.found import bracket_states, described_brackets, leaf_of
 from lowrank_optax.bracket.leaf import LowLeaf
+from lowrank_optax.bracket.plan import LeafPlan
 from lowrank_optax.bracket.start import described
 from lowrank_optax.bracket.subspace import clock_of
 from lowrank_optax.leaves.boxes import is_box, unbox
@@ -46,7 +47,8 @@ def captured_energy(
       zeros; NaN for one that is not finite, and for a basis without full rank.
 
     Raises:
-      ValueError: if there is no bracket in ``tx``, or the state is another one's.
+      ValueError: if there is no bracket in ``tx``, the state is another one's, or a
+        projected leaf has no gradient of its shape.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -77,6 +79,7 @@ def captured_energy(
         for bracket, own in zip(brackets, bracket_states(brackets, state), strict=True):
             for position, matrix in bracket.plan.matrices():
                 leaf, stored, _ = leaf_of(bracket, own, position)
+                _check(bracket.plan.leaves[position], arrays)
                 seen = matrix.operand(arrays[matrix.path])
                 # Where layers are projected in turn, their bases are formed in turn.
                 found[matrix.path] = leaf.lift(
@@ -93,6 +96,16 @@ def captured_energy(
         return shares(gradients, state)
     whole = NamedSharding(mesh, PartitionSpec())
     return with_auto_axes(mesh, whole, shares, gradients, state)
+
+
+def _check(leaf: LeafPlan, gradients: dict[str, Array]) -> None:
+    found = gradients.get(leaf.path)
+    if found is None or found.shape != leaf.shape:
+        what = "none" if found is None else f"one of the shape {found.shape}"
+        raise ValueError(
+            f"captured_energy expected a gradient of the shape {leaf.shape} for leaf "
+            f"{leaf.path!r}, found {what}; pass a tree like the parameters."
+        )
 
 
 def _share(leaf: LowLeaf, at: At, stored: Any, gradient: Operand) -> Array:

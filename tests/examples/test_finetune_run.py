@@ -280,40 +280,6 @@ def trained(flags: FinetuneConfig, **more) -> tuple[list[float], Trainer]:
 
 
 @pytest.mark.whole
-def test_packed_rows_of_a_tied_model_layer_by_layer(tmp_path, monkeypatch):
-    """The head's part of the embedding's gradient, and documents kept apart."""
-    monkeypatch.chdir(tmp_path)
-    flags = FinetuneConfig(
-        task="sft",
-        model=write_decoder(tmp_path / "model"),
-        data=conversations(tmp_path),
-        optimizer="galore",
-        rank=4,
-        lr=0.02,
-        seq_len=64,  # three conversations a row
-        batch_size=4,
-        steps=3,
-    )
-    plain, _ = trained(flags, run_dir="plain")
-    layers, trainer = trained(flags, run_dir="layers", layerwise=True, micro_batches=2)
-    # Sums in another order.
-    np.testing.assert_allclose(layers, plain, rtol=2e-5)
-    rows = next(training_batches(trainer.task.rows(True), 4, Position()))[0]
-    assert rows["segments"].max() == 3
-    # The one goes on where the other was.
-    config = dataclasses.replace(flags, run_dir="plain", layerwise=True, resume=True)
-    assert main(_as_flags(config, steps=4)) == 0
-    assert metrics(tmp_path / "plain")[-2]["step"] == 4
-
-
-def _as_flags(config: FinetuneConfig, **more) -> list[str]:
-    names = "task model data optimizer rank lr seq_len batch_size run_dir".split()
-    values = {name: getattr(config, name) for name in names} | more
-    found = [x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v))]
-    return [*found, "--layerwise", "--resume", "--answers", "0"]
-
-
-@pytest.mark.whole
 def test_few_bits_and_a_budget_of_activations(tmp_path, monkeypatch):
     """What the trainer has for pretraining: near the plain run, and not the same."""
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,7 @@
 """The trainer's layer-wise step against its plain one."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -52,3 +54,33 @@ def test_same_losses_as_the_plain_step(micro_config, batch):
         poisoned, state, metrics = ours.train(poisoned, found[2], split_rows(batch, 1))
         found = (*found[:2], state)
         assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == expect
+
+
+def test_packed_rows_of_a_tied_model(micro_config):
+    """The head's part of the embedding's gradient, and documents kept apart."""
+    config = dataclasses.replace(micro_config, tied=True, vocab_size=40, kv_heads=1)
+    draw, shape = np.random.default_rng(0), (2, 2, 12)
+    documents = [[5, 4, 3], [12, 0, 0], [4, 4, 4], [6, 6, 0]]  # their lengths, by row
+    batch = {
+        "tokens": draw.integers(0, 40, shape, np.int32),
+        "targets": draw.integers(0, 40, shape, np.int32),
+        "mask": draw.integers(0, 2, shape).astype(np.float32),
+        "segments": np.stack(
+            [np.repeat(np.int32([1, 2, 3]), row) for row in documents]
+        ).reshape(shape),
+    }
+    tx = optax.sgd(0.5)
+    guarded = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), tx), 5)
+    found = []
+    for steps, state_of in (
+        (make_steps(abstract_model(config)[0], guarded), guarded),
+        (make_layerwise_steps(config, tx, clip_norm=1.0), tx),
+    ):
+        params = jax.tree.map(jax.numpy.array, init_params(config, 0))
+        params, _, metrics = steps.train(params, state_of.init(params), batch)
+        found.append((params, metrics["loss"], metrics["grad_norm"]))
+    assert found[0][2] > 1
+    # float32 sums in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found
+    )
