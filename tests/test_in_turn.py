@@ -29,6 +29,7 @@ METHODS = {
         1e-2, projector=lro.svd(R), min_size=0, **o
     ),
     "muon": lambda **o: lro.muon(1e-2, bits=4, min_size=0, **o),
+    "even_muon": lambda **o: lro.even_muon(1e-2, bits=4, min_size=0, **o),
     "complement": lambda **o: lro.chain(  # with one counter for all layers of a leaf
         lro.project(lro.svd(R), select=".", **o),
         optax.scale_by_adam(),

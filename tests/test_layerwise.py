@@ -105,6 +105,7 @@ OPTIMIZERS = {
     ),
     # Codes that are rounded at random: a layer by the numbers that it has in its stack.
     "muon_4bit": lambda: lro.muon(1e-6, bits=4, min_size=0, layer_axis=0),
+    "even_muon": lambda: lro.even_muon(1e-6, bits=4, min_size=0, layer_axis=0),
     # One code off, of 256, is 4e-3 of a moment: rounding may decide on a few.
     "galore_8bit": lambda: low(lro.galore_8bit, eps=1e-2, min_size=33, scale=1e-3),
 }
@@ -114,6 +115,7 @@ OPTIMIZERS = {
 MARKS = {
     "galore_8bit": pytest.mark.slow,
     "muon_4bit": pytest.mark.slow,
+    "even_muon": pytest.mark.variant,
     "fira": pytest.mark.variant,
     "apollo": pytest.mark.variant,
 }
