@@ -19,7 +19,7 @@ HALF = {
 }
 SHAPES = {"kernel": (3, 64, 48), "embedding": (200, 64), "bias": (3, 48)}
 # Their codes, or a history, are not what `state_dtype` speaks of.
-ENCODED = {"galore_8bit", "q_galore", "adamw_8bit", "adamw_4bit"}
+ENCODED = {"galore_8bit", "q_galore", "adamw_8bit", "adamw_4bit", "even_muon"}
 
 
 def shapes(dtype):
