@@ -50,6 +50,7 @@ DARK = Theme(
 MEMORY = {
     "adamw": "adamw",
     "muon": "muon",
+    "even_muon": "even_muon",
     "adamw_8bit": "adamw_8bit",
     "galore, fira, subtrack": "galore",
     "apollo, dct_adamw, foam": "apollo",
