@@ -250,11 +250,11 @@ def main(arguments: list[str] | None = None) -> None:
         rows[name] = measure(tx, params, shardings)
         seconds = rows[name]["compile_seconds"]
         print(f"{name}: compiled in {seconds:.0f} s", flush=True)
+        if options.json:  # every row takes minutes, and so is written at once
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            figures = {**header, "rows": rows}
+            options.json.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"\n{table(rows)}\n\n{NOTE}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {**header, "rows": rows}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 NOTE = (
