@@ -41,8 +41,8 @@ def test_a_run_goes_on_at_another_rank(command, tmp_path, capsys):
         assert command(name, "--resume", *flags) == 0
         found = losses(tmp_path / name)
         np.testing.assert_array_equal(found[:6], straight[:6])
-        # Three steps of a loss that falls by 0.1 in each.
-        np.testing.assert_allclose(found, straight, atol=0.02)
+        # It falls by 0.08 in the step behind the change.
+        np.testing.assert_allclose(found, straight, atol=2e-3)
         return capsys.readouterr().out, found
 
     # Without another rank given, a run goes on as it was, bit for bit.
