@@ -81,6 +81,7 @@ from lowrank_optax.transforms import (
 )
 from lowrank_optax.transforms import orthogonalize as orthogonalize
 from lowrank_optax.transforms import normalize_outputs as normalize_outputs
+from lowrank_optax.transforms import power_momentum as power_momentum
 from lowrank_optax.transforms import row_momentum as row_momentum
 from lowrank_optax.transforms import quantize_state as quantize_state
 from lowrank_optax.transforms import scale_by_adam_mini as scale_by_adam_mini

@@ -68,6 +68,8 @@ from lowrank_optax.methods.muon import muon as muon
 from lowrank_optax.methods.muon import scale_by_muon as scale_by_muon
 from lowrank_optax.methods.even_muon import even_muon as even_muon
 from lowrank_optax.methods.even_muon import scale_by_even_muon as scale_by_even_muon
+from lowrank_optax.methods.dion import dion as dion
+from lowrank_optax.methods.dion import scale_by_dion as scale_by_dion
 from lowrank_optax.methods.sinkgd import sinkgd as sinkgd
 from lowrank_optax.methods.sinkgd import scale_by_sinkgd as scale_by_sinkgd
 from lowrank_optax.methods.racs import racs as racs

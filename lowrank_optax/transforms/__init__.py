@@ -26,6 +26,7 @@ from lowrank_optax.transforms.natural import (
 )
 from lowrank_optax.transforms.orthogonalize import orthogonalize as orthogonalize
 from lowrank_optax.transforms.outputs import normalize_outputs as normalize_outputs
+from lowrank_optax.transforms.power_momentum import power_momentum as power_momentum
 from lowrank_optax.transforms.quantized import quantize_state as quantize_state
 from lowrank_optax.transforms.rank_one import (
     scale_by_rank_one_rms as scale_by_rank_one_rms,

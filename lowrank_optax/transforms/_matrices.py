@@ -1,12 +1,15 @@
 """``map_matrices``: what is written for one leaf's matrices, done to a tree of them."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
+from lowrank_optax import _checks
 from lowrank_optax.leaves.boxes import is_box, refill, unbox
 from lowrank_optax.leaves.matrix import Matrix, path_string
 
@@ -51,6 +54,33 @@ def map_matrices(
         )
         for i, column in enumerate(columns)
     )
+
+
+def rank_rule(called: str, rank: int | float) -> Callable[[Any], int]:
+    """Returns what the rank of a leaf is, given its array: the number or a fraction.
+
+    Raises TypeError for what is no Python number, a function of the path included.
+    """
+    _checks.rank(rank)
+    if callable(rank):
+        raise TypeError(
+            f"`rank` of {called} is one for all leaves, an int or a fraction; a "
+            "function of the path would not be asked."
+        )
+
+    def rank_of(p: Any) -> int:
+        if isinstance(rank, float):
+            return max(1, round(rank * min(p.shape[-2:])))
+        return rank
+
+    return rank_of
+
+
+def drawn_for(salt: str, seed: int, path: Any, shape: Any, dtype: Any) -> Array:
+    """Returns normal numbers of a leaf's own, the same in every process."""
+    number = zlib.crc32((salt + path_string(path)).encode())
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return jax.random.normal(key, shape, dtype)
 
 
 def check_made(

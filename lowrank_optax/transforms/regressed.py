@@ -1,6 +1,5 @@
 """``scale_by_regressed_adam``: moments kept as products of thin factors (LoRA-Pre)."""
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -8,15 +7,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_optax import _checks
 from lowrank_optax.leaves.boxes import is_box, rebox, unbox
-from lowrank_optax.leaves.matrix import path_string
 from lowrank_optax.leaves.moments import weight_seen
 from lowrank_optax.leaves.stand_in import hidden
 from lowrank_optax.linalg.products import HIGHEST, wide, wider
 from lowrank_optax.transforms._matrices import (
     check_made,
+    drawn_for,
     map_matrices,
+    rank_rule,
     require_matrices,
 )
 
@@ -117,17 +116,7 @@ def scale_by_regressed_adam(
       Taming Momentum: Rethinking Optimizer States Through Low-Rank Approximation
       (2026), https://arxiv.org/abs/2602.24283
     """
-    _checks.rank(rank)
-    if callable(rank):
-        raise TypeError(
-            "`rank` of lro.scale_by_regressed_adam is one for all leaves, an int or a "
-            "fraction; a function of the path would not be asked."
-        )
-
-    def rank_of(p: Any) -> int:
-        if isinstance(rank, float):
-            return max(1, round(rank * min(p.shape[-2:])))
-        return rank
+    rank_of = rank_rule("lro.scale_by_regressed_adam", rank)
 
     def init(params: Any) -> ScaleByRegressedAdamState:
         require_matrices("lro.scale_by_regressed_adam", params)
@@ -146,10 +135,8 @@ def scale_by_regressed_adam(
         def right(salt: str, path: Any, leaf: Any) -> Any:
             p = unbox(leaf)
             columns = jnp.zeros_like(jnp.sum(p, -2), wider(jnp.float32, p.dtype))
-            number = zlib.crc32((salt + path_string(path)).encode())
-            key = jax.random.fold_in(jax.random.key(seed), number)
             shape = (*p.shape[:-2], rank_of(p), p.shape[-1])
-            drawn = jax.random.normal(key, shape, columns.dtype)
+            drawn = drawn_for(salt, seed, path, shape, columns.dtype)
             if salt == "second":
                 drawn = jnp.abs(drawn)
             # Rows of about unit norm.

@@ -4,6 +4,7 @@ from tests.golden.alice import alice
 from tests.golden.apollo import apollo
 from tests.golden.coap import coap, coap_tucker2
 from tests.golden.dct import dct_adamw
+from tests.golden.dion import dion
 from tests.golden.dion2 import dion2
 from tests.golden.eight_bit import galore_adamw8bit
 from tests.golden.fira import fira_adamw
@@ -31,6 +32,7 @@ METHODS = {
     "online_subspace_descent": online_subspace_descent,
     "scale": scale,
     "alice": alice,
+    "dion": dion,
     "dion2": dion2,
     "foam": foam,
     "sinkgd": sinkgd,

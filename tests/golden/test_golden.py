@@ -58,6 +58,7 @@ def test_data_folder_is_complete_and_small():
         "gwt": 2,
         "scale": 1,
         "alice": 1,
+        "dion": 1,
         "dion2": 1,
         "foam": 1,
         "sinkgd": 1,
