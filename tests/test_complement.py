@@ -69,6 +69,51 @@ def test_identity_is_the_residual_itself():
     np.testing.assert_allclose(formed, by_algebra, atol=2e-6)
 
 
+def test_a_residual_drawn_now_and_then_is_unbiased():
+    """All of it or none, for every matrix by itself; in the mean over keys, once."""
+    q, keys = 0.25, 4000
+    with jax.enable_x64(True):
+        leaf = {"w": normal(0, 2, M, N).astype(jnp.float64)}
+        tx = lro.chain(
+            lro.project(
+                lro.given(R, 5, bases={"w": jnp.stack([basis()] * 2)[None]}),
+                side="left",
+                layer_axis=0,
+                select="w",
+                dtype=jnp.float64,
+            ),
+            optax.identity(),
+            lro.complement(scale=0.5, probability=q),
+            lro.backproject(0.25),
+        )
+        state = tx.init(leaf)
+
+        def two_steps(data):
+            first, moved = tx.update(leaf, state._replace(key=data))
+            return jnp.stack([first["w"], tx.update(leaf, moved)[0]["w"]])
+
+        data = jax.random.split(jax.random.key(1), keys)
+        data = jax.random.key_data(data).astype(state.key.dtype)
+        got = np.asarray(jax.jit(jax.vmap(two_steps))(data))  # [keys, steps, 2, M, N]
+    inside, outside = (np.float64(x) for x in split(np.asarray(leaf["w"])))
+    inside, outside = 0.25 * inside, 0.5 * outside
+    size = np.sum((got - inside) * outside, (-2, -1)) / np.sum(outside**2, (-2, -1))
+    np.testing.assert_allclose(size, np.where(size > 1, 1 / q, 0), atol=1e-5)
+    # Four standard errors of a mean of numbers that are 0 or 1 / q.
+    bound = 4 * np.sqrt((1 / q - 1) / keys)
+    assert np.all(np.abs(size.mean(0) - 1) < bound)
+    # Steps and layers are drawn apart.
+    assert np.all(np.abs(np.corrcoef(size.reshape(keys, 4).T) - np.eye(4)) < 0.08)
+
+
+def test_bad_probabilities():
+    for q in (0, -0.1, 1.5):
+        with pytest.raises(ValueError, match=r"`probability` of lro\.complement must"):
+            lro.complement(probability=q)
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        lro.complement(optax.scale_by_sign(), probability=0.5)
+
+
 def test_a_state_has_the_leafs_size_and_is_kept():
     tx = bracket(lro.complement(optax.trace(0.5)), side="right")
     leaf = {"w": normal(0, M, N).T}

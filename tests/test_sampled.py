@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.projectors import sampled
 from lowrank_optax.testing import (
     assert_bit_equal,
     assert_orthonormal,
@@ -129,6 +130,110 @@ def test_the_draw_does_not_depend_on_the_gradient_s_scale(scale):
     # Where the scale is no power of two it rounds 54 elements by 1e-7 each; 1e-4 leaves
     # room for the distance between singular values.
     np.testing.assert_allclose(plain.basis["w"], scaled.basis["w"], atol=1e-4)
+
+
+# Unbiased.
+
+
+def minimal(sigma, rank):
+    """The probabilities by hand: as many ones as it takes for none to exceed 1."""
+    for k in range(rank):
+        rest = (rank - k) * sigma[k:] / sigma[k:].sum()
+        if rest[0] <= 1:
+            return np.concatenate([np.ones(k), rest])
+    raise AssertionError
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_inclusion_probabilities_are_those_of_least_variance(rank):
+    sigma = np.array([100.0, 4.0, 2.0, 1.0, 1.0, 0.5, 1e-4])
+    got = np.float64(sampled.inclusion(jnp.float32(sigma), rank))
+    np.testing.assert_allclose(got, minimal(sigma, rank), rtol=1e-5)
+    assert got.sum() == pytest.approx(rank, rel=1e-6)
+
+    def variance(pi):
+        return np.sum(sigma**2 * (1 / pi - 1))
+
+    # Moving a little from one to another makes it larger.
+    for i, j in itertools.permutations(range(7), 2):
+        moved = got.copy()
+        moved[[i, j]] += [1e-6, -1e-6]
+        if moved[i] <= 1 and moved[j] > 0:
+            assert variance(moved) > variance(got) * (1 - 1e-9)
+    few = np.float64(sampled.inclusion(jnp.float32([2.0, 1.0, 0.0, 0.0, 0.0]), 3))
+    np.testing.assert_allclose(few, [1, 1, 1 / 3, 1 / 3, 1 / 3], rtol=1e-5)
+    assert sampled.inclusion(jnp.float32([2.0, 1.0, 0.0]), 2).tolist() == [
+        1.0,
+        1.0,
+        0.0,
+    ]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_systematic_draws_have_their_probabilities(rank):
+    pi = sampled.inclusion(jnp.float32([9.0, 4.0, 2.0, 1.0, 1.0, 0.5, 0.1]), rank)
+    keys = jax.random.split(jax.random.key(8), KEYS)
+    drawn = np.asarray(jax.vmap(lambda key: sampled.systematic(key, pi, rank))(keys))
+    assert np.all(np.diff(drawn, axis=1) > 0)  # so many different ones
+    frequency = np.stack([(drawn == i).any(axis=1).mean() for i in range(7)])
+    p = np.float64(pi)
+    bound = 5 * np.sqrt(p * (1 - p) / KEYS) + 1e-9
+    assert np.all(np.abs(frequency - p) <= bound), (frequency, p)
+
+
+def averaged(one, want, keys):
+    """Asserts that the mean of draws is ``want``, to 4 standard errors of its norm."""
+    draws = np.float64(jax.jit(jax.vmap(one))(keys))
+    error = np.linalg.norm(draws.mean(0) - want)
+    spread = np.sqrt(draws.var(0).sum() / len(draws))
+    assert spread > 0.005 * np.linalg.norm(want)  # or nothing was drawn
+    assert error < 4 * spread, (error, spread)
+
+
+def test_the_projection_is_unbiased():
+    """For this gradient, and for others until the next draw."""
+    with jax.enable_x64(True):
+        gradient = jax.random.normal(jax.random.key(9), (6, 8), jnp.float64)
+        gradient = gradient * jnp.exp(-jnp.arange(6.0))[:, None]
+        later = jax.random.normal(jax.random.key(10), (6, 8), jnp.float64)
+        matrix = lro.Matrix("", (6, 8), (), (0,), (1,), "left", 3)
+        projector = lro.sampled_svd(3, basis_dtype=jnp.float64, sampling="unbiased")
+        assert not projector.orthonormal
+
+        def lifted(key):
+            p = projector.refresh(matrix, gradient, projector.start(matrix), at(key))
+            return jnp.stack([p @ (p.T @ x) for x in (gradient, later)])
+
+        keys = jax.random.split(jax.random.key(11), KEYS)
+        for i, want in enumerate((gradient, later)):
+            averaged(lambda key, i=i: lifted(key)[i], np.asarray(want), keys)
+
+        def biased(key):
+            plain = lro.sampled_svd(3, basis_dtype=jnp.float64)
+            p = plain.refresh(matrix, gradient, plain.start(matrix), at(key))
+            return p @ (p.T @ gradient)
+
+        with pytest.raises(AssertionError):
+            averaged(biased, np.asarray(gradient), keys)
+
+
+def test_unbiased_draws_in_a_bracket():
+    """All vectors: the identity. Fewer: orthogonal columns, the rarer the longer."""
+    tree = {"w": jax.random.normal(jax.random.key(12), (3, 5, 9))}
+    tx = bracket(lro.sampled_svd(5, sampling="unbiased"))
+    updates, _ = tx.update(tree, tx.init(tree))
+    np.testing.assert_allclose(updates["w"], tree["w"], atol=1e-5)
+    for side in ("short", "both"):
+        projector = lro.sampled_svd(3, sampling="unbiased")
+        (state,) = run(bracket(projector, side=side), [tree])
+        for basis in jax.tree.leaves(state.basis):
+            gram = np.asarray(basis.swapaxes(1, 2) @ basis)
+            lengths = np.diagonal(gram, axis1=1, axis2=2)
+            rest = gram - lengths[..., None] * np.eye(3)
+            assert np.all(np.abs(rest) < 1e-5 * lengths.max())
+            assert np.all(lengths >= 1 - 1e-5) and lengths.max() > 1.01
+    with pytest.raises(ValueError, match="`sampling` must be"):
+        lro.sampled_svd(3, sampling="plumage")
 
 
 def test_projector_laws():

@@ -271,6 +271,7 @@ class LowLeaf(Bases):
             up=functools.partial(self.projector.up, self.matrix),
             anywhere=self.anywhere,
             count=clock.count,
+            key=at.key,
         )
         recovered = Recovered(self.scale * direction)
         if self.recovery is not None:

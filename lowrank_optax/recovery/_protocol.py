@@ -29,6 +29,8 @@ class LeafView(NamedTuple):
       anywhere: whether a condition holds for this matrix, or for one that is worked on
         together with it: for a choice between two ways to compute the same.
       count: steps taken before this one.
+      key: a PRNG key of this bracket, leaf, matrix and epoch (``At.key``); with
+        ``count`` folded in it is one of the step.
     """
 
     gradient: Operand
@@ -43,6 +45,7 @@ class LeafView(NamedTuple):
     up: Callable[[Any, Array], Operand]
     anywhere: Callable[[Array], Array]
     count: Array
+    key: Array
 
 
 class Recovered(NamedTuple):

@@ -15,6 +15,9 @@ from lowrank_optax.recovery._protocol import LeafView, Recovered, Recovery
 # Where G lies in the subspace, G - P R is rounding, and its sign would be a step.
 _ROUNDING = 1e-6
 
+# Makes another key of the one that bases are drawn from.
+_SALT = 0x47554D
+
 
 @dataclasses.dataclass(frozen=True)
 class complement(Recovery):
@@ -31,16 +34,24 @@ class complement(Recovery):
     it is below 1e-6 of the largest entry of the gradient's column: rounding, of which a
     sign would make a step. T gets no ``params``.
 
+    With a ``probability`` q the residual, which then has no T, is added now and then,
+    as in GUM: ``scale (G - P R) / q`` in a share q of the steps, drawn for every matrix
+    by itself, and nothing in the others. Its mean over the draws is
+    ``scale (G - P R)``. They are a function of the bracket's key, the leaf's path, the
+    layer and the step: the same on all replicas and in resumed runs.
+
     Args:
       transformation: T, a direction without learning rate: ``optax.scale_by_sign()``
         (FRUGAL), ``optax.trace(0.9)``, ...; None for the residual as it is (SUMO).
       scale: factor on T's result. May be traced.
+      probability: q, in (0, 1]; None adds the residual at every step. May be traced.
 
     Raises:
       TypeError: if ``transformation`` is no Optax transformation.
-      ValueError: at init, with an accumulation (``optax.MultiSteps``) inside the
-        bracket: the complement would step at every micro-batch. Accumulate around the
-        optimizer instead.
+      ValueError: if ``probability`` is out of range or stands beside a
+        ``transformation``; at init, with an accumulation (``optax.MultiSteps``) inside
+        the bracket: the complement would step at every micro-batch. Accumulate around
+        the optimizer instead.
 
     Examples:
       >>> import optax
@@ -55,10 +66,13 @@ class complement(Recovery):
     References:
       Zmushko et al., FRUGAL: Memory-Efficient Optimization by Reducing State Overhead
       for Scalable Training (2024), https://arxiv.org/abs/2411.07837
+      Unbiased Gradient Low-Rank Projection (GUM, 2025),
+      https://arxiv.org/abs/2510.17802
     """
 
     transformation: Any = None
     scale: float | Array = 1.0
+    probability: float | Array | None = None
 
     accumulates = False
 
@@ -67,6 +81,16 @@ class complement(Recovery):
         if self.transformation is not None:
             _checks.transformation(
                 "transformation", self.transformation, "scale_by_sign()"
+            )
+            if self.probability is not None:
+                raise ValueError(
+                    "`probability` of lro.complement draws the residual as it is; a "
+                    "`transformation` sees it at every step. Leave one of them out."
+                )
+        q = self.probability
+        if isinstance(q, int | float) and not 0 < q <= 1:
+            raise ValueError(
+                f"`probability` of lro.complement must lie in (0, 1], got {q}."
             )
 
     @property
@@ -97,8 +121,15 @@ class complement(Recovery):
         del matrix
         inside = scale * wide(view.direction)
         if self.transformation is None:
-            low = inside - self.scale * wide(view.projected)
-            return Recovered(low, jnp.full((1, 1), self.scale, low.dtype)), state
+            factor: Any = self.scale
+            if self.probability is not None:
+                key = jax.random.fold_in(
+                    jax.random.fold_in(view.key, _SALT), view.count
+                )
+                drawn = jax.random.uniform(key) < self.probability
+                factor = jnp.where(drawn, factor / self.probability, 0.0)
+            low = inside - factor * wide(view.projected)
+            return Recovered(low, jnp.full((1, 1), factor, low.dtype)), state
         return Recovered(inside, outside=_residual(view)), state
 
 
