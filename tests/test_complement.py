@@ -71,12 +71,12 @@ def test_identity_is_the_residual_itself():
 
 def test_a_residual_drawn_now_and_then_is_unbiased():
     """All of it or none, for every matrix by itself; in the mean over keys, once."""
-    q, keys = 0.25, 4000
+    q, keys, p = 0.25, 4000, basis()
     with jax.enable_x64(True):
         leaf = {"w": normal(0, 2, M, N).astype(jnp.float64)}
         tx = lro.chain(
             lro.project(
-                lro.given(R, 5, bases={"w": jnp.stack([basis()] * 2)[None]}),
+                lro.given(R, 5, bases={"w": jnp.stack([p] * 2)[None]}),
                 side="left",
                 layer_axis=0,
                 select="w",
@@ -95,8 +95,9 @@ def test_a_residual_drawn_now_and_then_is_unbiased():
         data = jax.random.split(jax.random.key(1), keys)
         data = jax.random.key_data(data).astype(state.key.dtype)
         got = np.asarray(jax.jit(jax.vmap(two_steps))(data))  # [keys, steps, 2, M, N]
-    inside, outside = (np.float64(x) for x in split(np.asarray(leaf["w"])))
-    inside, outside = 0.25 * inside, 0.5 * outside
+    p, gradient = np.float64(p), np.asarray(leaf["w"])
+    inside = p @ (p.T @ gradient)
+    inside, outside = 0.25 * inside, 0.5 * (gradient - inside)
     size = np.sum((got - inside) * outside, (-2, -1)) / np.sum(outside**2, (-2, -1))
     np.testing.assert_allclose(size, np.where(size > 1, 1 / q, 0), atol=1e-5)
     # Four standard errors of a mean of numbers that are 0 or 1 / q.
@@ -107,7 +108,7 @@ def test_a_residual_drawn_now_and_then_is_unbiased():
 
 
 def test_bad_probabilities():
-    for q in (0, -0.1, 1.5):
+    for q in (0.0, -0.1, 1.5):
         with pytest.raises(ValueError, match=r"`probability` of lro\.complement must"):
             lro.complement(probability=q)
     with pytest.raises(ValueError, match="Leave one of them out"):

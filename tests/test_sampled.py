@@ -162,11 +162,8 @@ def test_inclusion_probabilities_are_those_of_least_variance(rank):
             assert variance(moved) > variance(got) * (1 - 1e-9)
     few = np.float64(sampled.inclusion(jnp.float32([2.0, 1.0, 0.0, 0.0, 0.0]), 3))
     np.testing.assert_allclose(few, [1, 1, 1 / 3, 1 / 3, 1 / 3], rtol=1e-5)
-    assert sampled.inclusion(jnp.float32([2.0, 1.0, 0.0]), 2).tolist() == [
-        1.0,
-        1.0,
-        0.0,
-    ]
+    enough = np.float64(sampled.inclusion(jnp.float32([2.0, 1.0, 0.0]), 2))
+    np.testing.assert_allclose(enough, [1, 1, 0], atol=1e-20)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -186,7 +183,7 @@ def averaged(one, want, keys):
     draws = np.float64(jax.jit(jax.vmap(one))(keys))
     error = np.linalg.norm(draws.mean(0) - want)
     spread = np.sqrt(draws.var(0).sum() / len(draws))
-    assert spread > 0.005 * np.linalg.norm(want)  # or nothing was drawn
+    assert spread > 1e-4 * np.linalg.norm(want)  # or nothing was drawn
     assert error < 4 * spread, (error, spread)
 
 

@@ -19,10 +19,13 @@ class _Options(has.Options, has.Recovered): ...
     "2502.05790",
     "Breaking the Frozen Subspace: Importance Sampling (2025)",
     uses=("scale",),  # beside a recovery
+    ignored=("sampling beside projector",),
 )
 def sara(
     learning_rate: optax.ScalarOrSchedule,
     rank: Any = 128,
+    *,
+    sampling: str = "sequential",
     **options: Unpack[_Options],
 ) -> Transformation:
     """SARA: GaLore whose basis is drawn from all singular vectors.
@@ -39,8 +42,11 @@ def sara(
     bases.
 
     Args:
+      sampling: how: "sequential" as above, or "unbiased" (PLUMAGE), with weights that
+        make ``P P^T G`` an unbiased estimate of G, see ``lro.sampled_svd``.
       recovery: what the update gets from outside the subspace, such as
-        ``lro.recover_scale()``; None discards it.
+        ``lro.recover_scale()``; None discards it, and
+        ``lro.complement(probability=q)`` adds it now and then (GUM).
       transport: what a new basis does to the moments; None aligns signs. Row i of the
         moments changes its meaning at every draw; ``lro.rotate_moments()`` takes what
         the old and the new basis share along.
@@ -54,7 +60,7 @@ def sara(
     """
     its = Recipe(**options)
     tx = chain(
-        its.open(its.bases(sampled_svd, rank, its.update_proj_gap)),
+        its.open(its.bases(sampled_svd, rank, its.update_proj_gap, sampling=sampling)),
         its.adam(),
         *([] if its.recovery is None else [its.recovery]),
         backproject(its.scale, learning_rate),

@@ -156,6 +156,7 @@ NUMBERS = {
     "lora_pre": lambda m, n, r: 2 * r * (m + n),
     "muon": lambda m, n, r: m * n,
     "even_muon": lambda m, n, r: m * n + m + n,
+    "dion": lambda m, n, r: m * n + m * r,
     "racs": lambda m, n, r: m + n + 1,
     "sinkgd": lambda m, n, r: 0,
     # and one moment only
