@@ -44,8 +44,8 @@ def dion(
         W <- W - lr (sqrt(outputs / inputs) P Q^T + weight_decay W)
 
     **It saves communication and not state**: ``m n + k r`` numbers per matrix, more
-    than ``lro.muon``'s. On a mesh ``r (m + n)`` numbers and a few times ``r^2`` are
-    added up per matrix and step, where Muon's polar factor gathers ``m n``. Leaves that
+    than ``lro.muon``'s. A mesh sends thin matrices, of r columns, and ``r x r`` ones,
+    where Muon's polar factor gathers ``m n`` numbers. Leaves that
     are not chosen, which are vectors, embeddings and heads, get Adam.
 
     Args:

@@ -58,8 +58,7 @@ def power_momentum(
 
     N is near the polar factor of the part of M that has rank r, which Q follows from
     step to step. Only ``M Q`` and ``M^T P`` are sums over a side of the matrix, so that
-    on a mesh ``r (m + n)`` numbers are added up, and ``r^2`` a few times, where a polar
-    factor needs the matrix. At full rank every direction decays by ``decay`` in a step,
+    a mesh sends matrices of r columns, where a polar factor needs all of M. At full rank every direction decays by ``decay`` in a step,
     and M is a momentum.
 
     A direction that M does not have, as where it is zero or of lower rank, has no place

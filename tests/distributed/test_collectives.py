@@ -67,6 +67,22 @@ def test_a_refresh_by_power_steps_gathers_no_gradient(mesh):
             assert largest <= 2 * RANK * 64 < PARAMS["dense"].size
 
 
+def test_dion_sends_thin_matrices_alone():
+    """Two products of a side with r columns, Q, and Gram matrices, per matrix."""
+    mesh = auto_mesh()
+    params = {"dense": jnp.ones((64, 32))}
+    with jax.set_mesh(mesh):
+        tx = lro.dion(1e-2, RANK)
+        run = Sharded(tx, params, named(mesh, {"dense": P("model", "data")}))
+        found = run.collectives()
+    sent = [math.prod(s) * item.times for item in found for s in item.shapes]
+    # On a device M Q has 32 rows and M^T P 8, as Q, which is cut over "model" as well
+    # and gathered thrice; three Gram matrices; norms five times, and the largest entry.
+    assert sum(sent) <= (32 + 4 * 8) * RANK + 3 * RANK**2 + 5 * RANK + 2
+    gathered = [item for item in found if item.op in ("all-gather", "all-to-all")]
+    assert all(math.prod(s) <= 8 * RANK for item in gathered for s in item.shapes)
+
+
 # Sharded on the rows, which are the short side: "short" projects them.
 WIDE = {"dense": jnp.ones((32, 64)), "layers": {"up": jnp.ones((2, 32, 64))}}
 ROWS = {"dense": P("data"), "layers": {"up": P(None, "data")}}

@@ -46,7 +46,7 @@ METHODS = {
     # Whole matrices: polar factors, codes that are rounded at random, vectors.
     "muon": functools.partial(lro.muon, 1e-2, layer_axis=0),
     "muon_4bit": functools.partial(lro.muon, 1e-5, bits=4, min_size=0, layer_axis=0),
-    "dion": functools.partial(lro.dion, 1e-2, 0.5, layer_axis=0, eps=0.1),
+    "dion": functools.partial(lro.dion, 1e-2, RANK, layer_axis=0, eps=0.1),
     "foam": functools.partial(lro.foam, 1.0, eps=0.1, layer_axis=0),
     "racs": functools.partial(lro.racs, 1e-2, layer_axis=0),
     "lora_pre": functools.partial(lro.lora_pre, 1e-2, 2, eps=0.1, layer_axis=0),
