@@ -38,7 +38,7 @@ PRESETS = {
 VOCABULARY = 32000
 PROJECTORS = {"power": lro.power, "svd": lro.svd, "gaussian": lro.gaussian}
 METHODS = (
-    "fira", "subtrack", "ldadam", "online_subspace_descent", "apollo", "gwt",
+    "fira", "subtrack", "ldadam", "online_subspace_descent", "apollo", "apollo unlimited", "gwt",
     "galore_8bit", "galore_8bit block 128", "q_galore",
     "adamw_8bit", "adamw_8bit block 128", "adamw_8bit tables",
 )  # fmt: skip
@@ -107,6 +107,8 @@ def method(name: str, rank: int, shardings: Any) -> optax.GradientTransformation
         return lro.adamw_8bit(1e-3)
     if name == "adamw_8bit block 128":  # whole blocks in every shard
         return lro.adamw_8bit(1e-3, block=128)
+    if name == "apollo unlimited":  # what the bound of recovery's entries takes
+        return lro.apollo(1e-2, rank, entry_limit=None, **stacks)
     if name == "galore_8bit block 128":
         return lro.galore_8bit(1e-2, rank, block=128, **stacks)
     if name == "adamw_8bit tables":  # codes looked up instead of computed
