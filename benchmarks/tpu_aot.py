@@ -38,8 +38,8 @@ PRESETS = {
 VOCABULARY = 32000
 PROJECTORS = {"power": lro.power, "svd": lro.svd, "gaussian": lro.gaussian}
 METHODS = (
-    "fira", "subtrack", "ldadam", "online_subspace_descent", "apollo", "apollo unlimited", "gwt",
-    "galore_8bit", "galore_8bit block 128", "q_galore",
+    "fira", "subtrack", "ldadam", "online_subspace_descent", "apollo",
+    "apollo unlimited", "gwt", "galore_8bit", "galore_8bit block 128", "q_galore",
     "adamw_8bit", "adamw_8bit block 128", "adamw_8bit tables",
 )  # fmt: skip
 AXIS = "fsdp"

@@ -195,8 +195,8 @@ def of_bracket(planner: Planner, plan: Plan, state: SubspaceState) -> list[Piece
         low[i] = jax.eval_shape(
             functools.partial(planner.low_zeros, leaf), unbox_tree(stored)
         )
-        seen[i] = Seen(low[i].shape, batch + matrix.low_axes)
-        basis += _of_basis(leaf, stored, i, seen[i])
+        seen[i] = projection = Seen(low[i].shape, batch + matrix.low_axes)
+        basis += _of_basis(leaf, stored, i, projection)
     # As the inner transformation and `full` see them; boxes hold the same arrays.
     plain = dataclasses.replace(plan, has_boxes=False)
     split = [plain.inner_trees(bracket, None, x) for x in (low, list(range(len(low))))]

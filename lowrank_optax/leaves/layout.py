@@ -43,8 +43,9 @@ def axes_of_state(init: Callable[[Any], Any], params: Any) -> Any:
             before, now = first.get(path), after.get(path)
             # An init that decides by sizes may make another state of the longer axes;
             # arrays without a counterpart there say nothing about this axis.
-            known = owner[i] is not None and before is not None and now is not None
-            if not known or not len(leaf.shape) == len(before.shape) == len(now.shape):
+            if owner[i] is None or before is None or now is None:
+                continue
+            if not len(leaf.shape) == len(before.shape) == len(now.shape):
                 continue
             for axis in range(len(leaf.shape)):
                 if now.shape[axis] != before.shape[axis]:
