@@ -138,6 +138,14 @@ def test_what_becomes_full_is_lifted_and_what_was_full_finds_its_basis():
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(fresh))
 
 
+@pytest.mark.parametrize("method", [lro.fira, lro.frugal, lro.ldadam])
+def test_recoveries_end_and_begin_with_their_leaves(method):
+    low, full = (method(1e-2, rank=r, layer_axis=0) for r in (2, 12))
+    for old, new in ((low, full), (full, low), (low, low)):
+        found = resized(old, new, PARAMS)
+        assert shapes(found) == shapes(jax.eval_shape(new.init, PARAMS))
+
+
 def test_codecs_and_dtypes_round_once():
     plain, small = galore(8, select="."), galore(8, select=".", state_dtype="bfloat16")
     codes = functools.partial(lro.galore_8bit, 1e-2, 8, layer_axis=0, select=".")
