@@ -348,3 +348,18 @@ def test_on_a_mesh_as_on_one_device(tmp_path, monkeypatch):
         found.append([x["loss"] for x in trainer.metrics.lines if "loss" in x])
     # The second has sums over devices in another order.
     np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_what_the_picture_compares_with(tmp_path):
+    """Labels have frequencies; of answers nothing as simple says anything."""
+    model, data = write_encoder(tmp_path / "encoder"), labelled(tmp_path)
+    task = make_task(FinetuneConfig(task="classify", model=model, data=data))
+    rows = [json.loads(line) for line in pathlib.Path(data).read_text().splitlines()]
+    yes = np.mean([row["label"] == "yes" for row in rows if row["split"] == "dev"])
+    expected = -(yes * np.log(yes) + (1 - yes) * np.log(1 - yes))
+    assert task.loss_unit == "nats per row"
+    name, value = task.baseline()
+    assert "labels" in name and value == pytest.approx(expected)
+    model, data = write_decoder(tmp_path / "decoder"), conversations(tmp_path)
+    task = make_task(FinetuneConfig(task="sft", model=model, data=data, seq_len=64))
+    assert task.loss_unit == "nats per token" and task.baseline() is None
