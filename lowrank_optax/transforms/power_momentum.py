@@ -58,8 +58,8 @@ def power_momentum(
 
     N is near the polar factor of the part of M that has rank r, which Q follows from
     step to step. Only ``M Q`` and ``M^T P`` are sums over a side of the matrix, so that
-    a mesh sends matrices of r columns, where a polar factor needs all of M. At full rank every direction decays by ``decay`` in a step,
-    and M is a momentum.
+    a mesh sends matrices of r columns, where a polar factor needs all of M. At full
+    rank every direction decays by ``decay`` in a step, and M is a momentum.
 
     A direction that M does not have, as where it is zero or of lower rank, has no place
     in N, and keeps its column of Q. So the size of a gradient does not matter.
