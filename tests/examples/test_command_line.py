@@ -93,7 +93,8 @@ def test_the_trainers_page_has_a_hundred_lines_and_the_presets_values(capsys, pr
 def test_flags_of_pretraining_are_no_flags_of_fine_tuning():
     names = shown_flags(FinetuneConfig)
     assert {"--model", "--data", "--weights", "--resume", "--mesh"} <= names
-    assert not names & {"--preset", "--corpus", "--layerwise", "--activation-budget"}
+    assert {"--layerwise", "--activation-budget"} <= names
+    assert not names & {"--preset", "--corpus", "--compressed", "--eval-tokens"}
 
 
 def test_what_a_recipe_decides_is_said_in_words():
