@@ -241,7 +241,7 @@ def canvas(width: float, height: float) -> tuple[Any, Any]:
 
 def draw_front(found: list[Row], path: pathlib.Path, flagship: str) -> None:
     """Draws loss against bytes of state, the front as a line."""
-    figure, axes = canvas(9, 6.5)
+    figure, axes = canvas(8, 6.5)
     least = min(row.bytes for row in found if row.bytes > 0.01)
 
     def place(row: Row) -> float:
@@ -254,7 +254,7 @@ def draw_front(found: list[Row], path: pathlib.Path, flagship: str) -> None:
     )  # fmt: skip
     floor = min(row.mean for row in found)
     shown = [row for row in found if row.mean < floor + 0.6]
-    gap, written = 0.019 * (max(r.mean for r in shown) - floor), []
+    gap, written = 0.022 * (max(r.mean for r in shown) - floor), []
     for row in sorted(shown, key=lambda row: row.mean):
         # A name stands above those of its neighbours.
         near = [y for x, y in written if 0.7 < x / place(row) < 1.5]
@@ -269,7 +269,7 @@ def draw_front(found: list[Row], path: pathlib.Path, flagship: str) -> None:
         )  # fmt: skip
         axes.annotate(
             row.name.removeprefix("optax."), (place(row), row.mean),
-            (1.07 * place(row), height), fontsize=8, color=COLORS[kind], va="center",
+            (1.07 * place(row), height), fontsize=9.5, color=COLORS[kind], va="center",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bytes of optimizer state for every weight of a matrix")
