@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from lowrank_optax import transforms
 from lowrank_optax.quantization import companded, stochastic_round, symmetric
 
 Build = Callable[[int], optax.GradientTransformation]  # of the rank
@@ -124,13 +123,13 @@ def _polar(
 
     def build(rank: int) -> optax.GradientTransformation:
         del rank
-        mean: Any = transforms.momentum(0.95, True)
+        mean: Any = lro.momentum(0.95, True)
         if bits is not None:
             mean = lro.quantize_state(
                 mean, symmetric(bits, **codec), None, 0, stochastic=bits == 4
             )
-        polar = transforms.orthogonalize("quintic", shape_factor=shape)
-        even = [transforms.normalize_outputs()] if normalized else []
+        polar = lro.orthogonalize("quintic", shape_factor=shape)
+        even = [lro.normalize_outputs()] if normalized else []
         return optax.chain(mean, polar, *even, optax.scale(-1.0))
 
     return build
@@ -139,7 +138,7 @@ def _polar(
 def _few_bit_momentum(bits: int, group: int) -> optax.GradientTransformation:
     codec = symmetric(bits, group)
     return lro.quantize_state(
-        transforms.momentum(0.9, False), codec, None, 0, stochastic=bits == 4
+        lro.momentum(0.9, False), codec, None, 0, stochastic=bits == 4
     )
 
 
@@ -151,14 +150,14 @@ TABLES: dict[str, optax.GradientTransformation] = {
         optax.scale_by_adam(), companded(64, bits=4),
         companded(64, signed=False, bits=4), stochastic=True,
     ),
-    "factored": transforms.scale_by_matrix_factored_rms(),
+    "factored": lro.scale_by_matrix_factored_rms(),
     "factored, 8-bit momentum": optax.chain(
-        transforms.scale_by_matrix_factored_rms(), _few_bit_momentum(8, 128)
+        lro.scale_by_matrix_factored_rms(), _few_bit_momentum(8, 128)
     ),
     "factored, 4-bit momentum": optax.chain(
-        transforms.scale_by_matrix_factored_rms(), _few_bit_momentum(4, 64)
+        lro.scale_by_matrix_factored_rms(), _few_bit_momentum(4, 64)
     ),
-    "sinkhorn": transforms.normalize_rows_and_columns(),
+    "sinkhorn": lro.normalize_rows_and_columns(),
 }  # fmt: skip
 TABLES = {name: optax.chain(tx, optax.scale(-1.0)) for name, tx in TABLES.items()}
 
@@ -199,9 +198,9 @@ def _behind(mean: Callable[[int], Any]) -> Build:
     """Builds an even polar factor of some other mean of gradients."""
 
     def build(rank: int) -> optax.GradientTransformation:
-        polar = transforms.orthogonalize("quintic", shape_factor="width")
+        polar = lro.orthogonalize("quintic", shape_factor="width")
         return optax.chain(
-            mean(rank), polar, transforms.normalize_outputs(), optax.scale(-1.0)
+            mean(rank), polar, lro.normalize_outputs(), optax.scale(-1.0)
         )
 
     return build
@@ -212,7 +211,7 @@ def _in_bracket(projector: Callable[[int], Any], rest: float) -> Any:
 
     def mean(rank: int) -> Any:
         momentum = lro.quantize_state(
-            transforms.momentum(0.95, True), symmetric(8, 64), None, 0
+            lro.momentum(0.95, True), symmetric(8, 64), None, 0
         )
         return lro.chain(
             lro.project(projector(rank), layer_axis=0),
@@ -228,8 +227,8 @@ def _low_rank_polar(rank: int) -> optax.GradientTransformation:
     """An orthogonalized momentum of low rank, and the remainder by columns."""
     bracket = lro.chain(
         lro.project(lro.power(rank, 50), layer_axis=0),
-        transforms.momentum(0.95, True),
-        transforms.orthogonalize("quintic", shape_factor="sqrt_long"),
+        lro.momentum(0.95, True),
+        lro.orthogonalize("quintic", shape_factor="sqrt_long"),
         lro.complement(lro.scale_by_column_sgd(), scale=0.1),
         lro.backproject(),
     )

@@ -108,7 +108,7 @@ def test_directions_that_the_sum_does_not_have_have_no_part(rank, size):
     assert np.sum(np.all(before == after, axis=0)) == 8 - rank
     # They are found as soon as they are there.
     tx = lro.power_momentum(8)
-    full, _ = tx.update(np.float32(size) * normal(3, 48, 32), states[-1])
+    full, _ = tx.update(jnp.float32(size) * normal(3, 48, 32), states[-1])
     assert np.linalg.matrix_rank(full, 1e-3) == 8
 
 

@@ -60,6 +60,10 @@ class recorded_slots(released_phase):
         first = super().start(matrix)
         return Slots(first, first)
 
+    def axes(self, matrix):
+        """Says of both what is said of one."""
+        return Slots(super().axes(matrix), super().axes(matrix))
+
     def refresh(self, matrix, gradient, stored, at):
         """Looks the step's indices up, and chooses beside them."""
         used = jnp.asarray(self.indices[""], jnp.int32)[at.count]
