@@ -187,8 +187,8 @@ def of_bracket(planner: Planner, plan: Plan, state: SubspaceState) -> list[Piece
         elif leaf.recovery is not None and leaf.recovery.like_leaf:
             recovery += _meant(kept, i, own, [Axes()])
         else:
-            none = [Axes(((),) * (x.ndim - len(batch))) for x in jax.tree.leaves(kept)]
-            recovery += _meant(kept, i, batch, none)
+            meant = () if leaf.recovery is None else leaf.recovery.axes(matrix)
+            recovery += _meant(kept, i, batch, jax.tree.leaves(meant))
         columns = Axes(((), ()))  # of a few numbers each: not worth an axis of the mesh
         kept = plan.flat(state.sample)[i]
         sample += _meant(kept, i, batch, [columns] * len(jax.tree.leaves(kept)))

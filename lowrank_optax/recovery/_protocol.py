@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array
 
-from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.matrix import Axes, Matrix
 from lowrank_optax.leaves.part import Part
 from lowrank_optax.linalg.products import Operand
 
@@ -98,6 +99,16 @@ class Recovery(Part):
     def start(self, matrix: Matrix) -> Any:
         """Returns the state of one matrix."""
         raise NotImplementedError
+
+    def axes(self, matrix: Matrix) -> Any:
+        """Returns a tree like ``start``'s, of ``Axes``: what the arrays' axes mean.
+
+        An axis that is not that of the parameter's rows or columns has no name, and no
+        sharding.
+        """
+        return jax.tree.map(
+            lambda x: Axes(((),) * x.ndim), jax.eval_shape(lambda: self.start(matrix))
+        )
 
     def enter(self, state: Any, gradient: Operand) -> Operand:
         """Returns what takes the gradient's place in this step."""

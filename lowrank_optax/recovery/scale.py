@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.leaves.matrix import Matrix
+from lowrank_optax.leaves.matrix import Axes, Matrix
 from lowrank_optax.leaves.moments import weight_seen
 from lowrank_optax.linalg.limiter import limit_growth
 from lowrank_optax.linalg.products import has_square, kept_if, regram, wide
@@ -163,6 +163,13 @@ class recover_scale(Recovery):
         if self.energy_decay is None:
             return norm
         return Energies(jnp.zeros((1, matrix.n), jnp.float32), norm)
+
+    def axes(self, matrix: Matrix) -> Any:
+        """Says that there is an energy for every column of the projection."""
+        none = super().axes(matrix)
+        if self.energy_decay is None:
+            return none
+        return none._replace(energy=Axes(((), matrix.low_axes[1])))
 
     def update(
         self, matrix: Matrix, state: Any, view: LeafView, scale: Any
