@@ -121,9 +121,7 @@ def test_a_spec_of_a_parameter_is_given_to_nothing_of_another_kind(row):
     for field in ("mu", "nu", "trace"):
         for _, moment in optax.tree_utils.tree_get_all_with_path(found, field):
             # Codes with scales, and means over blocks, are not like the parameter.
-            coded = any(
-                part in row for part in ("8bit", "4bit", "q_galore", "even")
-            )
+            coded = any(part in row for part in ("8bit", "4bit", "q_galore", "even"))
             other = {True, False} if row == "foam" else {coded}  # and vectors are
             assert {spec == P() for spec in jax.tree.leaves(moment)} <= other
     # The layout is one for the state, of which a prefix will do.

@@ -46,12 +46,15 @@ FOREIGN = {
     "--account", "--command", "--force", "--implicit-dirs", "--node-id", "--project",
     "--queue", "--runtime-version", "--worker", "--zone", "--accelerator-type",
     "--signal", "--requeue", "--extra", "--strict", "--optim", "--optim_args",
+    "--model", "--model_args", "--batch_size", "--device", "--tasks",
 }  # fmt: skip
 # What a text says is not there, and where. A new line is looked at, and then added.
 MISSING = re.compile(
     r"\bnot (?:yet|built|implemented|supported)\b|\bTODO\b|\bFIXME\b|\bfor now\b"
 )
 LOOKED_AT = {
+    "docs/choosing.md": 1,
+    "docs/methods/dion.md": 2,
     "docs/methods/muon.md": 2,
 }
 
@@ -103,6 +106,8 @@ def test_commands_and_their_flags_exist(page):
         if module.endswith("NAME"):
             continue
         assert importlib.util.find_spec(module), f"python -m {module}"
+        if module == "examples.harness":  # its flags are lm_eval's
+            continue
         known = (
             flags_of(COMMANDS[module])
             if module in COMMANDS

@@ -85,6 +85,7 @@ def test_no_number_of_a_method_is_static_and_no_size_is_injected(name):
         parameters = inspect.signature(fn).parameters
         static = set(lro.static_args(fn))
         numbers = {n for n, p in parameters.items() if isinstance(p.default, float)}
+        numbers -= {"rank"}  # a fraction of a size, which fixes shapes
         assert not static & (numbers | {"learning_rate"})
         assert static >= {
             n

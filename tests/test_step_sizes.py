@@ -46,7 +46,7 @@ def largest_entry(name, steps=5, **options):
         "layer_axis": 0,
     }
     taken = inspect.signature(factory).parameters
-    if name == "lora_pre":  # of one rank for all leaves
+    if name in ("lora_pre", "dion"):  # of one rank for all leaves
         chosen["rank"] = 2
     chosen = {key: x for key, x in chosen.items() if key in taken}
     tx = factory(LR, **chosen, **options)
