@@ -212,7 +212,7 @@ def test_losses_agree_with_an_odd_width(monkeypatch, batches):
 
 
 def sides(mesh, devices, **flags):
-    flags |= {"preset": "micro", "optimizer": "galore", "mesh": mesh}
+    flags = {"preset": "micro", "optimizer": "galore", "mesh": mesh} | flags
     config, model = resolve(TrainConfig(**flags))
     placement = choose_placement(config, jax.devices()[:devices])
     params = abstract_model(model)[1]
