@@ -45,8 +45,14 @@ def rows(log: Log, stage: str) -> list[Row]:
         runs = log.find(stage=stage, name=name)
         if not runs:
             continue
-        # Of several rates, the better one; in a search, the one that is bracketed.
-        rate = min(runs, key=loss_of)["rate"]
+        # Of several rates, the better one of those that have all seeds; in a search, that
+        # which is bracketed.
+        by_rate = {r["rate"]: [] for r in runs}
+        for r in runs:
+            by_rate[r["rate"]].append(loss_of(r))
+        most = max(map(len, by_rate.values()))
+        means = {x: statistics.mean(y) for x, y in by_rate.items() if len(y) == most}
+        rate = min(means, key=lambda x: means[x])
         if stage == "search" and rate != best_rate(log, name):
             continue
         runs = [r for r in runs if r["rate"] == rate]
