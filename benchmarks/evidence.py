@@ -45,8 +45,8 @@ def rows(log: Log, stage: str) -> list[Row]:
         runs = log.find(stage=stage, name=name)
         if not runs:
             continue
-        # Of several rates, the better one of those that have all seeds; in a search, that
-        # which is bracketed.
+        # Of several rates, the better one of those that have all seeds; in a search,
+        # the one that is bracketed.
         by_rate = {r["rate"]: [] for r in runs}
         for r in runs:
             by_rate[r["rate"]].append(loss_of(r))
