@@ -109,9 +109,6 @@ _STARTS = {
     "frugal": 5e-3,
     "sinkgd": 0.05,
     "racs": 0.05,
-    "apollo": 0.02,
-    "apollo_mini": 0.02,
-    "sumo": 0.02,
     "ldadam": 0.01,
 }
 

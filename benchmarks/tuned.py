@@ -10,9 +10,9 @@ stopped and goes on. The stages::
               for the rates of what embedding and head may get in the place of Adam
     wide      the search once more on the tiny model, twice as wide and deep, to see
               whether a rate carries over
-    confirm   the tiny model, three seeds, at the best rate of the search
-    long      the small model for ten times the steps, at the best rate of the search
-              and at half of it, as long runs like lower ones
+    confirm   the tiny model, three seeds, at the best rate of the search and at half of
+              it, as wider models like lower ones
+    long      the small model for ten times the steps, at the same two rates
 
 The matrices of the layers get the method. Embedding, head and norms get Adam in every
 row, at a rate of their own, that of AdamW's best, so that rows differ in the treatment
@@ -279,13 +279,12 @@ class Sweep:
             self.run(label, one, rate, 0, matrix_rate=matrix_rate, table_rate=rate)
 
     def confirm(self, name: str) -> None:
-        """Makes the runs of all seeds at the best rate."""
-        rate = best_rate(self.log, name)
-        if rate is None:
+        """Makes the runs of all seeds at the best rate, and at half of it."""
+        best = best_rate(self.log, name)
+        if best is None:
             print(f"{name}: no bracketed rate yet", file=sys.stderr)
             return
-        rates = (rate, rate / 2) if self.name == "long" else (rate,)
-        for seed, rate in itertools.product(self.stage.seeds, rates):
+        for seed, rate in itertools.product(self.stage.seeds, (best, best / 2)):
             if not self.log.find(stage=self.name, name=name, rate=rate, seed=seed):
                 self.run(name, CONTENDERS[name], rate, seed)
 
