@@ -13,11 +13,15 @@ stopped and goes on. The stages::
     confirm   the tiny model, three seeds, at the best rate of the search and at half of
               it, as wider models like lower ones
     long      the small model for ten times the steps, at the same two rates
+    longest   for twenty-five times the steps, at the better rate of the long run, or
+              at the same two rates where there is none
+    decay     the longest run once more at its best rate, with weight decay
 
 The matrices of the layers get the method. Embedding, head and norms get Adam in every
 row, at a rate of their own, that of AdamW's best, so that rows differ in the treatment
-of matrices alone. Gradients are clipped to norm 1, there is no weight decay, and rates
-warm up over a tenth of the steps and end at a tenth of their peak on a cosine.
+of matrices alone. Gradients are clipped to norm 1. Weights decay in the stage of that
+name alone. Rates warm up over a tenth of the steps and end at a tenth of their peak, on
+a cosine.
 """
 
 import argparse
@@ -50,6 +54,7 @@ from examples.llama.step import make_steps, mean_gradient, split_rows
 
 FULL_RATE = 0.02  # of Adam on embedding, head and norms
 CLIP = 1.0
+DECAY = 0.1  # a step, times the learning rate, of matrices, embedding and head
 
 
 class Stage(NamedTuple):
@@ -68,6 +73,8 @@ STAGES = {
     "wide": Stage(128, 4, 8, 200, (0,)),
     "confirm": Stage(128, 4, 8, 300, (0, 1, 2)),
     "long": Stage(64, 2, 8, 2000, (0,)),
+    "longest": Stage(64, 2, 8, 5000, (0,)),
+    "decay": Stage(64, 2, 8, 5000, (0,)),
 }
 
 
@@ -133,14 +140,14 @@ class Trial:
         self.bench, self.whole = bench, contender.whole
         self.tx = optax.partition(parts, self.roles)
         self.clipped = optax.chain(optax.clip_by_global_norm(CLIP), self.tx)
-        self.step = jax.jit(self._step, donate_argnums=(3, 4))
+        self.step = jax.jit(self._step, donate_argnums=(4, 5))
 
     def roles(self, params: Any) -> Any:
         """Returns which part every leaf belongs to."""
         found = roles(params)
         return jax.tree.map(lambda _: "matrix", found) if self.whole else found
 
-    def _step(self, rates, number, steps, params, state, batch):
+    def _step(self, rates, decay, number, steps, params, state, batch):
         loss, grads = mean_gradient(self.bench.definition, params, batch)
         updates, state = self.clipped.update(grads, state, params)
         warm, part = steps / 10, (number + 1) / steps
@@ -149,8 +156,11 @@ class Trial:
             0.1 + 0.45 * (1 + jnp.cos(jnp.pi * jnp.clip((part - 0.1) / 0.9, 0, 1))),
         )
         updates = jax.tree.map(
-            lambda label, u: shape * rates[label] * u, self.roles(params), updates
-        )
+            lambda label, u, p: (
+                shape * rates[label] * (u - (0.0 if label == "vector" else decay) * p)
+            ),
+            self.roles(params), updates, params,
+        )  # fmt: skip
         return optax.apply_updates(params, updates), state, loss
 
     def state_bytes(self) -> dict[str, int]:
@@ -159,7 +169,7 @@ class Trial:
         return {k: lro.bytes_per_device(v) for k, v in state.inner_states.items()}
 
     def run(
-        self, rate: float, seed: int, table_rate: float = FULL_RATE
+        self, rate: float, seed: int, table_rate: float = FULL_RATE, decay: float = 0.0
     ) -> dict[str, Any]:
         """Trains once."""
         bench, started = self.bench, time.perf_counter()
@@ -170,8 +180,9 @@ class Trial:
         steps, losses, finished = bench.stage.steps, [], False
         for number, batch in enumerate(bench.batches(seed)):
             params, state, loss = self.step(
-                rates, jnp.float32(number), jnp.float32(steps), params, state, batch
-            )
+                rates, jnp.float32(decay), jnp.float32(number), jnp.float32(steps),
+                params, state, batch,
+            )  # fmt: skip
             losses.append(loss)
             if number % 20 == 0 and not math.isfinite(loss.item()):
                 break
@@ -222,6 +233,12 @@ def best_rate(log: Log, name: str, stage: str = "search") -> float | None:
     return best if bracketed else None
 
 
+def better_rate(log: Log, name: str, stage: str) -> float | None:
+    """Returns the better one of the rates that a stage tried, None where it did not."""
+    runs = log.find(stage=stage, name=name)
+    return min(runs, key=loss_of)["rate"] if runs else None
+
+
 def next_rates(log: Log, start: float, **which: Any) -> Iterator[float]:
     """Yields the rates that a search lacks, until the best is bracketed."""
     while True:
@@ -251,12 +268,13 @@ class Sweep:
     def run(
         self, name: str, contender: Contender, rate: float, seed: int, **run: float
     ) -> None:
-        """Makes one run; ``run`` has the rates in it where ``rate`` is not all."""
+        """Makes one run; ``run`` has its rates where they differ, and its decay."""
         trial = self.trial(contender)
         outcome = trial.run(run.pop("matrix_rate", rate), seed, **run)
         entry = {"stage": self.name, "name": name, "options": contender.options}
         entry |= {"rate": rate, "seed": seed} | self.stage._asdict()
-        entry |= {"seeds": len(self.stage.seeds)} | outcome
+        entry |= {"seeds": len(self.stage.seeds), "decay": run.get("decay", 0.0)}
+        entry |= outcome
         sizes = trial.state_bytes()
         entry |= {f"{k}_state": sizes.get(k, 0) for k in ("matrix", "table")}
         entry |= {"jax": jax.__version__, "optax": optax.__version__}
@@ -284,9 +302,24 @@ class Sweep:
         if best is None:
             print(f"{name}: no bracketed rate yet", file=sys.stderr)
             return
-        for seed, rate in itertools.product(self.stage.seeds, (best, best / 2)):
-            if not self.log.find(stage=self.name, name=name, rate=rate, seed=seed):
-                self.run(name, CONTENDERS[name], rate, seed)
+        rates = (best, best / 2)
+        if self.name == "longest" and (known := better_rate(self.log, name, "long")):
+            rates = (known,)
+        for seed, rate in itertools.product(self.stage.seeds, rates):
+            self.once(name, rate, seed)
+
+    def decay(self, name: str) -> None:
+        """Makes the longest run with weight decay."""
+        rate = better_rate(self.log, name, "longest")
+        if rate is None:
+            print(f"{name}: no longest run yet", file=sys.stderr)
+            return
+        self.once(name, rate, 0, decay=DECAY)
+
+    def once(self, name: str, rate: float, seed: int, **run: float) -> None:
+        """Makes a run unless the file has it."""
+        if not self.log.find(stage=self.name, name=name, rate=rate, seed=seed):
+            self.run(name, CONTENDERS[name], rate, seed, **run)
 
 
 def main() -> None:
@@ -309,6 +342,8 @@ def main() -> None:
             sweep.tables(name, options.around)
         elif options.stage in ("search", "wide"):
             sweep.search(name)
+        elif options.stage == "decay":
+            sweep.decay(name)
         else:
             sweep.confirm(name)
 
