@@ -149,17 +149,15 @@ class LowLeaf(Bases):
             previous = ()
             if self.projector.stores_basis:
                 previous = self.basis(at, kept.stored)
-            low = self.down(at, renewed.stored, basis, seen)
+            whole = None if weights is None else self.matrix.operand(weights)
+            low, low_weights = self.down(at, renewed.stored, basis, (seen, whole))
             low = _shown(low, clock.open is not None)
-            whole = low_weights = None
-            if weights is not None:
-                whole = self.matrix.operand(weights)
-                low_weights = self.down(at, renewed.stored, basis, whole)
         return Opened(
             low,
             low_weights,
             seen,
             whole,
+            at,
             basis,
             previous,
             renewed,
@@ -167,20 +165,24 @@ class LowLeaf(Bases):
             sample,
         )
 
-    def down(self, at: At, stored: Any, basis: Any, x: Operand) -> Array:
-        """Returns ``P^T X`` in the inner's dtype."""
+    def down(self, at: At, stored: Any, basis: Any, trees: Any) -> Any:
+        """Returns ``P^T X`` in the inner's dtype, for every operand X of a tree."""
 
-        def one(basis: Any, x: Operand) -> Array:
-            return cast(self.projector.down(self.matrix, basis, x), self.dtype)
+        def one(basis: Any, trees: Any) -> Any:
+            return jax.tree.map(
+                lambda x: cast(self.projector.down(self.matrix, basis, x), self.dtype),
+                trees,
+                is_leaf=lambda x: isinstance(x, Operand),
+            )
 
-        def formed(at: At, stored: Any, x: Operand) -> Array:
-            return one(self.basis_of(stored, at), x)
+        def formed(at: At, stored: Any, trees: Any) -> Any:
+            return one(self.basis_of(stored, at), trees)
 
         # Formed inside the loop, a basis that is cut over devices is gathered for one
         # layer at a time.
         if self.in_turn:
-            return self.lift(formed, at, stored, x, in_turn=True)
-        return self.lift(one, basis, x)
+            return self.lift(formed, at, stored, trees, in_turn=True)
+        return self.lift(one, basis, trees)
 
     # After it.
 
@@ -213,7 +215,7 @@ class LowLeaf(Bases):
         clock, opened, direction, kept, moments = alike(
             clock, opened, direction, kept, moments
         )
-        at, renewed = self.at(clock), opened.renewed
+        renewed = opened.renewed
         own = self.recovery is not None and not self.recovery.whole
         state = self._as_matrices(kept.recovery) if own else ()
         update = functools.partial(self._finish, clock, gain)
@@ -227,14 +229,14 @@ class LowLeaf(Bases):
                 moments,
             )
         with jax.named_scope("lowrank/backproject"):
-            lifted, outside, state = self.lift(update, at, *trees, in_turn=self.in_turn)
+            lifted, outside, state = self.lift(update, *trees, in_turn=self.in_turn)
         recovery = kept.recovery
         if own:
             recovery = when(done, self._as_leaf(state), kept.recovery)
         stored = renewed.stored
         if self.projector.advances:
             with jax.named_scope("lowrank/advance"):
-                moved = self.advance(clock, at, opened, kept.pending)
+                moved = self.advance(clock, opened, kept.pending)
                 stored = when(done, moved, stored)
         if outside is not None:
             outside = self.matrix.leaf(outside)
@@ -245,7 +247,6 @@ class LowLeaf(Bases):
         self,
         clock: Clock,
         gain: Any,
-        at: At,
         direction: Array,
         opened: Opened,
         state: Any,
@@ -254,7 +255,7 @@ class LowLeaf(Bases):
         """Returns ``P low + G * phi + addend`` of one matrix, in its stored order."""
         basis = opened.basis
         if self.in_turn:
-            basis = self.basis_of(opened.renewed.stored, at)
+            basis = self.basis_of(opened.renewed.stored, opened.at)
         gradient, low = opened.gradient, opened.low
         if clock.open is not None:
             low, direction = _shown(low), kept_if(jnp.isfinite(direction), direction)
@@ -271,7 +272,7 @@ class LowLeaf(Bases):
             up=functools.partial(self.projector.up, self.matrix),
             anywhere=self.anywhere,
             count=clock.count,
-            key=at.key,
+            key=opened.at.key,
         )
         recovered = Recovered(self.scale * direction)
         if self.recovery is not None:

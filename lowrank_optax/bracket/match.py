@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lowrank_optax.bracket.lifted import Lifted
+from lowrank_optax.bracket.bases import Lifted
 from lowrank_optax.leaves.matrix import Matrix
 from lowrank_optax.linalg.products import Operand, has_square, kept_if, regram, wide
 from lowrank_optax.recovery import LeafView, Recovered

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.bracket.leaf import FullLeaf, LowLeaf
-from lowrank_optax.bracket.state import Bracket
+from lowrank_optax.bracket.state import Bracket, Kept, SubspaceState
 from lowrank_optax.leaves.boxes import is_box, rebox, refill, refill_tree, unbox_tree
 from lowrank_optax.leaves.matrix import Matrix, Parts
 from lowrank_optax.projectors import two_sided
@@ -96,6 +96,30 @@ class Plan:
             leaf if leaf is None or isinstance(leaf, jax.Array) else unbox_tree(leaf)
             for leaf in self.treedef.flatten_up_to(tree)
         ]
+
+    def kept(self, bracket: Bracket, state: SubspaceState) -> list[Kept]:
+        """Returns what the state has of every leaf, out of its boxes."""
+        whole = bracket.recovery is not None and bracket.recovery.whole
+        # A transformation of whole leaves was given boxes, and its state stays in them.
+        recovery = (self.flat if whole else self.arrays)(state.recovery_state)
+        basis, pending = self.arrays(state.basis), self.flat(state.pending)
+        return list(map(Kept, basis, pending, recovery, self.flat(state.sample)))
+
+    def with_kept(
+        self, bracket: Bracket, state: SubspaceState, kept: list[Kept]
+    ) -> SubspaceState:
+        """Returns the state with this of every leaf, in boxes as it was."""
+        recovery = [k.recovery for k in kept]
+        if bracket.recovery is not None and bracket.recovery.whole:
+            recovery = self.treedef.unflatten(recovery)
+        else:
+            recovery = self.boxed(state.recovery_state, recovery)
+        return state._replace(
+            basis=self.boxed(state.basis, [k.stored for k in kept]),
+            pending=self.boxed(state.pending, [k.pending for k in kept]),
+            recovery_state=recovery,
+            sample=self.boxed(state.sample, [k.sample for k in kept]),
+        )
 
     def boxed(self, like: Any, leaves: list[Any]) -> Any:
         """Returns the leaves as one tree, each in boxes like those of ``like``."""

@@ -62,6 +62,13 @@ class LeafState(NamedTuple):
     recovery: Any = ()
 
 
+def kind_of(plan: Plan, state: Any) -> Any:
+    """Returns all that a check of a state looks at."""
+    leaves, treedef = jax.tree.flatten(state)
+    shapes = tuple((jnp.shape(x), getattr(x, "dtype", None)) for x in leaves)
+    return plan, treedef, shapes
+
+
 class Planner:
     """Makes plans for one bracket, each structure's once.
 
@@ -71,6 +78,7 @@ class Planner:
       stagger: whether the refreshes of different matrices are spread over the gap.
       seed: seed of the bracket's random numbers.
       structures: of the states that have been started.
+      known: kinds of states that are this bracket's, see ``kind_of``.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Planner:
         self._plans: dict[Any, Plan] = {}
         self._states: dict[Any, LeafState] = {}
         self.structures: set[Any] = set()
+        self.known: set[Any] = set()
 
     def plan(self, tree: Any, layers: int | None = None) -> Plan:
         """Decides from shapes alone what happens to every leaf of ``tree``.

@@ -15,7 +15,7 @@ from lowrank_optax.bracket.leaf import LowLeaf, cast
 from lowrank_optax.bracket.notice import check_projected
 from lowrank_optax.bracket.placement import laid_out
 from lowrank_optax.bracket.plan import Plan
-from lowrank_optax.bracket.planner import Planner
+from lowrank_optax.bracket.planner import Planner, kind_of
 from lowrank_optax.bracket.state import Bracket, SubspaceState
 from lowrank_optax.leaves.boxes import rebox
 from lowrank_optax.leaves.matrix import Axes
@@ -46,6 +46,7 @@ def start_again(planner: Planner, params: Any) -> SubspaceState:
     """Returns the state of a fresh bracket without a word about what it projects."""
     state = _start(planner, params)
     planner.structures.add(jax.tree.structure(state))
+    planner.known.add(kind_of(planner.plan(params), state))
     return state
 
 

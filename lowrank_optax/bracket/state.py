@@ -135,6 +135,7 @@ class Opened(NamedTuple):
       low_weights: the parameter likewise, or None.
       gradient: the gradient ``[*batch, m, n]``, with what the recovery added to it.
       weights: the parameter likewise, or None.
+      at: place and time of every matrix, None on full leaves.
       basis: the basis of this step, None on full leaves.
       previous: that of the step before, ``()`` where none is stored.
       renewed: what is kept from here on, and the moments in the new coordinates.
@@ -146,6 +147,7 @@ class Opened(NamedTuple):
     low_weights: Any
     gradient: Operand
     weights: Operand | None
+    at: Any = None
     basis: Any = None
     previous: Any = None
     renewed: Any = None

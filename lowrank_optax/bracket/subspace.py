@@ -19,7 +19,7 @@ from lowrank_optax.bracket.leaf import FullLeaf, LowLeaf, cast, stepped, when
 from lowrank_optax.bracket.match import CHOICES
 from lowrank_optax.bracket.placement import typed
 from lowrank_optax.bracket.plan import Plan
-from lowrank_optax.bracket.planner import Planner
+from lowrank_optax.bracket.planner import Planner, kind_of
 from lowrank_optax.bracket.selection import Selection
 from lowrank_optax.bracket.start import start, start_again
 from lowrank_optax.bracket.state import (
@@ -160,12 +160,15 @@ def subspace(
         plan = planner.plan(like, layers)
         if params is not None:
             plan.check(updates)
-        check_maker(plan, bracket, state)
-        # A structure that an init has made is known; others cost the trace of one.
-        if layer is None and jax.tree.structure(state) not in planner.structures:
-            # nnx.Optimizer gives a state back with mappings in the place of tuples.
-            state = restore(state, lambda: start_again(planner, like))
-        check_state(planner, plan, state)
+        # Asked once of every kind of state, and not of those that an init has made.
+        if kind_of(plan, state) not in planner.known:
+            check_maker(plan, bracket, state)
+            # A structure that an init has made is known; others cost the trace of one.
+            if layer is None and jax.tree.structure(state) not in planner.structures:
+                # nnx.Optimizer gives a state back with mappings in the place of tuples.
+                state = restore(state, lambda: start_again(planner, like))
+            check_state(planner, plan, state)
+            planner.known.add(kind_of(plan, state))
         if layer is None:
             state = typed(planner, like, state)
         # The bracket goes along as an argument, and its arrays with it: on an Explicit
@@ -199,7 +202,7 @@ def step(
     )
     gradients, weights = plan.arrays(updates), plan.arrays(params)
     leaves = plan.leaves_of(bracket, gradients)
-    kept, moments = _kept(plan, bracket, state), _moments(plan, bracket, state)
+    kept, moments = plan.kept(bracket, state), _moments(plan, bracket, state)
 
     opened = [
         leaf.open(clock, g, w, k, m)
@@ -236,30 +239,17 @@ def step(
         plan, bracket, updates, leaves, opened, closed, kept, gain, done
     )
 
-    def stored_as(old: Any, new: Any) -> Any:
-        return store(new, old, bracket.dtype, state.key, state.count, clock.layer)
-
     count = next_count(state.count, bracket.projector.update_proj_gap)
-    stored = [k.stored for k in kept]
-    pending = [k.pending for k in kept]
-    new_recovery = [k.recovery for k in kept]
-    if bracket.recovery is not None and bracket.recovery.whole:
-        # What such a recovery keeps of a leaf has never left its boxes.
-        new_recovery = plan.treedef.unflatten(new_recovery)
-    else:
-        new_recovery = plan.boxed(state.recovery_state, new_recovery)
-    new_state = SubspaceState(
+    rounded = functools.partial(
+        store, dtype=bracket.dtype, key_data=state.key, count=state.count,
+        layer=clock.layer,
+    )  # fmt: skip
+    return new_updates, plan.with_kept(bracket, before, kept)._replace(
         # Micro-batches in the middle of a sum do not count: gaps are in whole steps.
-        count if done is None else jnp.where(done, count, state.count),
-        state.key,
-        plan.boxed(state.basis, stored),
-        plan.boxed(state.pending, pending),
-        stored_as(before.inner_state, inner_state),
-        stored_as(before.full_state, full_state),
-        new_recovery,
-        plan.boxed(state.sample, [k.sample for k in kept]),
+        count=count if done is None else jnp.where(done, count, state.count),
+        inner_state=rounded(inner_state, before.inner_state),
+        full_state=rounded(full_state, before.full_state),
     )
-    return new_updates, new_state
 
 
 def clock_of(state: SubspaceState, layer: Any = None) -> Clock:
@@ -309,15 +299,6 @@ def _full_gain(bracket: Bracket, count: Array, gain: Any) -> Any:
         return gain
     scale = jnp.asarray(scale(count) if callable(scale) else scale)
     return scale if gain is None else scale * gain
-
-
-def _kept(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Kept]:
-    """Returns what the state has of every leaf, out of its boxes."""
-    whole = bracket.recovery is not None and bracket.recovery.whole
-    # A transformation of whole leaves was given boxes, and its state stays in them.
-    recovery = (plan.flat if whole else plan.arrays)(state.recovery_state)
-    basis, pending = plan.arrays(state.basis), plan.flat(state.pending)
-    return list(map(Kept, basis, pending, recovery, plan.flat(state.sample)))
 
 
 def _moments(plan: Plan, bracket: Bracket, state: SubspaceState) -> list[Any]:

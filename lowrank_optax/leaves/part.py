@@ -7,7 +7,7 @@ as arguments, and two parts without arrays share a trace if their fields are equ
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -37,6 +37,18 @@ class Part:
             object.__setattr__(part, name, value)
         object.__setattr__(part, "_children", names)
         return part
+
+    def having(self, **fields: Any) -> Self:
+        """Returns a copy with other values in some fields, which nothing checks again.
+
+        The constructor checks what a user wrote. A leaf's own copy is made at every
+        trace, of values that have been checked.
+        """
+        copy = object.__new__(type(self))
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = fields.get(field.name, getattr(self, field.name))
+            object.__setattr__(copy, field.name, value)
+        return copy
 
     @property
     def init(self):

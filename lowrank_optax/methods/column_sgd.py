@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from lowrank_optax import _checks
-from lowrank_optax.bracket.lifted import Lifted
+from lowrank_optax.bracket.bases import Lifted
 from lowrank_optax.bracket.match import CHOICES, Sample, resized, start, wanted
 from lowrank_optax.leaves.boxes import is_box, unbox
 from lowrank_optax.leaves.matrix import Matrix, path_string

@@ -103,7 +103,7 @@ class Projector(Part):
         """
         if not 1 <= rank <= self.largest_rank(matrix):
             return None
-        return f"rank={rank}", dataclasses.replace(self, rank=rank)
+        return f"rank={rank}", self.having(rank=rank)
 
     def block_of(self, matrix: Matrix) -> int:
         """Returns b if row k of ``R`` is made of rows k b to (k + 1) b - 1, else 0."""
@@ -228,7 +228,7 @@ class BasisProjector(Projector):
         """Returns the projector that stores its bases in ``dtype``, or as told."""
         if self.basis_dtype is not None:
             return self
-        return dataclasses.replace(self, basis_dtype=dtype)
+        return self.having(basis_dtype=dtype)
 
     def start(self, matrix: Matrix) -> Array:
         """Starts from the first r unit vectors: valid, and never used for long."""

@@ -75,12 +75,12 @@ class TwoSided(Projector):
     def for_leaf(self, path: str) -> "TwoSided":
         """Returns the two sides' projectors of the leaf."""
         left, right = self.left.for_leaf(path), self.right.for_leaf(path)
-        return dataclasses.replace(self, left=left, right=right)
+        return self.having(left=left, right=right)
 
     def stored_as(self, dtype: Any) -> "TwoSided":
         """Returns the projector whose two sides store in ``dtype``."""
         left, right = self.left.stored_as(dtype), self.right.stored_as(dtype)
-        return dataclasses.replace(self, left=left, right=right)
+        return self.having(left=left, right=right)
 
     def refresh(self, matrix: Matrix, gradient: Any, stored: Any, at: At) -> Any:
         """Refreshes each side from its own view of the gradient."""

@@ -35,11 +35,11 @@ class Wrapped(Projector):
 
     def for_leaf(self, path: str) -> Projector:
         """Returns the same around the projector of the leaf."""
-        return dataclasses.replace(self, projector=self.projector.for_leaf(path))
+        return self.having(projector=self.projector.for_leaf(path))
 
     def stored_as(self, dtype: Any) -> Projector:
         """Returns the same around a projector that stores in ``dtype``."""
-        return dataclasses.replace(self, projector=self.projector.stored_as(dtype))
+        return self.having(projector=self.projector.stored_as(dtype))
 
     def side_of(self, matrix: Matrix, parts: Parts | None) -> str | None:
         """As inside."""
@@ -58,7 +58,7 @@ class Wrapped(Projector):
         found = self.projector.at_rank(matrix, rank)
         if found is None:
             return None
-        return found[0], dataclasses.replace(self, projector=found[1])
+        return found[0], self.having(projector=found[1])
 
     def block_of(self, matrix: Matrix) -> int:
         """As inside."""
@@ -66,7 +66,7 @@ class Wrapped(Projector):
 
     def both(self) -> Projector:
         """Returns the same around the two-sided form of the projector inside."""
-        return dataclasses.replace(self, projector=two_sided(self.projector))
+        return self.having(projector=two_sided(self.projector))
 
     def down(self, matrix: Matrix, basis: Any, x: Operand) -> Array:
         """As inside."""

@@ -50,8 +50,8 @@ class given(BasisProjector):
         left = {path: pair[0] for path, pair in self.bases.items()}
         right = {path: pair[1] for path, pair in self.bases.items()}
         return (
-            dataclasses.replace(self, bases=left),
-            dataclasses.replace(self, bases=right),
+            self.having(bases=left),
+            self.having(bases=right),
         )
 
     def for_leaf(self, path: str) -> "given":
@@ -63,7 +63,7 @@ class given(BasisProjector):
             )
         # A key of a mapping is part of a pytree's structure: under the leaf's own path,
         # no two leaves could share a trace.
-        return dataclasses.replace(self, bases={_OWN: self.bases[path]})
+        return self.having(bases={_OWN: self.bases[path]})
 
     def start(self, matrix: Matrix) -> Array:
         """Checks that this leaf's bases fit."""

@@ -69,7 +69,7 @@ class power(OrthonormalProjector):
         if not callable(self.blocks):
             return self
         blocks = _checks.positive_int("blocks", self.blocks(path))
-        return dataclasses.replace(self, blocks=blocks)
+        return self.having(blocks=blocks)
 
     def renew(self, matrix: Matrix, gradient: Operand, old: Array, at: At) -> Array:
         """One loop serves both starts, so only one factorization is compiled."""

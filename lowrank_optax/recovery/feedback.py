@@ -76,7 +76,7 @@ class error_feedback(Recovery):
         """Returns the recovery that stores E in ``dtype``, or as told."""
         if self.dtype is not None:
             return self
-        return dataclasses.replace(self, dtype=dtype)
+        return self.having(dtype=dtype)
 
     def enter(self, state: Operand, gradient: Operand) -> Operand:
         """Returns ``A = G + E``."""
