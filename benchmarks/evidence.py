@@ -5,6 +5,7 @@ loss against bytes of state and loss against the learning rate into docs/assets.
 """
 
 import argparse
+import json
 import math
 import pathlib
 import re
@@ -16,6 +17,7 @@ from benchmarks._contenders import BASELINES, CONTENDERS
 from benchmarks.tuned import STAGES, Log, best_rate, loss_of
 
 RUNS = pathlib.Path("docs/results/tuned.jsonl")
+TIMES = pathlib.Path("docs/results/step_times.json")
 PAGE = pathlib.Path("docs/evidence.md")
 ASSETS = pathlib.Path("docs/assets")
 # Readable on white and on the dark palette's grey.
@@ -74,20 +76,26 @@ def front(found: list[Row]) -> list[Row]:
     return ahead
 
 
-def losses_table(found: list[Row]) -> str:
+def losses_table(found: list[Row], times: dict[str, Any]) -> str:
     """Formats one stage as Markdown."""
     lines = [
-        "| optimizer | loss | over AdamW | state, bytes a weight | rate | each seed |",
-        "|---|---|---|---|---|---|",
+        "| optimizer | loss | over AdamW | state, bytes a weight | update, AdamW's = 1 "
+        "| rate | each seed |",
+        "|---|---|---|---|---|---|---|",
     ]
     ahead = {row.name for row in front(found)}
     adamw = next((row.mean for row in found if row.name == "optax.adamw"), math.nan)
     for row in found:
         each = " ".join(f"{loss:.3f}" for loss in row.losses)
+        loss = f"{row.mean:.3f}"
+        if len(row.losses) > 1:
+            loss += f" ± {row.deviation:.3f}"
+        time = times[row.name]["over_adamw"] if row.name in times else math.nan
+        time = "-" if math.isnan(time) else f"{time:.3g}"
         name = f"**{label(row.name)}**" if row.name in ahead else label(row.name)
         lines.append(
-            f"| {name} | {row.mean:.3f} | {over(row.mean - adamw)} | {row.bytes:.2f} "
-            f"| {row.rate:.3g} | {each} |"
+            f"| {name} | {loss} | {over(row.mean - adamw)} | {row.bytes:.2f} "
+            f"| {time} | {row.rate:.3g} | {each} |"
         )
     return "\n".join(lines)
 
@@ -331,15 +339,51 @@ def filled(page: str, parts: dict[str, str]) -> str:
     return page
 
 
+def widths_table(log: Log) -> str:
+    """Formats what the best rate of half the width costs at the whole width."""
+    lines = [
+        "| optimizer | best rate at width 64 | loss with it at width 128 "
+        "| with the better rate | more |",
+        "|---|---|---|---|---|",
+    ]
+    costs = []
+    for row in rows(log, "confirm"):
+        rate = best_rate(log, row.name)
+        runs = log.find(stage="confirm", name=row.name, rate=rate)
+        carried = statistics.mean(map(loss_of, runs))
+        more = 100 * (carried / row.mean - 1)
+        cells = f"{rate:.3g} | {carried:.3f} | {row.mean:.3f} | {more:.1f} %"
+        costs.append((more, f"| {label(row.name)} | {cells} |"))
+    return "\n".join([*lines, *(line for _, line in sorted(costs))])
+
+
+def decay_table(log: Log) -> str:
+    """Formats the longest runs with weight decay beside those without."""
+    lines = ["| optimizer | with decay | without | difference |", "|---|---|---|---|"]
+    for run in sorted(log.find(stage="decay"), key=loss_of):
+        name = run["name"]
+        (plain,) = log.find(stage="longest", name=name, rate=run["rate"])
+        with_it, without = loss_of(run), loss_of(plain)
+        lines.append(
+            f"| {label(name)} | {with_it:.3f} | {without:.3f} "
+            f"| {with_it - without:+.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def parts(log: Log) -> dict[str, str]:
     """Returns the tables by the names of their places."""
+    times = json.loads(TIMES.read_text())["steps"]
     found = {"rates": rates_table(log), "parts": parts_table(log)}
     found["trials"] = trials_table(log)
+    found["widths"] = widths_table(log)
     if log.find(stage="tables"):
         found["tables"] = tables_table(log)
+    if log.find(stage="decay"):
+        found["decay"] = decay_table(log)
     for stage in STAGES:
-        if stage in ("confirm", "long") and log.find(stage=stage):
-            found[stage] = losses_table(rows(log, stage))
+        if stage in ("confirm", "long", "longest") and log.find(stage=stage):
+            found[stage] = losses_table(rows(log, stage), times)
     return found
 
 
