@@ -37,6 +37,15 @@ ADAM = {
         stochastic=True,
     ),
 }
+# AdamW elsewhere: bits of a code, numbers per float32 scale, and whether a tensor that
+# blocks do not divide stays whole, as documented: bitsandbytes' `AdamW8bit`
+# (`min_8bit_size=4096`) and torchao's `AdamW8bit` and `AdamW4bit` (`torchao/optim`).
+ELSEWHERE = {
+    "bitsandbytes, AdamW8bit": (8, 256, False),
+    "torchao, AdamW8bit": (8, 256, True),
+    "torchao, AdamW4bit": (4, 128, True),
+}
+LEAST = 4096  # numbers of a tensor, below which both keep it as it is
 FULL = {"plain": optax.adamw, "8-bit": lro.adamw_8bit, "4-bit": lro.adamw_4bit}
 
 
@@ -97,6 +106,32 @@ def count(name: str, preset: str) -> dict[str, Any]:
     return found
 
 
+def elsewhere(preset: str, name: str) -> dict[str, Any]:
+    """Bytes per parameter of bfloat16 weights with another library's AdamW.
+
+    By formula, of a model in which every layer has tensors of its own: two moments in
+    codes with a scale per block; those of smaller tensors in float32 where blocks may
+    be short, else in the weights' type. Tables of levels are not counted.
+    """
+    bits, block, even = ELSEWHERE[name]
+    params = shapes(preset)
+    tensors = [
+        (x.size // x.shape[0], x.shape[0]) for x in jax.tree.leaves(params["layers"])
+    ]
+    rest = {key: x for key, x in params.items() if key != "layers"}
+    tensors += [(x.size, 1) for x in jax.tree.leaves(rest)]
+    each = 2  # bytes of a weight, and of its gradient
+    state = 0
+    for size, times in tensors:
+        if size < LEAST or (even and size % block):
+            one = (each if even else 4) * size
+        else:
+            one = size * bits // 8 + 4 * -(-size // block)
+        state += 2 * one * times
+    number = count_params(params)
+    return {"state": state / number, "whole": each + state / number + each}
+
+
 def report(preset: str, only: list[str]) -> dict[str, Any]:
     """Counts every method."""
     names = [name for name in ("adamw", *lro.METHODS) if not only or name in only]
@@ -125,8 +160,19 @@ def main() -> None:
     args = parser.parse_args()
     found = report(args.preset, args.only)
     print(text(found))
+    others = {name: elsewhere(args.preset, name) for name in ELSEWHERE}
+    rows = [
+        [name, f"{row['state']:.2f}", f"{row['whole']:.2f}"]
+        for name, row in others.items()
+    ]
+    print(table(rows, ["bfloat16 weights", "state", "with weights and gradient"]))
     if args.out:
-        known = {"preset": args.preset, "rank": RANKS[args.preset], "methods": found}
+        known = {
+            "preset": args.preset,
+            "rank": RANKS[args.preset],
+            "methods": found,
+            "elsewhere": others,
+        }
         args.out.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
+from lowrank_optax.quantization import symmetric
 from lowrank_optax.testing import Subject
 
 GAP = 3  # a refresh at steps 0 and 3 of the five that every law runs
@@ -105,6 +106,13 @@ ROWS = {
     ),
     "galore_gaussian": galore(projector=lro.gaussian(2, GAP)),
     "galore_lion": galore(optax.scale_by_lion()),
+    "galore_lion_4bit": galore(
+        lro.quantize_state(
+            optax.scale_by_lion(), symmetric(4, 4), None, 0, stochastic=True
+        ),
+        params=stacked_params(),
+        layer_axis=0,
+    ),
     "galore_momentum": galore(optax.trace(0.9)),
     "galore_both": galore(side="both"),
     "galore_stacked": galore(params=stacked_params(), layer_axis=0),
