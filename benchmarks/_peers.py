@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 import lowrank_optax as lro
+from lowrank_optax.quantization import companded
 
 LEARNING_RATE = 1e-3
 SELECT = r"(^|/)(q|k|v|o|gate|up|down)$"  # the layer matrices
@@ -34,6 +35,8 @@ class JaxPeer:
         self.compile_seconds = time.perf_counter() - start
         memory: Any = self.compiled.memory_analysis()
         self.temp_bytes = memory.temp_size_in_bytes
+        costs: Any = self.compiled.cost_analysis()
+        self.accessed_bytes, self.flops = costs["bytes accessed"], costs["flops"]
 
         def train(state, gradients, params):
             updates, state = tx.update(gradients, state, params)
@@ -169,6 +172,7 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
         "lro.frugal": low_rank(lro.frugal, update_proj_gap=gap),
         "lro.sumo": low_rank(lro.sumo, update_proj_gap=gap),
         "lro.adamw_8bit": lambda params: JaxPeer(lro.adamw_8bit(LEARNING_RATE), params),
+        "companded Adam": lambda params: JaxPeer(_companded(), params),
         "lro.galore_8bit": low_rank(lro.galore_8bit, update_proj_gap=gap),
         "lro.q_galore": low_rank(lro.q_galore, update_proj_gap=gap),
         "lro.gwt": whole(lro.gwt),
@@ -184,6 +188,12 @@ def peers(rank: int, gap: int, with_torch: bool) -> dict[str, Callable[[Any], An
     if with_torch:
         named["galore-torch"] = lambda params: TorchPeer(params, rank, gap)
     return named
+
+
+def _companded() -> Any:
+    codecs = companded(64), companded(64, signed=False)
+    adam = lro.quantize_state(optax.scale_by_adam(), *codecs, leafwise=True)
+    return optax.chain(adam, optax.scale_by_learning_rate(LEARNING_RATE))
 
 
 def measure(peers: dict[str, Any], gradients: Any, gap: int, steps: int, due: int):
@@ -220,6 +230,9 @@ def measure(peers: dict[str, Any], gradients: Any, gap: int, steps: int, due: in
                 "applied_ms": _milliseconds(applied[name]),
                 "mean_ms": 1e3 * ((gap - 1) * step + refresh) / gap,
                 "temp_bytes": peer.temp_bytes,
+                # The compiler's counts, of the update alone.
+                "accessed_bytes": getattr(peer, "accessed_bytes", None),
+                "flops": getattr(peer, "flops", None),
             }
         )
     return rows
