@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from examples.llama.model import Wrap, rotate
+from examples.llama.model import Wrap
+from examples.llama.positions import rotate
 
 
 def shapes(

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from examples.convert.fields import Fields, is_number, short
 from examples.llama.config import UsageError
-from examples.llama.model import ModelConfig, RopeScaling
+from examples.llama.model import ModelConfig
+from examples.llama.positions import RopeScaling
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from examples.llama import model as llama
-from examples.llama.model import Drawn, Embed, Linear, Params, Wrap
+from examples.llama.layers import Drawn, Embed, Linear
+from examples.llama.model import Params, Wrap
 from lowrank_optax import activations
 
 

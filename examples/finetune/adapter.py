@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.llama.config import UsageError
-from examples.llama.model import Linear, Params
+from examples.llama.layers import Linear
+from examples.llama.model import Params
 
 # `--lora-targets`: the modules that an adapter stands beside.
 TARGETS = {

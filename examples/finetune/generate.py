@@ -4,7 +4,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,36 +13,50 @@ import tokenizers
 from flax import nnx
 
 from examples.finetune.chat import Chat, Message
+from examples.llama.cache import Cache, empty_cache, extend
 from examples.llama.model import Params
 
 
+class Text(NamedTuple):
+    """A row of tokens that is being written."""
+
+    row: jax.Array  # [S]
+    end: jax.Array  # tokens that it has
+    cache: Cache  # of all of them but the last, which is read with the next
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def continued(
-    definition: Any,
-    params: Params,
-    tokens: jax.Array,
-    start: jax.Array,
-    limit: jax.Array,
-    stops: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Fills `tokens[start:limit]` until one of the stops.
-
-    The whole row is computed for every token: nothing is kept between them, as fits a
-    few short answers. What is behind a position does not reach it.
-    """
+def begun(
+    definition: Any, params: Params, row: jax.Array, end: jax.Array | int
+) -> Text:
+    """A text of `row[:end]`, of at least one token. What is behind `end` is padding."""
     model = nnx.merge(definition, params)
+    cache = empty_cache(model.config, 1, len(row))
+    end = jnp.asarray(end, jnp.int32)
+    return Text(row, end, extend(model, row[None], cache, 0)[1])
 
-    def unfinished(state: Any) -> jax.Array:
-        row, at = state
-        stopped = (at > start) & jnp.any(row[at - 1] == stops)
-        return (at < limit) & ~stopped
 
-    def add(state: Any) -> Any:
-        row, at = state
-        logits = model(row[None])[0, at - 1]
-        return row.at[at].set(jnp.argmax(logits).astype(row.dtype)), at + 1
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def continued(
+    definition: Any, params: Params, text: Text, limit: jax.Array, stops: jax.Array
+) -> Text:
+    """Adds likeliest tokens until the text has `limit`, or one of the stops is added.
 
-    return jax.lax.while_loop(unfinished, add, (tokens, start))
+    Every token runs through the model alone: the cache has what it sees of the others.
+    """
+    model, start = nnx.merge(definition, params), text.end
+
+    def unfinished(text: Text) -> jax.Array:
+        stopped = (text.end > start) & jnp.any(text.row[text.end - 1] == stops)
+        return (text.end < limit) & ~stopped
+
+    def add(text: Text) -> Text:
+        last = jax.lax.dynamic_slice(text.row, (text.end - 1,), (1,))
+        hidden, cache = extend(model, last[None], text.cache, text.end - 1)
+        token = jnp.argmax(model.logits(hidden)[0, 0]).astype(text.row.dtype)
+        return Text(text.row.at[text.end].set(token), text.end + 1, cache)
+
+    return jax.lax.while_loop(unfinished, add, text)
 
 
 class Answers:
@@ -80,8 +94,10 @@ class Answers:
         row[: len(ids)] = ids
         limit = min(len(ids) + tokens, length)
         stops = jnp.asarray(self.stops or [-1], jnp.int32)
-        row, end = continued(self.definition, params, row, len(ids), limit, stops)
-        found = [int(i) for i in row[len(ids) : int(end)] if int(i) not in self.stops]
+        written = begun(self.definition, params, row, len(ids))
+        written = continued(self.definition, params, written, limit, stops)
+        answer = np.asarray(written.row)[len(ids) : int(written.end)].tolist()
+        found = [i for i in answer if i not in self.stops]
         text = self.tokenizer.decode(found)
         return text.split(self.mark)[0].strip() if self.mark else text.strip()
 

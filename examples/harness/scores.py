@@ -12,7 +12,7 @@ from flax import nnx
 
 from examples.encoder.model import EncoderConfig
 from examples.finetune.chat import load_chat
-from examples.finetune.generate import continued, end_ids
+from examples.finetune.generate import begun, continued, end_ids
 from examples.finetune.models import load_pretrained
 from examples.llama.config import UsageError
 from examples.llama.model import Params, abstract_model
@@ -179,22 +179,17 @@ class Scores:
             )
         ids = self.encode(prompt)[-(self.length - tokens) :] or [self.prefix]
         limit, at = len(ids) + tokens, len(ids)
-        row: Any = np.zeros(self._room(limit), np.int32)
+        row = np.zeros(self._room(limit), np.int32)
         row[: len(ids)] = ids
         stops = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
+        state = begun(self._definition, self._params, row, at)
         text, ended = "", False
         # Words are looked for now and then: the device knows tokens alone.
         while at < limit and not ended:
-            row, end = continued(
-                self._definition,
-                self._params,
-                row,
-                at,
-                min(at + _PIECE, limit),
-                stops,
-            )
-            at = int(end)
-            written = [int(i) for i in row[len(ids) : at]]
+            piece = min(at + _PIECE, limit)
+            state = continued(self._definition, self._params, state, piece, stops)
+            at = int(state.end)
+            written = np.asarray(state.row)[len(ids) : at].tolist()
             ended = bool(written) and written[-1] in self.ends
             text = self.tokenizer.decode(written[:-1] if ended else written)
             found = [text.find(word) for word in until if word and word in text]

@@ -21,8 +21,8 @@ from examples.llama.model import (
     Params,
     Wrap,
     abstract_model,
-    find_segments,
 )
+from examples.llama.positions import find_segments
 from examples.llama.step import (
     PLAIN,
     Layout,

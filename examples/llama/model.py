@@ -11,14 +11,15 @@ H head width, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from examples.llama.layers import Embed, Linear
+from examples.llama.positions import RopeScaling, Segments, find_segments, rotate
 from lowrank_optax import activations
 
 Params = dict[str, Any]
@@ -29,27 +30,6 @@ _FAMILY = (
     "kv_heads", "head_width", "tied", "qkv_bias", "out_bias", "qk_norm",
     "rope_scaling", "window", "activation", "norm_offset", "embedding_scale",
 )  # fmt: skip
-
-
-class RopeScaling(NamedTuple):
-    """Llama 3's slower rotations, for texts longer than `original_length`.
-
-    A pair that turns fewer than `low` times within that length turns `factor` times
-    slower, one that turns more than `high` times as before, and between them the change
-    is linear in the number of turns.
-    """
-
-    factor: float
-    low: float
-    high: float
-    original_length: int
-
-
-class Segments(NamedTuple):
-    """What a row's documents mean to a layer: each is a text of its own."""
-
-    positions: jax.Array  # [B, S], from 0 in every document
-    mask: jax.Array  # [B, 1, S, S], whether two positions are of one document
 
 
 ACTS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -147,38 +127,6 @@ class ModelConfig:
         return cls(**found)
 
 
-class Drawn(Protocol):
-    """What a configuration says about how parameters are drawn."""
-
-    @property
-    def init_std(self) -> float: ...
-
-    @property
-    def param_dtype(self) -> str: ...
-
-
-class Linear(nnx.Module):
-    """A kernel `[in, out]`, or `[L, in, out]` for a stack of layers; maybe a bias."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        config: Drawn,
-        rngs: nnx.Rngs,
-        bias: bool = False,
-    ):
-        kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * config.init_std
-        self.kernel = nnx.Param(kernel.astype(config.param_dtype))
-        if bias:
-            zeros = jnp.zeros((*shape[:-2], shape[-1]), config.param_dtype)
-            self.bias = nnx.Param(zeros)
-        self.has_bias = bias
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
-
-
 class RMSNorm(nnx.Module):
     """Root mean square normalization with a gain, computed in float32."""
 
@@ -194,51 +142,6 @@ class RMSNorm(nnx.Module):
         if self.offset:
             gain = gain + self.offset
         return (y * gain).astype(x.dtype)
-
-
-def rope_frequencies(
-    half: int, base: float, scaling: RopeScaling | None = None
-) -> np.ndarray:
-    """Radians per position of a head's pairs, `[half]` in float32."""
-    # In float64 first: an error of one part in ten million is 0.01 at position 100,000.
-    frequency = base ** (-np.arange(half) / half)
-    if scaling is not None:
-        turns = scaling.original_length * frequency / (2 * np.pi)
-        share = (turns - scaling.low) / (scaling.high - scaling.low)
-        share = np.clip(share, 0, 1)
-        frequency = frequency * (share + (1 - share) / scaling.factor)
-    return frequency.astype(np.float32)
-
-
-def rotate(
-    x_BxSxNxH: jax.Array,
-    base: float,
-    scaling: RopeScaling | None = None,
-    positions_BxS: jax.Array | None = None,
-) -> jax.Array:
-    """Rotary position embedding; the two halves of a head are the pairs."""
-    frequency = rope_frequencies(x_BxSxNxH.shape[-1] // 2, base, scaling)
-    if positions_BxS is None:
-        positions_BxS = jnp.arange(x_BxSxNxH.shape[1])
-    # In float32: in bfloat16 late positions would share their angles.
-    angle = positions_BxS.astype(jnp.float32)[..., None] * frequency
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-    a, b = jnp.split(x_BxSxNxH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BxSxNxH.dtype)
-
-
-def find_segments(segments_BxS: jax.Array) -> Segments:
-    """Positions and mask of packed rows; a document is a run of equal numbers.
-
-    Padding, a run of zeros, is a document like another: what it sees reaches nobody.
-    """
-    index = jnp.arange(segments_BxS.shape[1])
-    first = index == 0
-    starts = first | (segments_BxS != jnp.roll(segments_BxS, 1, axis=1))
-    run = jnp.cumsum(starts, axis=1)
-    begin = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    return Segments(index - begin, (run[:, :, None] == run[:, None, :])[:, None])
 
 
 class Attention(nnx.Module):
@@ -261,8 +164,22 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, segments: Segments | None = None) -> jax.Array:
-        config = self.config
         positions, mask = (None, None) if segments is None else segments
+        window = self.config.window
+        y = jax.nn.dot_product_attention(
+            *self.project(x, positions),
+            mask=mask,
+            is_causal=True,
+            # A window of w is the position itself and w - 1 before it.
+            local_window_size=None if window is None else (window - 1, 0),
+        )
+        return self.join(y)
+
+    def project(
+        self, x: jax.Array, positions: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys, turned by their positions, and values."""
+        config = self.config
 
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], -1, config.head_size)
@@ -274,13 +191,12 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = checkpoint_name(turn(q), "q"), checkpoint_name(turn(k), "k")
-        v = checkpoint_name(heads(self.v(x)), "v")
-        # A window of w is the position itself and w - 1 before it.
-        window = None if config.window is None else (config.window - 1, 0)
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=True, local_window_size=window
-        )
-        return self.o(checkpoint_name(y.reshape(*x.shape[:-1], -1), "attn"))
+        return q, k, checkpoint_name(heads(self.v(x)), "v")
+
+    def join(self, y_BxSxNxH: jax.Array) -> jax.Array:
+        """What leaves the attention, of what every head has seen."""
+        y = y_BxSxNxH.reshape(*y_BxSxNxH.shape[:-2], -1)
+        return self.o(checkpoint_name(y, "attn"))
 
 
 class MLP(nnx.Module):
@@ -310,20 +226,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x: jax.Array, segments: Segments | None = None) -> jax.Array:
-        h = x + self.attn(checkpoint_name(self.norm1(x), "norm1"), segments)
-        h = checkpoint_name(h, "h")
+        return self.leave(x, self.attn(self.enter(x), segments))
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """What the attention reads."""
+        return checkpoint_name(self.norm1(x), "norm1")
+
+    def leave(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The layer's result, of its input and what the attention made of it."""
+        h = checkpoint_name(x + attended, "h")
         return h + self.mlp(checkpoint_name(self.norm2(h), "norm2"))
-
-
-class Embed(nnx.Module):
-    """A table `[V, D]`, of tokens or of what else has a number."""
-
-    def __init__(self, shape: tuple[int, int], config: Drawn, rngs: nnx.Rngs):
-        table = jax.random.normal(rngs.params(), shape, jnp.float32) * config.init_std
-        self.embedding = nnx.Param(table.astype(config.param_dtype))
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens]
 
 
 class LLaMA(nnx.Module):

@@ -27,7 +27,9 @@ class Parts:
     Attributes:
       parameters: as they are stored.
       loaded: the same in the type of the step, where they are stored in another.
-      state: of the optimizer.
+      state: of the optimizer, unless it lies in the host's memory between steps.
+      host: its bytes if it does. They are no part of `total`, though a step fetches
+        them: how many are on the device at once is the compiler's choice.
       sums: of the gradients of micro-batches, in float32; 0 where there is one.
       kept: by all layers for their backward pass, their inputs included.
       loss: logits as the head computes them and in float32, what enters the head, and
@@ -46,6 +48,7 @@ class Parts:
     gradients: int
     working: int
     gathered: int
+    host: int = 0
 
     @property
     def temporaries(self) -> int:
@@ -60,6 +63,12 @@ class Parts:
 def memory_bytes(topology: lro.Topology) -> int:
     """Of one device."""
     return activations.hardware_profile(topology.chip).memory_bytes
+
+
+def state_parts(config: Resolved, size: int) -> dict[str, int]:
+    """The fields `state` and `host` of `Parts`, of a state of so many bytes."""
+    near = config.state_memory == "device"
+    return {"state": size if near else 0, "host": 0 if near else size}
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any, shardings: Any) -> int:
@@ -94,7 +103,7 @@ def estimate(
     return Parts(
         parameters=own * stored // whole_bytes,
         loaded=own if config.weights not in AS_STORED else 0,
-        state=state_bytes(tx, params, shardings),
+        **state_parts(config, state_bytes(tx, params, shardings)),
         # Numbers on one device, of four bytes each.
         sums=4 * own * count // whole_bytes if config.micro_batches > 1 else 0,
         kept=whole + cut // sizes["tensor"],

@@ -23,7 +23,13 @@ from examples.llama.config import (
 from examples.llama.model import ModelConfig, abstract_model, count_params
 from examples.llama.placement import AXES, ROWS, param_shardings, parse_mesh
 from examples.plan.compiled import NoRoom, beside, compile_run, require_compiler
-from examples.plan.estimate import Parts, estimate, memory_bytes, state_bytes
+from examples.plan.estimate import (
+    Parts,
+    estimate,
+    memory_bytes,
+    state_bytes,
+    state_parts,
+)
 
 MIB = 2**20
 # Rows of the table of what fits, beside the optimizer that was asked for.
@@ -118,10 +124,12 @@ class Run:
             self.config, self.model, self.tx, self.sizes, self.topology.chip
         )
 
-    def state(self) -> int:
+    def with_state(self, parts: Parts) -> Parts:
+        """The parts of a run that has another optimizer, with this one's state."""
         _, params = abstract_model(self.model)
         places = param_shardings(lro.abstract_mesh(self.sizes), params)
-        return state_bytes(self.tx, params, places)
+        size = state_bytes(self.tx, params, places)
+        return dataclasses.replace(parts, **state_parts(self.config, size))
 
 
 def plan_run(plan: PlanConfig, **changes: Any) -> Run:
@@ -163,9 +171,12 @@ def verdict(total: int, topology: lro.Topology, memory: int = 0) -> str:
 
 def breakdown(parts: Parts, topology: lro.Topology, memory: int = 0) -> str:
     """A line for each part."""
-    rows = [*dataclasses.asdict(parts).items()]
+    sizes = dataclasses.asdict(parts)
+    host = sizes.pop("host")
     room = memory or memory_bytes(topology)
-    rows += [("at the fullest", parts.total), ("a device has", room)]
+    rows = [*sizes.items(), ("at the fullest", parts.total), ("a device has", room)]
+    if host:
+        rows.append(("state in host", host))
     return "\n".join(f"  {name:<14} {size / MIB:>12,.1f} MiB" for name, size in rows)
 
 
@@ -178,7 +189,7 @@ def what_fits(plan: PlanConfig) -> Iterator[tuple[str, int | None, str, Parts]]:
         for name in dict.fromkeys((plan.optimizer, *COMPARED)):
             for rank in (None,) if name in NO_RANK else ranks:
                 run = plan_run(plan, optimizer=name, rank=rank, param_dtype=dtype)
-                yield name, rank, dtype, dataclasses.replace(base, state=run.state())
+                yield name, rank, dtype, run.with_state(base)
 
 
 def ways_out(plan: PlanConfig) -> Iterator[str]:
@@ -213,8 +224,7 @@ def ways_out(plan: PlanConfig) -> Iterator[str]:
     parts, room = run.parts(), MARGIN * run.memory_bytes
     for name in COMPARED[1:]:
         rank = None if name in NO_RANK else plan.rank
-        state = plan_run(plan, optimizer=name, rank=rank).state()
-        total = parts.total - parts.state + state
+        total = plan_run(plan, optimizer=name, rank=rank).with_state(parts).total
         if total <= room:
             yield f"--optimizer {name} would take {total / MIB:,.0f} MiB"
 
@@ -229,6 +239,11 @@ def report(plan: PlanConfig) -> bool:
     """Prints the plan; whether it fits."""
     run = plan_run(plan)
     if plan.compile:
+        if run.config.state_memory != "device":
+            raise UsageError(
+                "--compile counts a state on the device; leave --state-memory "
+                f"{run.config.state_memory} out, or --compile"
+            )
         require_compiler(run.topology)
     parts, topology, memory = run.parts(), run.topology, run.memory
     config = run.config
@@ -253,7 +268,7 @@ def report(plan: PlanConfig) -> bool:
     )
     for name, number, dtype, row in what_fits(plan):
         print(
-            f"  {name:<14}{number or '-':>6}{dtype:>12}{row.state / MIB:>12,.1f} MiB"
+            f"  {name:<14}{number or '-':>6}{dtype:>12}{(row.state or row.host) / MIB:>12,.1f} MiB"
             f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology, memory)}"
         )
     room = run.memory_bytes

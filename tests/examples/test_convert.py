@@ -31,8 +31,9 @@ from examples.convert.tensors import (
 )
 from examples.encoder.model import EncoderConfig
 from examples.llama.config import UsageError
-from examples.llama.model import ModelConfig, RopeScaling
+from examples.llama.model import ModelConfig
 from examples.llama.placement import logical_axes
+from examples.llama.positions import RopeScaling
 from tests.examples.families import FAMILIES
 from tests.examples.test_families import MODELS, write_family
 

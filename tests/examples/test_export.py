@@ -15,7 +15,8 @@ from examples.convert import read_model, write_model
 from examples.convert.run import read_run
 from examples.encoder import model as encoder
 from examples.llama import train
-from examples.llama.model import ModelConfig, RopeScaling, abstract_model, init_params
+from examples.llama.model import ModelConfig, abstract_model, init_params
+from examples.llama.positions import RopeScaling
 from examples.llama.tokenizer import ByteTokenizer
 
 TEXT = "Ein Satz, 1 + 1 = 2;\tü, 漢字 🙂\n"

@@ -13,13 +13,11 @@ import lowrank_optax as lro
 from examples.llama.model import (
     ACTIVATIONS,
     ModelConfig,
-    RopeScaling,
     abstract_model,
     count_params,
     init_params,
-    rope_frequencies,
-    rotate,
 )
+from examples.llama.positions import RopeScaling, rope_frequencies, rotate
 from examples.llama.presets import PRESETS
 
 # The papers' counts, to the parameter.

@@ -246,6 +246,31 @@ def test_what_is_stored_otherwise_and_layer_by_layer_is_counted():
     codes = parts(activation_policy="full", weights="int8")
     assert codes.parameters < plain.parameters and codes.loaded == plain.parameters
     assert parts(layerwise=True).gradients < plain.gradients
+    far = parts(activation_policy="full", state_memory="pinned_host")
+    assert (far.state, far.host) == (plain.state, plain.host)[::-1] != (0, 0)
+    assert far.total == plain.total - plain.state
+
+
+@pytest.mark.usefixtures("quick_table")
+def test_a_state_in_the_hosts_memory_is_not_on_the_device(capsys):
+    flags = ["--topology", "v5e:2x2", "--optimizer", "subtrack"]
+    far = ["--state-memory", "pinned_host"]
+    outs = [run(capsys, *flags, *more)[1] for more in ([], far)]
+    sizes = [
+        {name: float(size.replace(",", "")) for name, size in found}
+        for found in (
+            re.findall(r"^  (\w[\w ]*\w) +([0-9.,]+) MiB$", o, re.M) for o in outs
+        )
+    ]
+    assert sizes[1]["state"] == 0 and "state in host" not in sizes[0]
+    assert sizes[1]["state in host"] == sizes[0]["state"]
+    for text, size in zip(outs, sizes, strict=True):
+        # The table's row of the same run.
+        row = re.search(r"subtrack .* ([0-9.,]+) MiB +([0-9.,]+) MiB", text)
+        assert row and row[1] == f"{sizes[0]['state']:,.1f}"
+        assert row[2] == f"{size['at the fullest']:,.1f}"
+    code, _, err = run(capsys, *flags, *far, "--compile")
+    assert code == 2 and "--compile counts a state on the device" in err
 
 
 def test_compiling_needs_the_compiler(capsys, monkeypatch):
