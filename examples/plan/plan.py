@@ -267,8 +267,9 @@ def report(plan: PlanConfig) -> bool:
         f"  {'optimizer':<14}{'rank':>6}{'parameters':>12}{'state':>16}{'all':>18}"
     )
     for name, number, dtype, row in what_fits(plan):
+        state = row.state + row.host
         print(
-            f"  {name:<14}{number or '-':>6}{dtype:>12}{(row.state or row.host) / MIB:>12,.1f} MiB"
+            f"  {name:<14}{number or '-':>6}{dtype:>12}{state / MIB:>12,.1f} MiB"
             f"{row.total / MIB:>14,.1f} MiB  {verdict(row.total, topology, memory)}"
         )
     room = run.memory_bytes

@@ -1,5 +1,7 @@
 """The cache of keys and values: of every family, what the whole row gives."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,9 @@ from tests.examples.test_families import MODELS
 DECODERS = [name for name in FAMILIES if name not in ENCODERS]
 
 
-def family(name):
+def family(name) -> Any:
     """The definition, and weights large enough that families differ."""
-    config = read_config(MODELS[name]["config"])
+    config: Any = read_config(MODELS[name]["config"])
     leaves, tree = jax.tree.flatten(init_params(config, 0))
     rng = np.random.default_rng(1)
     leaves = [x + np.float32(0.3) * rng.standard_normal(x.shape, "f4") for x in leaves]
@@ -58,8 +60,9 @@ def test_a_greedy_text_in_two_programs():
     """Of any prompt, limit and stop; as it is without a cache."""
     definition, params = family("mistral")
     whole = jax.jit(lambda row: nnx.merge(definition, params)(row[None])[0])
-    begun.clear_cache()
-    continued.clear_cache()
+    programs: list[Any] = [begun, continued]
+    for program in programs:
+        program.clear_cache()
     for prompt, limit in ((TOKENS[0][:5], 14), (TOKENS[1][:1], 9), (TOKENS[0], 16)):
         row = np.zeros(16, np.int32)
         row[: len(prompt)] = prompt
@@ -82,4 +85,4 @@ def test_a_greedy_text_in_two_programs():
     text = begun(definition, params, row, len(prompt))
     text = continued(definition, params, text, limit, jnp.asarray(prompt[-1:]))
     assert text.end > len(prompt)
-    assert begun._cache_size() == continued._cache_size() == 1
+    assert [program._cache_size() for program in programs] == [1, 1]
