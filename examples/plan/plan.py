@@ -107,12 +107,16 @@ class Run:
     memory: int = 0
 
     @property
-    def tx(self) -> optax.GradientTransformation:
-        """The optimizer as the trainer has it, with clipping and guard."""
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer that the flags ask for."""
         _, params = abstract_model(self.model)
         places = param_shardings(lro.abstract_mesh(self.sizes), params)
-        optimizer = optimizers.build_optimizer(self.config, places)
-        return optimizers.guarded(self.config, optimizer)
+        return optimizers.build_optimizer(self.config, places)
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The same as the trainer has it, with clipping and guard."""
+        return optimizers.guarded(self.config, self.optimizer)
 
     @property
     def memory_bytes(self) -> int:
