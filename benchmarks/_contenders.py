@@ -16,6 +16,7 @@ import lowrank_optax as lro
 from lowrank_optax.quantization import companded, stochastic_round, symmetric
 
 Build = Callable[[int], optax.GradientTransformation]  # of the rank
+GAP = 50  # steps between two bases, of all
 
 
 class Contender(NamedTuple):
@@ -44,7 +45,7 @@ def of_library(name: str, **options: Any) -> Build:
     taken = inspect.signature(factory).parameters
 
     def build(rank: int) -> optax.GradientTransformation:
-        given: dict[str, Any] = {"layer_axis": 0, "update_proj_gap": 50, "heads": 4}
+        given: dict[str, Any] = {"layer_axis": 0, "update_proj_gap": GAP, "heads": 4}
         if "rank" in taken and taken["rank"].default != 1:
             given["rank"] = rank
         encodes = "min_size" in taken and repr(taken["min_size"].default) == "4096"
@@ -69,7 +70,7 @@ def _optax_muon(rank: int) -> optax.GradientTransformation:
 
 
 def _optax_galore(rank: int) -> optax.GradientTransformation:
-    return _unstacked(optax.contrib.galore(1.0, rank, 50, 0.25))
+    return _unstacked(optax.contrib.galore(1.0, rank, GAP, 0.25))
 
 
 def _unstacked(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -223,7 +224,7 @@ def _in_bracket(projector: Callable[[int], Any], rest: float) -> Any:
 def _low_rank_polar(rank: int) -> optax.GradientTransformation:
     """An orthogonalized momentum of low rank, and the remainder by columns."""
     bracket = lro.chain(
-        lro.project(lro.power(rank, 50), layer_axis=0),
+        lro.project(lro.power(rank, GAP), layer_axis=0),
         lro.momentum(0.95, True),
         lro.orthogonalize("quintic", shape_factor="sqrt_long"),
         lro.complement(lro.scale_by_column_sgd(), scale=0.1),
@@ -269,7 +270,7 @@ TRIALS = {
     ),
     "even muon, no momentum": Contender(_behind(lambda rank: optax.identity()), 0.04),
     "even muon, rank r, 8 bits": Contender(
-        _behind(_in_bracket(lambda rank: lro.power(rank, 50), 0.3)), 0.04
+        _behind(_in_bracket(lambda rank: lro.power(rank, GAP), 0.3)), 0.04
     ),
     "polar of rank r, columns": Contender(_low_rank_polar, 0.01),
     "muon, rows, 4 bits": Contender(

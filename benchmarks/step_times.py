@@ -1,12 +1,12 @@
 """``measure``: the time of a step of every optimizer that is compared.
 
-``python -m benchmarks.step_times``. Every optimizer of ``benchmarks.tuned`` but its
-trials updates the matrices of four layers of width 256, update and
-``optax.apply_updates`` in one program with state and parameters donated. A row's time
-is the mean over one gap between two bases, so that it holds one refresh, and the least
-of some rounds. optax.adamw is timed once more in every row's turn, and the ratio of the
-two is written down. Processor time is counted, in one thread: it does not grow by
-waiting for a processor that others use.
+``python -m benchmarks.step_times`` adds to what its file has. Every optimizer of
+``benchmarks.tuned`` but its trials updates the matrices of four layers of width 256,
+update and ``optax.apply_updates`` in one program with state and parameters donated. A
+row's time is the mean over one gap between two bases, so that it holds one refresh, and
+the least of some rounds. optax.adamw is timed once more in every row's turn, and the
+ratio of the two is written down. Processor time is counted, in one thread: it does not
+grow by waiting for a processor that others use.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -27,10 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks._contenders import CONTENDERS
+from benchmarks._contenders import CONTENDERS, GAP
 
 WIDTH, FF_WIDTH, LAYERS = 256, 704, 4
-GAP = 50  # of every contender
 SHAPES = dict.fromkeys("qkvo", (LAYERS, WIDTH, WIDTH)) | {
     "gate": (LAYERS, WIDTH, FF_WIDTH),
     "up": (LAYERS, WIDTH, FF_WIDTH),
@@ -66,22 +66,19 @@ class Timed:
         return (time.process_time() - started) / GAP
 
 
-def measure(names: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Returns every optimizer's milliseconds, and their ratio to optax.adamw's."""
+def measure(names: list[str], rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yields every optimizer's milliseconds, and their ratio to optax.adamw's."""
     draw = np.random.default_rng(0)
     gradients = {
         name: jnp.asarray(draw.standard_normal(shape), jnp.float32)
         for name, shape in SHAPES.items()
     }
     adamw = Timed(CONTENDERS["optax.adamw"].build(WIDTH // 4), gradients)
-    found = {}
     for name in names:
         one = Timed(CONTENDERS[name].build(WIDTH // 4), gradients)
         turns = [(one.round(), adamw.round()) for _ in range(rounds)]
         own, beside = (min(times) for times in zip(*turns, strict=True))
-        found[name] = {"ms": round(1e3 * own, 2), "over_adamw": round(own / beside, 2)}
-        print(name, found[name], flush=True)
-    return found
+        yield name, {"ms": round(1e3 * own, 2), "over_adamw": round(own / beside, 2)}
 
 
 def main() -> None:
@@ -96,16 +93,19 @@ def main() -> None:
     names = options.only or [
         name
         for name, one in CONTENDERS.items()
-        if one.kind != "trial" and not one.whole and "beta" not in name
+        if one.kind != "trial" and not one.whole
     ]
-    report = {
-        "jax": jax.__version__,
-        "platform": jax.default_backend(),
-        "width": WIDTH,
-        "layers": LAYERS,
-        "steps": measure(names, options.rounds),
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    steps = {}
+    if options.out.exists():
+        steps = json.loads(options.out.read_text())["steps"]
+    setting = {"jax": jax.__version__, "platform": jax.default_backend()}
+    setting |= {"width": WIDTH, "layers": LAYERS}
+    for name, row in measure(names, options.rounds):
+        print(name, row, flush=True)
+        steps[name] = row
+        # After every row, so that one that does not end loses none of the others.
+        report = setting | {"steps": steps}
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

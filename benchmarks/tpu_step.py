@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     print(f"{name}, update: {row}", flush=True)
     if options.update_only:
         return row
-    step = compile_step(config, model, tx, mesh, ACTIVATIONS["full"])
+    step = compile_step(config, model, optimizer, mesh, ACTIVATIONS["full"])
     return row | {
         "argument_bytes": step.audit.argument_bytes,
         "temp_bytes": step.audit.temp_bytes,

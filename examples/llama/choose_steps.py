@@ -55,14 +55,7 @@ def choose_steps(
     config, params = task.config, task.params
     tx = optimizers.guarded(config, optimizer, task.estimate)
     if config.layerwise:
-        steps = make_layerwise_steps(
-            task.model,
-            optimizer,
-            clip_norm=config.clip or None,
-            skip_nonfinite=True,
-            wrap_layer=wrap_layer,
-            layout=layout,
-        )
+        steps = steps_by_layers(config, task.model, optimizer, wrap_layer, layout)
         _trace(steps, config, params, jax.eval_shape(tx.init, params))
         return steps
     if config.compressed:
@@ -83,6 +76,24 @@ def choose_steps(
         estimated=task.estimate is not None,
         # For who draws it: it costs one more projection a step.
         watched=bool(config.log_to) and optimizers.projects(optimizer, params),
+    )
+
+
+def steps_by_layers(
+    config: Resolved,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    wrap_layer: Wrap | None,
+    layout: Layout,
+) -> Steps:
+    """Layer-wise steps with the clipping of the flags, and the guard."""
+    return make_layerwise_steps(
+        model,
+        optimizer,
+        clip_norm=config.clip or None,
+        skip_nonfinite=True,
+        wrap_layer=wrap_layer,
+        layout=layout,
     )
 
 

@@ -9,8 +9,9 @@ import optax
 from jax.sharding import Mesh
 
 import lowrank_optax as lro
+from examples.llama import optimizers
 from examples.llama.budget import of_one_device, plan_from_shapes, wrap_with
-from examples.llama.choose_steps import layers_outermost, make_layerwise_steps
+from examples.llama.choose_steps import layers_outermost, steps_by_layers
 from examples.llama.config import Resolved, UsageError
 from examples.llama.model import ACTIVATIONS, ModelConfig, Wrap, abstract_model
 from examples.llama.placement import (
@@ -63,29 +64,22 @@ def require_compiler(topology: lro.Topology) -> None:
 def compile_step(
     config: Resolved,
     model: ModelConfig,
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     mesh: Mesh,
     wrap_layer: Wrap | None,
-    unguarded: optax.GradientTransformation | None = None,
 ) -> Compiled:
     """Compiles the step that the trainer runs on this mesh.
 
-    `unguarded` is the optimizer inside `tx`, which a layer-wise step needs.
+    `optimizer` comes without clipping and guard: how a step has both is its own.
     """
+    tx = optimizers.guarded(config, optimizer)
     definition, params = abstract_model(model)
     weights = lro.weight_storage(config.weights, config.param_dtype, layer_axis=0)
     layout = Placement(mesh, None).layout(params, tx, weights)
     if config.layerwise:
-        assert unguarded is not None
         layout = layers_outermost(layout, tx, weights, params)
-        step: Any = make_layerwise_steps(
-            model,
-            unguarded,
-            clip_norm=config.clip or None,
-            skip_nonfinite=True,
-            wrap_layer=wrap_layer,
-            layout=layout,
-        ).train
+        steps = steps_by_layers(config, model, optimizer, wrap_layer, layout)
+        step: Any = steps.train
     else:
         step = make_steps(definition, tx, weights, wrap_layer, layout).train
     stored = jax.eval_shape(weights.store, params)
@@ -110,7 +104,7 @@ def compile_run(run: Any) -> Compiled:
         # The planner counts the rows of one device, as it does in the trainer.
         one = of_one_device(config, run.sizes)
         policy = wrap_with(plan_from_shapes(one, run.model, run.topology.chip))
-    return compile_step(config, run.model, run.tx, mesh, policy, run.optimizer)
+    return compile_step(config, run.model, run.optimizer, mesh, policy)
 
 
 def beside(parts: Parts, found: Compiled) -> str:

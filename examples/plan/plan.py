@@ -108,7 +108,7 @@ class Run:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer that the flags ask for."""
+        """The optimizer that the flags ask for, without clipping and guard."""
         _, params = abstract_model(self.model)
         places = param_shardings(lro.abstract_mesh(self.sizes), params)
         return optimizers.build_optimizer(self.config, places)

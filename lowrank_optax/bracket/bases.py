@@ -1,6 +1,6 @@
 """``Bases``: the bases of a leaf, and when and how they are renewed.
 
-``Lifted`` below it is the one place that knows of stacks of matrices.
+``Lifted``, which it extends, is the one place that knows of stacks of matrices.
 """
 
 import dataclasses

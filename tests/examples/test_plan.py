@@ -17,7 +17,7 @@ from examples.llama.config import TrainConfig, UsageError, resolve
 from examples.llama.model import abstract_model, init_params
 from examples.llama.placement import make_mesh, param_shardings
 from examples.plan import plan
-from examples.plan.compiled import Compiled, NoRoom
+from examples.plan.compiled import Compiled, NoRoom, compile_step
 from examples.plan.estimate import estimate, memory_bytes, state_bytes
 from lowrank_optax import activations
 
@@ -328,3 +328,18 @@ def test_the_trainer_does_without_the_planner():
     files = list((ROOT / "examples" / "llama").glob("*.py"))
     assert len(files) > 10
     assert not [path.name for path in files if "examples.plan" in path.read_text()]
+
+
+def test_a_layer_wise_step_is_what_is_compiled():
+    """Its gradients are those of one layer, so it needs less beside the arguments."""
+    temporaries = []
+    for layerwise in (False, True):
+        flags = plan.PlanConfig(
+            preset="tiny", optimizer="galore", layerwise=layerwise,
+            batch_size=1, micro_batches=1, seq_len=16, topology="v5e:1x1",
+        )  # fmt: skip
+        run = plan.plan_run(flags)
+        mesh = make_mesh(run.sizes, jax.devices()[:1])
+        found = compile_step(run.config, run.model, run.optimizer, mesh, None)
+        temporaries.append(found.audit.temp_bytes)
+    assert temporaries[1] < 0.8 * temporaries[0]
